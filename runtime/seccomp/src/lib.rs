@@ -1,0 +1,1 @@
+//! Seccomp: the RuntimeDefault profile, and OCI profiles compiled to BPF.

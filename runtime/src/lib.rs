@@ -1,0 +1,1 @@
+//! Zygote, keeper and creator: how Slipway makes containers.

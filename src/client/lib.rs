@@ -1,0 +1,1 @@
+//! The command-line CRI client and the benchmark.

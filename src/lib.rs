@@ -1,0 +1,1 @@
+//! Slipway: the daemon and the command line.

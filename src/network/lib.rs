@@ -1,0 +1,1 @@
+//! Pod networking: CNI, network namespaces, DNS files.
