@@ -1,0 +1,23 @@
+//! Compiles the two `.proto` files with protox: no `protoc` is needed to build Slipway.
+use std::error::Error;
+use std::path::PathBuf;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=api.proto");
+    println!("cargo:rerun-if-changed=keeper.proto");
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+
+    let cri = protox::compile(["api.proto"], ["."])?;
+    std::fs::write(out.join("cri.binpb"), prost::Message::encode_to_vec(&cri))?;
+    tonic_prost_build::configure()
+        // Its Debug is written by hand: the derived one would print passwords and tokens.
+        .skip_debug(["runtime.v1.AuthConfig"])
+        .compile_fds(cri)?;
+
+    let keeper = protox::compile(["keeper.proto"], ["."])?;
+    tonic_prost_build::configure()
+        .build_client(false)
+        .build_server(false)
+        .compile_fds(keeper)?;
+    Ok(())
+}
