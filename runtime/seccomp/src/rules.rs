@@ -1,0 +1,325 @@
+//! An OCI profile resolved to numbers: what each ABI's calls get, with libseccomp's and runc's rules
+//! for profiles that say several things about one call.
+//!
+//! - A rule whose action is the default action says nothing and is left out.
+//! - A rule without conditions beats every rule with conditions, wherever it stands; of several, the
+//!   first counts.
+//! - Conditions of one rule must all hold. Two conditions on the *same* argument are two rules.
+//! - Rules with conditions are alternatives. Where two with different actions match one call, the
+//!   order is libseccomp's: higher argument first, equality before ranges, the narrower range first.
+
+use crate::{
+    CompileOptions, SeccompError,
+    arch::{Abi, native_arch},
+    numbers,
+};
+use oci_spec::runtime::{
+    LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompFilterFlag as Flag,
+    LinuxSeccompOperator as Op, LinuxSyscall,
+};
+use std::{cmp::Reverse, collections::BTreeMap};
+
+/// Linux passes at most six arguments.
+const MAX_ARGS: usize = 6;
+/// The kernel cuts greater error numbers to this (`MAX_ERRNO`).
+const MAX_ERRNO: u32 = 4095;
+
+pub(crate) const ENOSYS: u32 = libc::ENOSYS as u32;
+const EPERM: u32 = libc::EPERM as u32;
+
+/// One test of one argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Condition {
+    pub arg: u8,
+    pub op: Op,
+    /// What to compare with; for a masked comparison already masked.
+    pub value: u64,
+    /// All ones unless the comparison is masked.
+    pub mask: u64,
+}
+
+/// Conditions that must all hold, and what a call that meets them gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub conditions: Vec<Condition>,
+    pub ret: u32,
+}
+
+/// What one system call gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// Always this.
+    Always(u32),
+    /// The first rule that matches, else the default.
+    Checks(Vec<Rule>),
+}
+
+/// The calls of one ABI that don't simply get the default.
+#[derive(Clone, Debug)]
+pub(crate) struct AbiRules {
+    pub abi: Abi,
+    pub calls: BTreeMap<u32, Decision>,
+    /// The highest number the profile names, whatever it says about it: greater ones are newer than
+    /// the profile and get `ENOSYS`. `None`: no such rule for this ABI.
+    pub newest: Option<u32>,
+}
+
+/// A whole profile, resolved.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub default: u32,
+    pub abis: Vec<AbiRules>,
+    pub flags: u32,
+    pub unknown: Vec<String>,
+}
+
+impl Plan {
+    pub fn new(profile: &LinuxSeccomp, options: &CompileOptions) -> Result<Plan, SeccompError> {
+        let native = match options.native {
+            Some(abi) => abi,
+            None => Abi::native().map_err(|_| SeccompError::Architecture(native_arch()))?,
+        };
+        let default = return_value(
+            profile.default_action(),
+            profile.default_errno_ret(),
+            "defaultAction",
+        )?;
+        let stub = options.enosys_for_newer && !permissive(profile.default_action());
+        let mut plan = Plan {
+            default,
+            abis: abis(profile, native)
+                .into_iter()
+                .map(|abi| AbiRules {
+                    abi,
+                    calls: BTreeMap::new(),
+                    newest: None,
+                })
+                .collect(),
+            flags: flags(profile)?,
+            unknown: Vec::new(),
+        };
+        for (i, entry) in profile.syscalls().iter().flatten().enumerate() {
+            plan.add(entry, &format!("syscalls[{i}]"), stub)?;
+        }
+        for abi in &mut plan.abis {
+            for decision in abi.calls.values_mut() {
+                if let Decision::Checks(rules) = decision {
+                    rules.sort_by_key(|r| {
+                        Reverse(r.conditions.iter().map(precedence).collect::<Vec<_>>())
+                    });
+                }
+            }
+        }
+        Ok(plan)
+    }
+
+    fn add(&mut self, entry: &LinuxSyscall, place: &str, stub: bool) -> Result<(), SeccompError> {
+        let ret = return_value(entry.action(), entry.errno_ret(), place)?;
+        let alternatives = alternatives(entry.args().as_deref().unwrap_or_default(), place)?;
+        for name in entry.names() {
+            if name.is_empty() {
+                return Err(SeccompError::Profile {
+                    place: place.to_owned(),
+                    problem: "a system call's name is empty; delete it".to_owned(),
+                });
+            }
+            let mut known = false;
+            for abi in &mut self.abis {
+                let number = numbers::number(abi.abi, name);
+                let multiplexed = numbers::multiplexed(abi.abi, name);
+                known |= number.is_some() || multiplexed.is_some();
+                if let (true, Some(n), None) = (stub, number, multiplexed) {
+                    let private = abi.abi == Abi::Arm && n >= numbers::ARM_PRIVATE_BASE;
+                    if n > 0 && !private {
+                        abi.newest = abi.newest.max(Some(n));
+                    }
+                }
+                if ret == self.default {
+                    continue;
+                }
+                for conditions in &alternatives {
+                    if let Some(n) = number {
+                        abi.add(n, conditions, ret);
+                    }
+                    if let Some((mux, call)) = multiplexed {
+                        // The multiplexer takes the real arguments from memory, where no filter can look:
+                        // what the rule says of the first argument is lost, as in libseccomp.
+                        let mut c: Vec<_> =
+                            conditions.iter().filter(|c| c.arg != 0).copied().collect();
+                        c.insert(
+                            0,
+                            Condition {
+                                arg: 0,
+                                op: Op::ScmpCmpEq,
+                                value: call,
+                                mask: u64::MAX,
+                            },
+                        );
+                        abi.add(mux, &c, ret);
+                    }
+                }
+            }
+            if !known && !self.unknown.contains(name) {
+                self.unknown.push(name.clone());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AbiRules {
+    fn add(&mut self, number: u32, conditions: &[Condition], ret: u32) {
+        let conditions: Vec<_> = conditions
+            .iter()
+            .map(|c| c.narrowed(self.abi))
+            // A mask without bits holds for every value.
+            .filter(|c| c.mask != 0)
+            .collect();
+        let decision = self
+            .calls
+            .entry(number)
+            .or_insert_with(|| Decision::Checks(Vec::new()));
+        match decision {
+            Decision::Always(_) => {}
+            Decision::Checks(_) if conditions.is_empty() => *decision = Decision::Always(ret),
+            Decision::Checks(rules) => {
+                let rule = Rule { conditions, ret };
+                if !rules.contains(&rule) {
+                    rules.push(rule);
+                }
+            }
+        }
+    }
+}
+
+impl Condition {
+    /// The condition as `abi` sees it: 32-bit ABIs compare the low half only.
+    fn narrowed(self, abi: Abi) -> Condition {
+        if abi.wide_arguments() {
+            return self;
+        }
+        let low = u64::from(u32::MAX);
+        Condition {
+            value: self.value & low,
+            mask: self.mask & low,
+            ..self
+        }
+    }
+}
+
+/// libseccomp's order of conditions on one level of its tree; the greatest is tested first.
+fn precedence(c: &Condition) -> (u8, u8, u64) {
+    match c.op {
+        Op::ScmpCmpEq | Op::ScmpCmpNe | Op::ScmpCmpMaskedEq => (c.arg, 3, c.value),
+        Op::ScmpCmpLt | Op::ScmpCmpLe => (c.arg, 2, !c.value),
+        Op::ScmpCmpGe | Op::ScmpCmpGt => (c.arg, 1, c.value),
+    }
+}
+
+/// The rules that one entry's arguments make: one of all conditions, or one each when two look at
+/// the same argument.
+fn alternatives(
+    args: &[LinuxSeccompArg],
+    place: &str,
+) -> Result<Vec<Vec<Condition>>, SeccompError> {
+    let mut conditions = Vec::with_capacity(args.len());
+    for (i, arg) in args.iter().enumerate() {
+        if arg.index() >= MAX_ARGS {
+            return Err(SeccompError::Profile {
+                place: format!("{place}.args[{i}]"),
+                problem: format!(
+                    "index {} is not 0 to 5, the arguments a system call has",
+                    arg.index()
+                ),
+            });
+        }
+        let (value, mask) = match arg.op() {
+            // OCI: `value` is the mask, `valueTwo` what the masked argument must equal.
+            Op::ScmpCmpMaskedEq => (arg.value_two().unwrap_or(0) & arg.value(), arg.value()),
+            _ => (arg.value(), u64::MAX),
+        };
+        conditions.push(Condition {
+            arg: arg.index() as u8,
+            op: arg.op(),
+            value,
+            mask,
+        });
+    }
+    let doubled = (0..MAX_ARGS as u8).any(|a| conditions.iter().filter(|c| c.arg == a).count() > 1);
+    if doubled {
+        return Ok(conditions.into_iter().map(|c| vec![c]).collect());
+    }
+    conditions.sort_by_key(|c| c.arg);
+    Ok(vec![conditions])
+}
+
+/// The ABIs the filter decides; calls of any other are killed. The native one is always among them.
+fn abis(profile: &LinuxSeccomp, native: Abi) -> Vec<Abi> {
+    let mut abis = vec![native];
+    // An architecture that this kernel can't run needs no code: its calls can't happen.
+    let listed = profile
+        .architectures()
+        .iter()
+        .flatten()
+        .filter_map(|a| Abi::from_oci(*a, native));
+    for abi in listed.filter(|a| a.runs_on(native)) {
+        if !abis.contains(&abi) {
+            abis.push(abi);
+        }
+    }
+    abis
+}
+
+/// Whether calls pass by default, so that newer ones need no answer of their own.
+fn permissive(action: Action) -> bool {
+    matches!(
+        action,
+        Action::ScmpActAllow | Action::ScmpActLog | Action::ScmpActTrace
+    )
+}
+
+/// The value a BPF program returns for an action (`SECCOMP_RET_*`).
+fn return_value(action: Action, data: Option<u32>, place: &str) -> Result<u32, SeccompError> {
+    let limited = |max: u32| match data.unwrap_or(EPERM) {
+        d if d <= max => Ok(d),
+        d => Err(SeccompError::Profile {
+            place: place.to_owned(),
+            problem: format!("errnoRet {d} is above {max}, the greatest the kernel can return"),
+        }),
+    };
+    Ok(match action {
+        Action::ScmpActKill | Action::ScmpActKillThread => libc::SECCOMP_RET_KILL_THREAD,
+        Action::ScmpActKillProcess => libc::SECCOMP_RET_KILL_PROCESS,
+        Action::ScmpActTrap => libc::SECCOMP_RET_TRAP,
+        Action::ScmpActErrno => libc::SECCOMP_RET_ERRNO | limited(MAX_ERRNO)?,
+        Action::ScmpActTrace => libc::SECCOMP_RET_TRACE | limited(libc::SECCOMP_RET_DATA)?,
+        Action::ScmpActLog => libc::SECCOMP_RET_LOG,
+        Action::ScmpActAllow => libc::SECCOMP_RET_ALLOW,
+        Action::ScmpActNotify => {
+            return Err(SeccompError::Unsupported {
+                place: place.to_owned(),
+                what: "the action SCMP_ACT_NOTIFY".to_owned(),
+                remedy: "use SCMP_ACT_ERRNO or SCMP_ACT_TRACE, or run the pod with the runc handler",
+            });
+        }
+    })
+}
+
+fn flags(profile: &LinuxSeccomp) -> Result<u32, SeccompError> {
+    let mut bits: libc::c_ulong = 0;
+    for (i, flag) in profile.flags().iter().flatten().enumerate() {
+        bits |= match flag {
+            Flag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
+            Flag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+            Flag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+            Flag::SeccompFilterFlagWaitKillableRecv => {
+                return Err(SeccompError::Unsupported {
+                    place: format!("flags[{i}]"),
+                    what: "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV".to_owned(),
+                    remedy: "it only has a meaning with SCMP_ACT_NOTIFY; delete it",
+                });
+            }
+        };
+    }
+    Ok(bits as u32)
+}
