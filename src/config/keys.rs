@@ -1,0 +1,371 @@
+//! What is to be said of each key: its meaning, and whether a running daemon can take a new value.
+
+use crate::Config;
+use toml::Value;
+
+/// A key of the configuration.
+pub(crate) struct Key {
+    /// Dotted name.
+    pub path: &'static str,
+    /// For the operator.
+    pub doc: &'static str,
+    /// Whether SIGHUP applies it.
+    pub reloads: bool,
+    /// What could stand there, when the default is nothing.
+    pub example: Option<&'static str>,
+}
+
+const fn fixed(path: &'static str, doc: &'static str) -> Key {
+    Key {
+        path,
+        doc,
+        reloads: false,
+        example: None,
+    }
+}
+
+const fn live(path: &'static str, doc: &'static str) -> Key {
+    Key {
+        path,
+        doc,
+        reloads: true,
+        example: None,
+    }
+}
+
+impl Key {
+    const fn such_as(self, example: &'static str) -> Self {
+        Self {
+            example: Some(example),
+            ..self
+        }
+    }
+}
+
+/// Every key, in the order of the documented file: the top level first, then table by table.
+pub(crate) const KEYS: &[Key] = &[
+    fixed("listen", "Unix socket on which the CRI is served."),
+    fixed(
+        "run_root",
+        "State that lives until the next boot: sockets, pod and container records, namespaces.",
+    ),
+    fixed(
+        "state_root",
+        "Durable state: images, and the writable layers of containers.",
+    ),
+    live(
+        "default_runtime",
+        "Entry of [runtimes] for pods that name no handler.",
+    ),
+    fixed("log.format", "\"text\" or \"json\"."),
+    live(
+        "log.level",
+        "\"error\", \"warn\", \"info\", \"debug\" or \"trace\".",
+    ),
+    fixed(
+        "cgroup.driver",
+        "Who makes cgroups; must match the kubelet's cgroupDriver.\n\
+         \"cgroupfs\": Slipway itself. Names of systemd slices work, too, as nested directories.",
+    ),
+    live(
+        "images.max_parallel_downloads",
+        "Layers downloaded at the same time, over all pulls.",
+    ),
+    live(
+        "images.pull_progress_timeout",
+        "A transfer that brings no byte for this long is broken off and resumed.",
+    ),
+    live(
+        "images.connect_timeout",
+        "How long a connection to a registry may take to come up.",
+    ),
+    live(
+        "images.request_timeout",
+        "How long a request for one document (manifest, token, configuration) may take.",
+    ),
+    live(
+        "images.retries",
+        "How often in a row a broken transfer is resumed without getting any further.",
+    ),
+    live(
+        "images.insecure_registries",
+        "Registries (host or host:port) that may be spoken to without TLS.",
+    )
+    .such_as("[\"registry.local:5000\"]"),
+    live(
+        "images.ca_files",
+        "PEM files of further certificate authorities, beside the system's.",
+    )
+    .such_as("[\"/etc/slipway/ca.pem\"]"),
+    live(
+        "images.mirrors",
+        "For a registry, the mirrors that are asked first, in this order.",
+    )
+    .such_as("{ \"docker.io\" = [\"mirror.local:5000\"] }"),
+    live(
+        "images.pinned",
+        "Images that the kubelet must not remove; a trailing * matches any ending.",
+    )
+    .such_as("[\"registry.local/base/*\"]"),
+    fixed(
+        "network.conf_dir",
+        "CNI configuration: the first usable file in name order. The directory is watched.",
+    ),
+    live(
+        "network.bin_dirs",
+        "Where CNI plugins are looked up, in this order.",
+    ),
+    fixed(
+        "network.cache_dir",
+        "Results of CNI ADD, which DEL gets back.",
+    ),
+    live(
+        "network.timeout",
+        "How long one CNI plugin may take before it is killed.",
+    ),
+    live(
+        "limits.sandbox_timeout",
+        "How long making a pod's namespaces may take.",
+    ),
+    live(
+        "limits.create_timeout",
+        "How long creating a container may take.",
+    ),
+    live(
+        "limits.start_timeout",
+        "How long starting a created container may take.",
+    ),
+    live(
+        "limits.delete_timeout",
+        "How long killing and deleting a container may take before it is bypassed.",
+    ),
+    live(
+        "limits.exec_output",
+        "How much of each stream of ExecSync is kept.",
+    ),
+    fixed(
+        "limits.max_message",
+        "The longest gRPC message that is accepted or sent.",
+    ),
+    live(
+        "pod.default_sysctls",
+        "Sysctls of every pod that has the namespace they belong to; the pod's own win.",
+    )
+    .such_as("{ \"net.ipv4.ip_unprivileged_port_start\" = \"0\" }"),
+    live(
+        "pod.default_capabilities",
+        "Capabilities of a container, before it adds and drops its own.",
+    ),
+    live(
+        "pod.pids_limit",
+        "How many processes and threads a container may have; 0: no limit.",
+    ),
+    live("pod.shm_size", "Size of a pod's /dev/shm."),
+    live(
+        "pod.missing_mount_source",
+        "A bind mount whose source does not exist: \"reject\" the container, or \"create\" a directory.",
+    ),
+    live(
+        "pod.seccomp_profile",
+        "Profile (JSON) used for RuntimeDefault in place of the built-in one.",
+    )
+    .such_as("\"/etc/slipway/seccomp.json\""),
+    live(
+        "pod.seccomp_dir",
+        "Where Localhost seccomp profiles with a relative name are looked up.",
+    ),
+    live(
+        "runtimes",
+        "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).",
+    ),
+];
+
+/// What differs between two configurations, by what has to happen for it to take effect.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Changes {
+    /// Keys whose new value a running daemon takes over.
+    pub reloadable: Vec<&'static str>,
+    /// Keys whose new value waits for a restart (which leaves pods running).
+    pub restart: Vec<&'static str>,
+}
+
+impl Changes {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.reloadable.is_empty() && self.restart.is_empty()
+    }
+}
+
+/// Compares two configurations key by key.
+pub fn diff_reloadable(old: &Config, new: &Config) -> Changes {
+    let (old, new) = (Value::try_from(old).ok(), Value::try_from(new).ok());
+    let mut changes = Changes::default();
+    for key in KEYS {
+        if value(old.as_ref(), key.path) != value(new.as_ref(), key.path) {
+            let list = if key.reloads {
+                &mut changes.reloadable
+            } else {
+                &mut changes.restart
+            };
+            list.push(key.path);
+        }
+    }
+    changes
+}
+
+impl Config {
+    /// `self` with the values of `new` for every key that can be applied to a running daemon; the
+    /// others stay as they are until a restart.
+    pub fn reloaded(&self, new: &Self) -> Self {
+        Self {
+            listen: self.listen.clone(),
+            run_root: self.run_root.clone(),
+            state_root: self.state_root.clone(),
+            log: crate::Log {
+                format: self.log.format,
+                ..new.log.clone()
+            },
+            cgroup: self.cgroup.clone(),
+            network: crate::Network {
+                conf_dir: self.network.conf_dir.clone(),
+                cache_dir: self.network.cache_dir.clone(),
+                ..new.network.clone()
+            },
+            limits: crate::Limits {
+                max_message: self.limits.max_message,
+                ..new.limits.clone()
+            },
+            ..new.clone()
+        }
+    }
+}
+
+/// The value at a dotted path.
+pub(crate) fn value<'a>(root: Option<&'a Value>, path: &str) -> Option<&'a Value> {
+    path.split('.')
+        .try_fold(root?, |value, step| value.as_table()?.get(step))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{LogFormat, LogLevel, Size};
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    /// Paths of all values; a table that holds names of the operator's own is one value.
+    fn leaves(prefix: &str, value: &Value, out: &mut BTreeSet<String>) {
+        let whole = ["images.mirrors", "pod.default_sysctls", "runtimes"];
+        match value.as_table() {
+            Some(table) if !whole.contains(&prefix) => {
+                for (name, value) in table {
+                    let path = if prefix.is_empty() {
+                        name.clone()
+                    } else {
+                        format!("{prefix}.{name}")
+                    };
+                    leaves(&path, value, out);
+                }
+            }
+            _ => drop(out.insert(prefix.to_owned())),
+        }
+    }
+
+    fn everything_changed() -> Config {
+        let text = r#"
+            listen = "/a"
+            run_root = "/b"
+            state_root = "/c"
+            default_runtime = "d"
+            log = { format = "json", level = "trace" }
+            cgroup = { driver = "systemd" }
+            [images]
+            max_parallel_downloads = 1
+            pull_progress_timeout = "1s"
+            connect_timeout = "1s"
+            request_timeout = "1s"
+            retries = 1
+            insecure_registries = ["a"]
+            ca_files = ["/a"]
+            mirrors = { a = ["b"] }
+            pinned = ["a"]
+            [network]
+            conf_dir = "/a"
+            bin_dirs = ["/a"]
+            cache_dir = "/a"
+            timeout = "1s"
+            [limits]
+            sandbox_timeout = "1s"
+            create_timeout = "1s"
+            start_timeout = "1s"
+            delete_timeout = "1s"
+            exec_output = 1
+            max_message = 1
+            [pod]
+            default_sysctls = { a = "b" }
+            default_capabilities = []
+            pids_limit = 1
+            shm_size = 1
+            missing_mount_source = "create"
+            seccomp_profile = "/a"
+            seccomp_dir = "/a"
+            [runtimes.d]
+            type = "native"
+        "#;
+        toml::from_str(text).expect("parses")
+    }
+
+    #[test]
+    fn every_key_is_in_the_table() {
+        let mut found = BTreeSet::new();
+        leaves(
+            "",
+            &Value::try_from(everything_changed()).expect("serializes"),
+            &mut found,
+        );
+        let table: BTreeSet<String> = KEYS.iter().map(|key| key.path.to_owned()).collect();
+        assert_eq!(found, table);
+        assert_eq!(KEYS.len(), table.len(), "a key stands there twice");
+    }
+
+    #[test]
+    fn changes_are_told_apart() {
+        let old = Config::default();
+        assert!(diff_reloadable(&old, &old).is_empty());
+        let mut new = old.clone();
+        new.log = crate::Log {
+            format: LogFormat::Json,
+            level: LogLevel::Debug,
+        };
+        new.images.pinned = vec!["x".into()];
+        new.network.timeout = Duration::from_secs(1);
+        new.pod
+            .default_sysctls
+            .insert("net.core.somaxconn".into(), "1".into());
+        new.limits.max_message = Size::mib(1);
+        new.run_root = "/x".into();
+        let changes = diff_reloadable(&old, &new);
+        let live = [
+            "log.level",
+            "images.pinned",
+            "network.timeout",
+            "pod.default_sysctls",
+        ];
+        assert_eq!(changes.reloadable, live);
+        assert_eq!(
+            changes.restart,
+            ["run_root", "log.format", "limits.max_message"]
+        );
+    }
+
+    #[test]
+    fn reloading_takes_just_what_is_reloadable() {
+        let (old, new) = (Config::default(), everything_changed());
+        let all = diff_reloadable(&old, &new);
+        assert_eq!(all.reloadable.len() + all.restart.len(), KEYS.len());
+        let reloaded = old.reloaded(&new);
+        assert_eq!(diff_reloadable(&old, &reloaded).reloadable, all.reloadable);
+        assert!(diff_reloadable(&old, &reloaded).restart.is_empty());
+        assert_eq!(diff_reloadable(&reloaded, &new).restart, all.restart);
+    }
+}

@@ -1,0 +1,308 @@
+//! The settings and their defaults. What each key means to an operator stands in `keys.rs`.
+
+use crate::Size;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The daemon's configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Unix socket on which the CRI is served.
+    pub listen: PathBuf,
+    /// State that lives until the next boot: sockets, pod and container records, namespaces.
+    pub run_root: PathBuf,
+    /// Durable state: images, and the writable layers of containers.
+    pub state_root: PathBuf,
+    /// Name of the entry in `runtimes` for pods that name no handler.
+    pub default_runtime: String,
+    /// The daemon's own log.
+    pub log: Log,
+    /// Control groups.
+    pub cgroup: Cgroup,
+    /// Images and registries.
+    pub images: Images,
+    /// Pod network.
+    pub network: Network,
+    /// Deadlines and bounds.
+    pub limits: Limits,
+    /// What pods and containers get unless they say otherwise.
+    pub pod: Pod,
+    /// Runtime handlers by name. Always holds `native`.
+    pub runtimes: BTreeMap<String, Runtime>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: "/run/slipway/slipway.sock".into(),
+            run_root: "/run/slipway".into(),
+            state_root: "/var/lib/slipway".into(),
+            default_runtime: "native".to_owned(),
+            log: Log::default(),
+            cgroup: Cgroup::default(),
+            images: Images::default(),
+            network: Network::default(),
+            limits: Limits::default(),
+            pod: Pod::default(),
+            runtimes: BTreeMap::from([("native".to_owned(), Runtime::default())]),
+        }
+    }
+}
+
+/// The daemon's own log.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// Shape of a line.
+    pub format: LogFormat,
+    /// The least important events that are written.
+    pub level: LogLevel,
+}
+
+/// Shape of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Importance of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Something failed.
+    Error,
+    /// Something will, or would have.
+    Warn,
+    /// What happens to pods and images.
+    #[default]
+    Info,
+    /// Steps and their durations.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    /// The level's name, as `tracing` filters know it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// Control groups.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cgroup {
+    /// Who makes cgroups.
+    pub driver: CgroupDriver,
+}
+
+/// Who makes cgroups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupDriver {
+    /// Slipway, in the file system. Also understands systemd's slice names, as nested directories.
+    #[default]
+    Cgroupfs,
+    /// systemd, over D-Bus.
+    Systemd,
+}
+
+/// Images and registries.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Images {
+    /// How many layers are downloaded at the same time, over all pulls.
+    pub max_parallel_downloads: usize,
+    /// A transfer that brings no byte for this long is broken off and resumed.
+    #[serde(with = "humantime_serde")]
+    pub pull_progress_timeout: Duration,
+    /// How long a connection to a registry may take to come up.
+    #[serde(with = "humantime_serde")]
+    pub connect_timeout: Duration,
+    /// How long a request for one document (manifest, token, configuration) may take in all.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
+    /// How often in a row a broken transfer is resumed without getting any further.
+    pub retries: u32,
+    /// Registries (`host` or `host:port`) that may be spoken to without TLS.
+    pub insecure_registries: Vec<String>,
+    /// PEM files of further certificate authorities, beside the system's.
+    pub ca_files: Vec<PathBuf>,
+    /// For a registry, the mirrors that are asked first, in this order.
+    pub mirrors: BTreeMap<String, Vec<String>>,
+    /// Images that the kubelet must not remove; a trailing `*` matches any ending.
+    pub pinned: Vec<String>,
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        Self {
+            max_parallel_downloads: 6,
+            pull_progress_timeout: Duration::from_secs(60),
+            connect_timeout: Duration::from_secs(15),
+            request_timeout: Duration::from_secs(60),
+            retries: 5,
+            insecure_registries: Vec::new(),
+            ca_files: Vec::new(),
+            mirrors: BTreeMap::new(),
+            pinned: Vec::new(),
+        }
+    }
+}
+
+/// Pod network.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// Directory of the CNI configuration; the first file in name order that can be read is used.
+    pub conf_dir: PathBuf,
+    /// Directories of the CNI plugins, searched in this order.
+    pub bin_dirs: Vec<PathBuf>,
+    /// Directory of the results that DEL gets back.
+    pub cache_dir: PathBuf,
+    /// How long one plugin may take.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            conf_dir: "/etc/cni/net.d".into(),
+            bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            cache_dir: "/var/lib/cni/slipway".into(),
+            timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Deadlines and bounds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// How long making a pod's namespaces may take.
+    #[serde(with = "humantime_serde")]
+    pub sandbox_timeout: Duration,
+    /// How long creating a container may take.
+    #[serde(with = "humantime_serde")]
+    pub create_timeout: Duration,
+    /// How long starting a created container may take.
+    #[serde(with = "humantime_serde")]
+    pub start_timeout: Duration,
+    /// How long killing and deleting a container may take before it is bypassed.
+    #[serde(with = "humantime_serde")]
+    pub delete_timeout: Duration,
+    /// How much of each stream of ExecSync is kept.
+    pub exec_output: Size,
+    /// The longest gRPC message that is accepted or sent.
+    pub max_message: Size,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            sandbox_timeout: Duration::from_secs(30),
+            create_timeout: Duration::from_secs(120),
+            start_timeout: Duration::from_secs(30),
+            delete_timeout: Duration::from_secs(30),
+            exec_output: Size::mib(16),
+            // Two streams of ExecSync and what is around them.
+            max_message: Size::mib(48),
+        }
+    }
+}
+
+/// What pods and containers get unless they say otherwise.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pod {
+    /// Sysctls of every pod that has the namespace they belong to; the pod's own win.
+    pub default_sysctls: BTreeMap<String, String>,
+    /// Capabilities of a container, before it adds and drops its own.
+    pub default_capabilities: Vec<String>,
+    /// How many processes a container may have; 0: no limit.
+    pub pids_limit: u64,
+    /// Size of a pod's /dev/shm.
+    pub shm_size: Size,
+    /// What a bind mount whose source does not exist means.
+    pub missing_mount_source: MissingMountSource,
+    /// A profile used for RuntimeDefault in place of the built-in one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seccomp_profile: Option<PathBuf>,
+    /// Directory in which Localhost profiles with a relative name are looked up.
+    pub seccomp_dir: PathBuf,
+}
+
+impl Default for Pod {
+    fn default() -> Self {
+        let names = [
+            "CHOWN",
+            "DAC_OVERRIDE",
+            "FSETID",
+            "FOWNER",
+            "MKNOD",
+            "NET_RAW",
+            "SETGID",
+            "SETUID",
+            "SETFCAP",
+            "SETPCAP",
+            "NET_BIND_SERVICE",
+            "SYS_CHROOT",
+            "KILL",
+            "AUDIT_WRITE",
+        ];
+        Self {
+            default_sysctls: BTreeMap::new(),
+            default_capabilities: names.map(str::to_owned).to_vec(),
+            pids_limit: 0,
+            shm_size: Size::mib(64),
+            missing_mount_source: MissingMountSource::Reject,
+            seccomp_profile: None,
+            seccomp_dir: "/var/lib/kubelet/seccomp".into(),
+        }
+    }
+}
+
+/// What a bind mount whose source does not exist means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MissingMountSource {
+    /// The container is refused.
+    #[default]
+    Reject,
+    /// An empty directory is made.
+    Create,
+}
+
+/// A runtime handler.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Runtime {
+    /// How containers are made.
+    #[serde(rename = "type")]
+    pub kind: RuntimeKind,
+}
+
+/// How a handler makes containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RuntimeKind {
+    /// In-process, by libcontainer.
+    #[default]
+    Native,
+}

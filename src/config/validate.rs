@@ -1,0 +1,316 @@
+//! Values that parse but can't work.
+
+use crate::{CgroupDriver, Config};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Component, Path};
+use std::time::Duration;
+
+/// A value that can't work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The key, dotted.
+    pub key: String,
+    /// What is wrong with its value, and what is allowed.
+    pub reason: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.key, self.reason)
+    }
+}
+
+/// Longest path that fits `sockaddr_un`.
+const SOCKET_PATH: usize = 107;
+/// No operation of ours is meant to take longer.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+impl Config {
+    /// Checks what the type of a value does not: all that is wrong, not just the first thing.
+    ///
+    /// # Errors
+    /// One [`Problem`] for each value that can't work.
+    pub fn validate(&self) -> Result<(), Vec<Problem>> {
+        let mut problems = Problems(Vec::new());
+        self.paths(&mut problems);
+        self.times(&mut problems);
+        self.images(&mut problems);
+        self.pods(&mut problems);
+        if self.cgroup.driver == CgroupDriver::Systemd {
+            let reason = "this version makes cgroups itself and can't ask systemd for them; use \"cgroupfs\"";
+            problems.add("cgroup.driver", reason);
+        }
+        self.handlers(&mut problems);
+        if problems.0.is_empty() {
+            Ok(())
+        } else {
+            Err(problems.0)
+        }
+    }
+
+    fn paths(&self, problems: &mut Problems) {
+        problems.path("listen", &self.listen);
+        if self.listen.as_os_str().len() > SOCKET_PATH {
+            problems.add(
+                "listen",
+                format!("a socket's path may have at most {SOCKET_PATH} bytes"),
+            );
+        }
+        problems.path("run_root", &self.run_root);
+        problems.path("state_root", &self.state_root);
+        if self.run_root == self.state_root {
+            problems.add(
+                "run_root",
+                "must differ from state_root, which outlives a boot",
+            );
+        }
+        problems.path("network.conf_dir", &self.network.conf_dir);
+        problems.path("network.cache_dir", &self.network.cache_dir);
+        if self.network.bin_dirs.is_empty() {
+            problems.add(
+                "network.bin_dirs",
+                "name at least one directory of CNI plugins",
+            );
+        }
+        for dir in &self.network.bin_dirs {
+            problems.path("network.bin_dirs", dir);
+        }
+        for file in &self.images.ca_files {
+            problems.path("images.ca_files", file);
+        }
+        if let Some(file) = &self.pod.seccomp_profile {
+            problems.path("pod.seccomp_profile", file);
+        }
+        problems.path("pod.seccomp_dir", &self.pod.seccomp_dir);
+    }
+
+    fn times(&self, problems: &mut Problems) {
+        let times = [
+            (
+                "images.pull_progress_timeout",
+                self.images.pull_progress_timeout,
+            ),
+            ("images.connect_timeout", self.images.connect_timeout),
+            ("images.request_timeout", self.images.request_timeout),
+            ("network.timeout", self.network.timeout),
+            ("limits.sandbox_timeout", self.limits.sandbox_timeout),
+            ("limits.create_timeout", self.limits.create_timeout),
+            ("limits.start_timeout", self.limits.start_timeout),
+            ("limits.delete_timeout", self.limits.delete_timeout),
+        ];
+        for (key, time) in times {
+            if time < Duration::from_millis(100) || time > LONGEST {
+                problems.add(key, "must be between 100ms and 24h");
+            }
+        }
+        for (key, size) in [
+            ("limits.exec_output", self.limits.exec_output),
+            ("limits.max_message", self.limits.max_message),
+        ] {
+            if !(1 << 10..=1 << 30).contains(&size.bytes()) {
+                problems.add(key, "must be between 1KiB and 1GiB");
+            }
+        }
+    }
+
+    fn images(&self, problems: &mut Problems) {
+        if !(1..=64).contains(&self.images.max_parallel_downloads) {
+            problems.add("images.max_parallel_downloads", "must be between 1 and 64");
+        }
+        if self.images.retries > 100 {
+            problems.add("images.retries", "must be at most 100");
+        }
+        let host = |name: &str| -> Result<(), String> {
+            let good = !name.is_empty()
+                && name
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b".-_:[]".contains(&b));
+            if good {
+                return Ok(());
+            }
+            Err(format!(
+                "{name:?} is not a registry; write host or host:port, without scheme and path"
+            ))
+        };
+        for name in &self.images.insecure_registries {
+            problems.check("images.insecure_registries", host(name));
+        }
+        for (name, mirrors) in &self.images.mirrors {
+            for name in std::iter::once(name).chain(mirrors) {
+                problems.check("images.mirrors", host(name));
+            }
+        }
+        for name in &self.images.pinned {
+            let inner = name.strip_suffix('*').unwrap_or(name);
+            if inner.is_empty() || inner.contains('*') || inner.contains(char::is_whitespace) {
+                let reason = format!("{name:?} is not an image name, which may end in one *");
+                problems.add("images.pinned", reason);
+            }
+        }
+    }
+
+    fn pods(&self, problems: &mut Problems) {
+        for name in &self.pod.default_capabilities {
+            let bare = name.strip_prefix("CAP_").unwrap_or(name);
+            if bare.is_empty() || !bare.bytes().all(|b| b.is_ascii_uppercase() || b == b'_') {
+                let reason = format!("{name:?} is not a capability; write NET_RAW or CAP_NET_RAW");
+                problems.add("pod.default_capabilities", reason);
+            }
+        }
+        sysctls(&self.pod.default_sysctls, problems);
+        if self.pod.pids_limit > i64::MAX as u64 {
+            problems.add("pod.pids_limit", "is too large; 0 means no limit");
+        }
+        if self.pod.shm_size.bytes() < 64 << 10 {
+            problems.add("pod.shm_size", "must be at least 64KiB");
+        }
+    }
+
+    fn handlers(&self, problems: &mut Problems) {
+        if !self.runtimes.contains_key(&self.default_runtime) {
+            let known: Vec<&str> = self.runtimes.keys().map(String::as_str).collect();
+            let reason = format!(
+                "there is no runtime {:?}; it must be one of {}",
+                self.default_runtime,
+                known.join(", ")
+            );
+            problems.add("default_runtime", reason);
+        }
+        for name in self.runtimes.keys() {
+            // A RuntimeClass's handler is a DNS label.
+            let good = (1..=63).contains(&name.len())
+                && name
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+                && !name.starts_with('-')
+                && !name.ends_with('-');
+            if !good {
+                let reason = format!(
+                    "{name:?} can't be the name of a handler: at most 63 of a-z, 0-9 and -"
+                );
+                problems.add("runtimes", reason);
+            }
+        }
+    }
+}
+
+fn sysctls(all: &BTreeMap<String, String>, problems: &mut Problems) {
+    for (name, value) in all {
+        let good = !name.is_empty()
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+            && name.split('.').all(|part| !part.is_empty());
+        if !good {
+            let reason = format!("{name:?} is not a sysctl; write net.core.somaxconn");
+            problems.add("pod.default_sysctls", reason);
+        }
+        if value.chars().any(char::is_control) {
+            let reason = format!("the value of {name} has a control character in it");
+            problems.add("pod.default_sysctls", reason);
+        }
+    }
+}
+
+struct Problems(Vec<Problem>);
+
+impl Problems {
+    fn add(&mut self, key: &str, reason: impl Into<String>) {
+        self.0.push(Problem {
+            key: key.to_owned(),
+            reason: reason.into(),
+        });
+    }
+
+    fn check(&mut self, key: &str, result: Result<(), String>) {
+        if let Err(reason) = result {
+            self.add(key, reason);
+        }
+    }
+
+    fn path(&mut self, key: &str, path: &Path) {
+        let plain = path
+            .components()
+            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+        if !path.is_absolute() || !plain || path.as_os_str().as_encoded_bytes().contains(&0) {
+            self.add(
+                key,
+                format!("{} must be an absolute path without ..", path.display()),
+            );
+        } else if path == Path::new("/") {
+            self.add(key, "can't be the root directory");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid() {
+        assert_eq!(Config::default().validate(), Ok(()));
+    }
+
+    #[test]
+    fn each_bad_value_is_named() {
+        let cases: &[(&str, &str)] = &[
+            ("listen = 'slipway.sock'", "listen"),
+            ("run_root = '/var/lib/slipway'", "run_root"),
+            ("state_root = '/var/../etc'", "state_root"),
+            ("state_root = '/'", "state_root"),
+            ("default_runtime = 'kata'", "default_runtime"),
+            ("cgroup.driver = 'systemd'", "cgroup.driver"),
+            (
+                "images.max_parallel_downloads = 0",
+                "images.max_parallel_downloads",
+            ),
+            ("images.retries = 1000", "images.retries"),
+            ("images.connect_timeout = '0s'", "images.connect_timeout"),
+            (
+                "images.insecure_registries = ['http://x']",
+                "images.insecure_registries",
+            ),
+            ("images.ca_files = ['ca.pem']", "images.ca_files"),
+            (
+                "images.mirrors = { 'docker.io' = ['a/b'] }",
+                "images.mirrors",
+            ),
+            ("images.pinned = ['a*b*']", "images.pinned"),
+            ("network.bin_dirs = []", "network.bin_dirs"),
+            ("network.conf_dir = ''", "network.conf_dir"),
+            ("network.timeout = '2days'", "network.timeout"),
+            ("limits.exec_output = 0", "limits.exec_output"),
+            (
+                "pod.default_capabilities = ['net raw']",
+                "pod.default_capabilities",
+            ),
+            (
+                "pod.default_sysctls = { 'net..x' = '1' }",
+                "pod.default_sysctls",
+            ),
+            (
+                "pod.default_sysctls = { 'net.x' = \"1\\n2\" }",
+                "pod.default_sysctls",
+            ),
+            ("pod.shm_size = 1", "pod.shm_size"),
+            ("pod.seccomp_profile = 'x.json'", "pod.seccomp_profile"),
+            (
+                "runtimes = { native = { type = 'native' }, 'Not A Name' = { type = 'native' } }",
+                "runtimes",
+            ),
+        ];
+        for (text, key) in cases {
+            let config: Config = toml::from_str(text).expect(text);
+            let problems = config.validate().expect_err(text);
+            assert_eq!(problems.len(), 1, "{text}: {problems:?}");
+            assert_eq!(&problems[0].key, key, "{text}");
+        }
+        let long = Config {
+            listen: format!("/{}", "x".repeat(120)).into(),
+            ..Config::default()
+        };
+        assert_eq!(long.validate().expect_err("too long")[0].key, "listen");
+    }
+}

@@ -1,0 +1,1 @@
+//! CRI pod and container configurations, checked and translated to the OCI runtime specification.
