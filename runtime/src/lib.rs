@@ -1,1 +1,22 @@
 //! Zygote, keeper and creator: how Slipway makes containers.
+//!
+//! ```text
+//! daemon --- client ---> zygote --fork--> keeper (one per pod) --fork--> creator --libcontainer--> container init
+//! ```
+//!
+//! [`client`] is the daemon's side (tokio); everything else runs in single-threaded processes that the
+//! zygote forked and knows neither gRPC, nor images, nor CNI.
+
+pub mod cgroup;
+pub mod client;
+mod confine;
+mod creator;
+mod keeper;
+pub mod log;
+pub mod removal;
+mod rootfs;
+pub mod sandbox;
+mod sys;
+mod user;
+pub mod wire;
+pub mod zygote;

@@ -1,0 +1,584 @@
+//! The daemon's side: asking the zygote for keepers, and keepers for everything else.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use prost::Message;
+use slipway_proto::keeper::{
+    self as proto, ContainerState, CreateContainerResult, ErrorKind, ExecResult, HelloResult,
+    Request, Response, SetupSandboxResult, SnapshotResult, request::Call,
+    response::Result as Answer,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+
+use crate::wire;
+use crate::zygote::{ZygoteError, ZygoteProcess};
+
+/// Name of a keeper's socket in its pod's run directory.
+pub const KEEPER_SOCKET: &str = "keeper.sock";
+
+/// Why a call to a keeper or to the zygote failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The keeper answered with an error; its text is for a person.
+    #[error("{message}")]
+    Keeper {
+        /// Class of the failure.
+        kind: ErrorKind,
+        /// What was attempted, on what, the cause.
+        message: String,
+    },
+    /// Nobody listens at the keeper's socket: the keeper has died (or never lived).
+    #[error("the keeper of pod {pod} is gone")]
+    Gone {
+        /// Pod id.
+        pod: String,
+        /// What connecting or reading said.
+        #[source]
+        source: io::Error,
+    },
+    /// The keeper did not answer in time.
+    #[error("the keeper of pod {pod} did not answer {call} within {timeout:?}")]
+    Timeout {
+        /// Pod id.
+        pod: String,
+        /// The call.
+        call: &'static str,
+        /// Deadline of the call.
+        timeout: Duration,
+    },
+    /// The answer does not belong to the call.
+    #[error("the keeper of pod {pod} answered {call} with something else")]
+    Protocol {
+        /// Pod id.
+        pod: String,
+        /// The call.
+        call: &'static str,
+    },
+    /// The zygote could not fork a keeper.
+    #[error("can't start a keeper for pod {pod}")]
+    Zygote {
+        /// Pod id.
+        pod: String,
+        /// The cause.
+        #[source]
+        source: ZygoteError,
+    },
+    /// The socket of a new keeper could not be made.
+    #[error("can't make the keeper socket in {dir}")]
+    Socket {
+        /// The pod's run directory.
+        dir: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ClientError {
+    /// The class of failure: what a keeper said, or [`ErrorKind::Internal`] / [`ErrorKind::TimedOut`].
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Keeper { kind, .. } => *kind,
+            Self::Timeout { .. } => ErrorKind::TimedOut,
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// Output of [`Keeper::exec_sync`].
+#[derive(Debug, Clone, Default)]
+pub struct ExecOutput {
+    /// At most the limit that was asked for, in bytes.
+    pub stdout: Vec<u8>,
+    /// Likewise.
+    pub stderr: Vec<u8>,
+    /// Exit status, or 128 + signal; 126 or 127 when the command can't be run.
+    pub exit_code: i32,
+    /// The time limit passed, and the whole exec was killed.
+    pub timed_out: bool,
+}
+
+/// Starts keepers. One per daemon; cheap to share behind an `Arc`.
+#[derive(Debug)]
+pub struct Keepers {
+    zygote: ZygoteProcess,
+}
+
+impl Keepers {
+    /// Starts the zygote: a copy of this binary in a sealed memfd, exec-ed as `slipway zygote`.
+    ///
+    /// # Errors
+    /// When the copy can't be made or executed.
+    pub fn launch() -> Result<Self, ZygoteError> {
+        Ok(Self {
+            zygote: ZygoteProcess::launch()?,
+        })
+    }
+
+    /// Forks a keeper for a new pod, whose run directory exists.
+    ///
+    /// # Errors
+    /// [`ClientError::Socket`] or [`ClientError::Zygote`].
+    pub async fn spawn(&self, pod_id: &str, pod_dir: &Path) -> Result<Keeper, ClientError> {
+        let keeper = Keeper::at(pod_id, pod_dir);
+        let listener = keeper.listen().map_err(|source| ClientError::Socket {
+            dir: pod_dir.to_owned(),
+            source,
+        })?;
+        self.zygote
+            .spawn_keeper(pod_id, pod_dir, listener.as_fd())
+            .await
+            .map_err(|source| ClientError::Zygote {
+                pod: pod_id.to_owned(),
+                source,
+            })?;
+        Ok(keeper)
+    }
+}
+
+/// A pod's keeper. Holds no connection: every call opens its own, so a `Keeper` is just an address and
+/// one call never waits for another.
+#[derive(Debug, Clone)]
+pub struct Keeper {
+    pod_id: String,
+    dir: PathBuf,
+}
+
+/// Deadline of calls that only touch the keeper's memory or signal processes.
+const SHORT: Duration = Duration::from_secs(10);
+
+impl Keeper {
+    /// The keeper of the pod whose run directory is `dir`, which may have been started by an earlier daemon.
+    pub fn at(pod_id: &str, dir: &Path) -> Self {
+        Self {
+            pod_id: pod_id.to_owned(),
+            dir: dir.to_owned(),
+        }
+    }
+
+    /// The pod's id.
+    pub fn pod_id(&self) -> &str {
+        &self.pod_id
+    }
+
+    /// Asks who the keeper is; the way to find out whether it lives.
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`] when it does not.
+    pub async fn hello(&self) -> Result<HelloResult, ClientError> {
+        match self
+            .call("Hello", Call::Hello(proto::Hello {}), &[], Some(SHORT))
+            .await?
+        {
+            Some(Answer::Hello(r)) => Ok(r),
+            _ => Err(self.unexpected("Hello")),
+        }
+    }
+
+    /// Makes the pod's namespaces and cgroup.
+    ///
+    /// # Errors
+    /// As the keeper says; `Invalid` for a sysctl that the kernel refuses.
+    pub async fn setup_sandbox(
+        &self,
+        setup: proto::SetupSandbox,
+        timeout: Duration,
+    ) -> Result<SetupSandboxResult, ClientError> {
+        let call = Call::SetupSandbox(setup);
+        match self.call("SetupSandbox", call, &[], Some(timeout)).await? {
+            Some(Answer::SetupSandbox(r)) => Ok(r),
+            _ => Err(self.unexpected("SetupSandbox")),
+        }
+    }
+
+    /// Creates a container; its init waits for [`Keeper::start`].
+    ///
+    /// # Errors
+    /// As the keeper says. On an error nothing is left of the container, but after a timeout the keeper
+    /// may still be working: [`Keeper::delete`] ends that.
+    pub async fn create(
+        &self,
+        create: proto::CreateContainer,
+        timeout: Duration,
+    ) -> Result<CreateContainerResult, ClientError> {
+        let call = Call::CreateContainer(create);
+        match self
+            .call("CreateContainer", call, &[], Some(timeout))
+            .await?
+        {
+            Some(Answer::CreateContainer(r)) => Ok(r),
+            _ => Err(self.unexpected("CreateContainer")),
+        }
+    }
+
+    /// Starts a created container; returns once its execve succeeded.
+    ///
+    /// # Errors
+    /// `CannotRun` when the command can't be executed (the container is then exited), `WrongState`,
+    /// `NotFound`.
+    pub async fn start(&self, id: &str, timeout: Duration) -> Result<(), ClientError> {
+        let call = Call::StartContainer(proto::StartContainer { id: id.to_owned() });
+        self.call("StartContainer", call, &[], Some(timeout))
+            .await
+            .map(drop)
+    }
+
+    /// Sends a signal to a container's init, or (`all`) to every process in it. A container that has
+    /// exited is no error.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown container.
+    pub async fn signal(&self, id: &str, signal: i32, all: bool) -> Result<(), ClientError> {
+        let call = Call::Signal(proto::Signal {
+            id: id.to_owned(),
+            signal,
+            all,
+        });
+        self.call("Signal", call, &[], Some(SHORT)).await.map(drop)
+    }
+
+    /// Runs a command in a container with the given streams, until it ends.
+    ///
+    /// # Errors
+    /// `CannotRun` (message names the command), `WrongState`, `NotFound`.
+    pub async fn exec(
+        &self,
+        exec: proto::Exec,
+        stdio: [BorrowedFd<'_>; 3],
+    ) -> Result<ExecResult, ClientError> {
+        match self.call("Exec", Call::Exec(exec), &stdio, None).await? {
+            Some(Answer::Exec(r)) => Ok(r),
+            _ => Err(self.unexpected("Exec")),
+        }
+    }
+
+    /// Runs a command and collects its output, at most `limit` bytes of each stream. Ends when the
+    /// command's own process ends, whoever still holds its pipes.
+    ///
+    /// # Errors
+    /// As [`Keeper::exec`].
+    pub async fn exec_sync(
+        &self,
+        container_id: &str,
+        args: Vec<Vec<u8>>,
+        timeout: Option<Duration>,
+        limit: usize,
+    ) -> Result<ExecOutput, ClientError> {
+        let gone = |source| ClientError::Gone {
+            pod: self.pod_id.clone(),
+            source,
+        };
+        let null = std::fs::File::open("/dev/null").map_err(gone)?;
+        let (out_read, out_write) = pipe().map_err(gone)?;
+        let (err_read, err_write) = pipe().map_err(gone)?;
+        let exec = proto::Exec {
+            container_id: container_id.to_owned(),
+            args,
+            timeout_ms: timeout.map_or(0, |t| (t.as_millis() as u64).max(1)),
+        };
+        let mut stdout = Capture::new(out_read, limit).map_err(gone)?;
+        let mut stderr = Capture::new(err_read, limit).map_err(gone)?;
+        let call = async {
+            let result = self
+                .exec(exec, [null.as_fd(), out_write.as_fd(), err_write.as_fd()])
+                .await;
+            // Ours were the last ends outside the exec; from here on only its children hold any.
+            drop((out_write, err_write));
+            result
+        };
+        tokio::pin!(call);
+        let result = loop {
+            tokio::select! {
+                result = &mut call => break result,
+                () = stdout.read_some(), if !stdout.done => {}
+                () = stderr.read_some(), if !stderr.done => {}
+            }
+        };
+        // The process has ended: what it wrote is in the pipes, so what can be read without waiting is all.
+        stdout.drain();
+        stderr.drain();
+        let result = result?;
+        Ok(ExecOutput {
+            stdout: stdout.kept,
+            stderr: stderr.kept,
+            exit_code: result.exit_code,
+            timed_out: result.timed_out,
+        })
+    }
+
+    /// Reopens a container's log file; works whatever the container's state.
+    ///
+    /// # Errors
+    /// `NotFound`, or what opening the file says.
+    pub async fn reopen_log(&self, id: &str) -> Result<(), ClientError> {
+        let call = Call::ReopenLog(proto::ReopenLog { id: id.to_owned() });
+        self.call("ReopenLog", call, &[], Some(SHORT))
+            .await
+            .map(drop)
+    }
+
+    /// Kills what is left of a container and removes its cgroup and run-time state. Idempotent.
+    ///
+    /// # Errors
+    /// When a process survives SIGKILL or the cgroup can't be removed.
+    pub async fn delete(&self, id: &str, timeout: Duration) -> Result<(), ClientError> {
+        let call = Call::DeleteContainer(proto::DeleteContainer { id: id.to_owned() });
+        self.call("DeleteContainer", call, &[], Some(timeout))
+            .await
+            .map(drop)
+    }
+
+    /// The state of everything the keeper holds.
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`] when the keeper is dead.
+    pub async fn snapshot(&self) -> Result<SnapshotResult, ClientError> {
+        match self
+            .call(
+                "Snapshot",
+                Call::Snapshot(proto::Snapshot {}),
+                &[],
+                Some(SHORT),
+            )
+            .await?
+        {
+            Some(Answer::Snapshot(r)) => Ok(r),
+            _ => Err(self.unexpected("Snapshot")),
+        }
+    }
+
+    /// Opens the stream of state changes: first every container as it is, then each change.
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`] when the keeper is dead.
+    pub async fn subscribe(&self) -> Result<Events, ClientError> {
+        let mut stream = self.connect().await?;
+        let request = Request {
+            call: Some(Call::Subscribe(proto::Subscribe {})),
+        };
+        stream
+            .write_all(&wire::frame(&request))
+            .await
+            .map_err(|source| self.gone(source))?;
+        Ok(Events {
+            stream,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Kills every container and the pod's init, removes namespaces and cgroups, ends the keeper. A
+    /// keeper that is gone is no error: what it left is then removed by the caller.
+    ///
+    /// # Errors
+    /// As the keeper says.
+    pub async fn teardown(&self, timeout: Duration) -> Result<(), ClientError> {
+        let call = Call::Teardown(proto::Teardown {});
+        match self.call("Teardown", call, &[], Some(timeout)).await {
+            Ok(_) | Err(ClientError::Gone { .. }) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn listen(&self) -> io::Result<UnixListener> {
+        let path = self.socket_path()?;
+        UnixListener::bind(&path.1)
+    }
+
+    /// A path to the socket that fits `sun_path` (108 bytes) wherever the run root is, with the
+    /// directory descriptor that keeps it valid.
+    fn socket_path(&self) -> io::Result<(OwnedFd, PathBuf)> {
+        use std::os::fd::AsRawFd;
+        let dir = rustix::fs::open(
+            &self.dir,
+            rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        )?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}/{KEEPER_SOCKET}", dir.as_raw_fd()));
+        Ok((dir, path))
+    }
+
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        let (_dir, path) = self.socket_path().map_err(|source| self.gone(source))?;
+        UnixStream::connect(path)
+            .await
+            .map_err(|source| self.gone(source))
+    }
+
+    async fn call(
+        &self,
+        name: &'static str,
+        call: Call,
+        fds: &[BorrowedFd<'_>],
+        timeout: Option<Duration>,
+    ) -> Result<Option<Answer>, ClientError> {
+        let request = wire::frame(&Request { call: Some(call) });
+        let round = async {
+            let mut stream = self.connect().await?;
+            let answer: Response = async {
+                send_all(&mut stream, &request, fds).await?;
+                receive(&mut stream).await
+            }
+            .await
+            .map_err(|source| self.gone(source))?;
+            match answer.error {
+                Some(error) => Err(ClientError::Keeper {
+                    kind: error.kind(),
+                    message: error.message,
+                }),
+                None => Ok(answer.result),
+            }
+        };
+        match timeout {
+            None => round.await,
+            Some(timeout) => tokio::time::timeout(timeout, round)
+                .await
+                .unwrap_or_else(|_| {
+                    Err(ClientError::Timeout {
+                        pod: self.pod_id.clone(),
+                        call: name,
+                        timeout,
+                    })
+                }),
+        }
+    }
+
+    fn gone(&self, source: io::Error) -> ClientError {
+        ClientError::Gone {
+            pod: self.pod_id.clone(),
+            source,
+        }
+    }
+
+    fn unexpected(&self, call: &'static str) -> ClientError {
+        ClientError::Protocol {
+            pod: self.pod_id.clone(),
+            call,
+        }
+    }
+}
+
+/// State changes of a pod's containers, in order.
+#[derive(Debug)]
+pub struct Events {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+}
+
+impl Events {
+    /// The next change; `None` when the keeper has ended. Cancel-safe.
+    pub async fn next(&mut self) -> Option<ContainerState> {
+        loop {
+            if let Some(head) = self.buffer.first_chunk::<4>() {
+                let len = wire::announced_len(*head).ok()?;
+                if self.buffer.len() >= 4 + len {
+                    let state = wire::decode(&self.buffer[4..4 + len]).ok()?;
+                    self.buffer.drain(..4 + len);
+                    return Some(state);
+                }
+            }
+            match self.stream.read_buf(&mut self.buffer).await {
+                Ok(0) | Err(_) => return None,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+pub(crate) async fn send_all(
+    stream: &mut UnixStream,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let sent = stream
+        .async_io(Interest::WRITABLE, || {
+            wire::send_with_fds(&*stream, bytes, fds)
+        })
+        .await?;
+    stream.write_all(&bytes[sent..]).await
+}
+
+pub(crate) async fn receive<M: Message + Default>(stream: &mut UnixStream) -> io::Result<M> {
+    let mut head = [0; 4];
+    stream.read_exact(&mut head).await?;
+    let mut body = vec![0; wire::announced_len(head)?];
+    stream.read_exact(&mut body).await?;
+    wire::decode(&body)
+}
+
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+}
+
+/// Reads a pipe, keeping the first `limit` bytes and dropping the rest, so that the writer never blocks.
+struct Capture {
+    pipe: tokio::io::unix::AsyncFd<OwnedFd>,
+    kept: Vec<u8>,
+    limit: usize,
+    done: bool,
+}
+
+impl Capture {
+    fn new(pipe: OwnedFd, limit: usize) -> io::Result<Self> {
+        // Only our end: the write end shares no file description with it.
+        rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::NONBLOCK)?;
+        let pipe = tokio::io::unix::AsyncFd::register_with_interest(pipe, Interest::READABLE)?;
+        Ok(Self {
+            pipe,
+            kept: Vec::new(),
+            limit,
+            done: false,
+        })
+    }
+
+    async fn read_some(&mut self) {
+        match self.pipe.readable().await {
+            // Readiness is given up only when the pipe is empty, so what a bounded drain left is seen again.
+            Ok(mut ready) => {
+                if Self::drain_into(
+                    self.pipe.get_ref(),
+                    &mut self.kept,
+                    self.limit,
+                    &mut self.done,
+                ) {
+                    ready.clear_ready();
+                }
+            }
+            Err(_) => self.done = true,
+        }
+    }
+
+    fn drain(&mut self) {
+        Self::drain_into(
+            self.pipe.get_ref(),
+            &mut self.kept,
+            self.limit,
+            &mut self.done,
+        );
+    }
+
+    /// Reads until the pipe is empty (true), at its end, or a bound is reached: a child that writes
+    /// without end must not keep one call busy for ever.
+    fn drain_into(pipe: &OwnedFd, kept: &mut Vec<u8>, limit: usize, done: &mut bool) -> bool {
+        let mut buffer = [0u8; 16 << 10];
+        for _ in 0..64 {
+            match rustix::io::read(pipe, &mut buffer) {
+                Ok(0) => *done = true,
+                Ok(n) => {
+                    let room = limit.saturating_sub(kept.len());
+                    kept.extend_from_slice(&buffer[..n.min(room)]);
+                    continue;
+                }
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::AGAIN) => return true,
+                Err(_) => *done = true,
+            }
+            return false;
+        }
+        false
+    }
+}

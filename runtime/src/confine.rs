@@ -1,0 +1,312 @@
+//! What makes a process the container's: user, groups, capabilities, seccomp, limits, and at last execve.
+//!
+//! A container's init (through libcontainer's `Executor`) and every exec session go through the one
+//! [`Confinement::enter`], so that an exec session is confined exactly as the init is.
+
+use std::collections::HashSet;
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use caps::{CapSet, Capability};
+use oci_spec::runtime::{Capability as OciCapability, Process};
+use slipway_seccomp::Filter;
+
+use crate::sys;
+use crate::user::Resolved;
+
+/// Exit code for a command that does not exist.
+pub const NOT_FOUND: i32 = 127;
+/// Exit code for a command that can't be executed.
+pub const NOT_EXECUTABLE: i32 = 126;
+/// Exit code for a process that could not be set up.
+pub const SETUP_FAILED: i32 = 128;
+
+/// Why a process never became the container's.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfineError {
+    /// A step before execve failed.
+    #[error("can't {step}")]
+    Step {
+        /// The step.
+        step: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The working directory can't be entered.
+    #[error("can't enter the working directory {dir}")]
+    WorkingDir {
+        /// The directory.
+        dir: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The command does not exist or can't be executed.
+    #[error("can't execute {command}")]
+    Execute {
+        /// As given.
+        command: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ConfineError {
+    /// The exit code that shells and container runtimes give this failure.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Execute { source, .. } if source.raw_os_error() == Some(libc::ENOENT) => {
+                NOT_FOUND
+            }
+            Self::Execute { .. } => NOT_EXECUTABLE,
+            _ => SETUP_FAILED,
+        }
+    }
+
+    /// The failure and its causes in one line.
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+}
+
+/// An error and its causes in one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        // Some libraries repeat their source's text.
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// How the processes of one container are confined.
+#[derive(Debug, Clone)]
+pub struct Confinement {
+    user: Resolved,
+    umask: u32,
+    bounding: HashSet<Capability>,
+    effective: HashSet<Capability>,
+    permitted: HashSet<Capability>,
+    inheritable: HashSet<Capability>,
+    ambient: HashSet<Capability>,
+    no_new_privileges: bool,
+    seccomp: Option<Filter>,
+    rlimits: Vec<(u32, u64, u64)>,
+    apparmor: Option<String>,
+    working_dir: CString,
+    env: Vec<CString>,
+}
+
+impl Confinement {
+    /// From the process section of an OCI spec, the resolved user, the environment as raw bytes and the
+    /// compiled seccomp filter. HOME is set from the user when the environment has none.
+    pub fn new(
+        process: &Process,
+        user: Resolved,
+        env: Vec<Vec<u8>>,
+        seccomp: Option<Filter>,
+    ) -> Self {
+        let set = |list: Option<&HashSet<OciCapability>>| -> HashSet<Capability> {
+            list.into_iter()
+                .flatten()
+                .filter_map(|c| c.to_string().parse().ok())
+                .collect()
+        };
+        let capabilities = process.capabilities().as_ref();
+        let sets =
+            |pick: fn(&oci_spec::runtime::LinuxCapabilities) -> &Option<HashSet<OciCapability>>| {
+                set(capabilities.and_then(|c| pick(c).as_ref()))
+            };
+        let mut env: Vec<CString> = env
+            .into_iter()
+            .filter_map(|e| CString::new(e).ok())
+            .collect();
+        let has_home = |e: &CString| e.as_bytes().starts_with(b"HOME=") && e.as_bytes().len() > 5;
+        if !env.iter().any(has_home) {
+            env.retain(|e| !e.as_bytes().starts_with(b"HOME="));
+            env.extend(CString::new(format!("HOME={}", user.home)));
+        }
+        Self {
+            umask: process.user().umask().unwrap_or(0o022),
+            bounding: sets(|c| c.bounding()),
+            effective: sets(|c| c.effective()),
+            permitted: sets(|c| c.permitted()),
+            inheritable: sets(|c| c.inheritable()),
+            ambient: sets(|c| c.ambient()),
+            no_new_privileges: process.no_new_privileges() == Some(true),
+            seccomp,
+            rlimits: process
+                .rlimits()
+                .iter()
+                .flatten()
+                .map(|r| (r.typ() as u32, r.soft(), r.hard()))
+                .collect(),
+            apparmor: process.apparmor_profile().clone().filter(|p| !p.is_empty()),
+            working_dir: CString::new(process.cwd().as_os_str().as_bytes()).unwrap_or_default(),
+            env,
+            user,
+        }
+    }
+
+    /// The user that the processes run as.
+    pub fn user(&self) -> &Resolved {
+        &self.user
+    }
+
+    /// Becomes the container's process and executes `args`, in the container's namespaces and root
+    /// already. Returns only on failure, when the process is fit for nothing but exiting.
+    pub fn enter(&self, args: &[Vec<u8>]) -> ConfineError {
+        match self.drop_privileges() {
+            Ok(()) => self.execute(args),
+            Err(e) => e,
+        }
+    }
+
+    fn drop_privileges(&self) -> Result<(), ConfineError> {
+        let step =
+            |step: &'static str| move |source: io::Error| ConfineError::Step { step, source };
+        let cap_step = |step: &'static str| {
+            move |e: caps::errors::CapsError| ConfineError::Step {
+                step,
+                source: io::Error::other(e.to_string()),
+            }
+        };
+        sys::reset_signals();
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(self.umask));
+        for (resource, soft, hard) in &self.rlimits {
+            sys::set_rlimit(*resource, *soft, *hard).map_err(step("set a resource limit"))?;
+        }
+        if let Some(profile) = &self.apparmor {
+            libcontainer::apparmor::apply_profile(profile).map_err(|e| ConfineError::Step {
+                step: "apply the AppArmor profile",
+                source: io::Error::other(chain(&e)),
+            })?;
+        }
+        // As root first: the user may not be able to pass a parent directory; as the user below where root
+        // is the one who may not (a root-squashing NFS).
+        let entered = self.enter_working_dir();
+
+        // What is bounded away can't come back through a set-uid program; needs CAP_SETPCAP, so it is first.
+        for cap in caps::read(None, CapSet::Bounding).map_err(cap_step("read the capabilities"))? {
+            if !self.bounding.contains(&cap) {
+                caps::drop(None, CapSet::Bounding, cap)
+                    .map_err(cap_step("drop a capability from the bounding set"))?;
+            }
+        }
+        sys::prctl(libc::PR_SET_KEEPCAPS, 1).map_err(step("keep capabilities"))?;
+        sys::set_ids(self.user.uid, self.user.gid, &self.user.groups)
+            .map_err(step("set user and groups"))?;
+        sys::prctl(libc::PR_SET_KEEPCAPS, 0).map_err(step("keep capabilities"))?;
+        // A change of the user id cleared the effective set; the rest of the way needs it.
+        let held =
+            caps::read(None, CapSet::Permitted).map_err(cap_step("read the capabilities"))?;
+        caps::set(None, CapSet::Effective, &held).map_err(cap_step("raise capabilities"))?;
+        if entered.is_err() {
+            self.enter_working_dir()?;
+        }
+        let ours = |wanted: &HashSet<Capability>| wanted.intersection(&held).copied().collect();
+        let inheritable: HashSet<_> = ours(&self.inheritable);
+        caps::set(None, CapSet::Inheritable, &inheritable)
+            .map_err(cap_step("set the inheritable capabilities"))?;
+        // Kernels from before ambient capabilities have no set to clear.
+        let _ = caps::clear(None, CapSet::Ambient);
+        for cap in ours(&self.ambient).intersection(&inheritable) {
+            caps::raise(None, CapSet::Ambient, *cap)
+                .map_err(cap_step("set the ambient capabilities"))?;
+        }
+        if self.no_new_privileges {
+            sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(step("set no_new_privs"))?;
+        }
+        // While CAP_SYS_ADMIN is still held: without no_new_privs the kernel demands it. What follows are
+        // three calls that every useful profile allows: capset twice, and execve.
+        if let Some(filter) = &self.seccomp {
+            slipway_seccomp::load(filter).map_err(step("load the seccomp filter"))?;
+        }
+        let effective: HashSet<_> = ours(&self.effective);
+        let permitted: HashSet<_> = ours(&self.permitted);
+        caps::set(None, CapSet::Effective, &effective)
+            .map_err(cap_step("set the effective capabilities"))?;
+        caps::set(None, CapSet::Permitted, &permitted)
+            .map_err(cap_step("set the permitted capabilities"))?;
+        Ok(())
+    }
+
+    fn enter_working_dir(&self) -> Result<(), ConfineError> {
+        let dir = || String::from_utf8_lossy(self.working_dir.as_bytes()).into_owned();
+        let failed = |source| ConfineError::WorkingDir { dir: dir(), source };
+        rustix::process::chdir(self.working_dir.as_c_str()).map_err(|e| failed(e.into()))?;
+        // A directory outside the root (reached through a leaked descriptor, CVE-2024-21626) has no path.
+        let here = rustix::process::getcwd(Vec::new()).map_err(|e| failed(e.into()))?;
+        if !here.as_bytes().starts_with(b"/") {
+            return Err(failed(io::Error::other(
+                "it is outside the container's root",
+            )));
+        }
+        Ok(())
+    }
+
+    /// As execvp(3) does it, but with the container's PATH, and without handing scripts to a shell.
+    fn execute(&self, args: &[Vec<u8>]) -> ConfineError {
+        let command = args.first().cloned().unwrap_or_default();
+        let failed = |source| ConfineError::Execute {
+            command: format!("{:?}", String::from_utf8_lossy(&command)),
+            source,
+        };
+        let Ok(argv) = args
+            .iter()
+            .map(|a| CString::new(a.as_slice()))
+            .collect::<Result<Vec<_>, _>>()
+        else {
+            return failed(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "an argument has a NUL byte",
+            ));
+        };
+        if command.is_empty() {
+            return failed(io::Error::from_raw_os_error(libc::ENOENT));
+        }
+        if command.contains(&b'/') {
+            return failed(sys::execve(&argv[0], &argv, &self.env));
+        }
+        let path = self
+            .env
+            .iter()
+            .find_map(|e| e.as_bytes().strip_prefix(b"PATH="))
+            .unwrap_or(b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        let mut denied = None;
+        for dir in path.split(|b| *b == b':') {
+            let dir = if dir.is_empty() { &b"."[..] } else { dir };
+            let candidate = Path::new(OsStr::from_bytes(dir)).join(OsStr::from_bytes(&command));
+            let Ok(candidate) = CString::new(candidate.as_os_str().as_bytes()) else {
+                continue;
+            };
+            let error = sys::execve(&candidate, &argv, &self.env);
+            match error.raw_os_error() {
+                Some(libc::ENOENT | libc::ENOTDIR) => {}
+                Some(libc::EACCES) => denied = Some(error),
+                _ => return failed(error),
+            }
+        }
+        // "No such file" alone would leave open where it was looked for.
+        denied.map_or_else(
+            || ConfineError::Execute {
+                command: format!(
+                    "{:?}, which is not in the container's PATH",
+                    String::from_utf8_lossy(&command)
+                ),
+                source: io::Error::from_raw_os_error(libc::ENOENT),
+            },
+            failed,
+        )
+    }
+}

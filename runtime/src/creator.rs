@@ -1,0 +1,329 @@
+//! The creator: a short-lived fork of the keeper that mounts the root file system, resolves the user and
+//! calls libcontainer, so that a slow mount or a crash in there never stops the keeper.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
+use nix::sched::CloneFlags;
+use oci_spec::runtime::{
+    LinuxNamespaceType, LinuxResources, PosixRlimit, Process, Spec, UserBuilder,
+};
+use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
+use slipway_seccomp::Filter;
+
+use crate::confine::{Confinement, chain};
+use crate::rootfs::{self, RootfsError};
+use crate::sys;
+use crate::user::{self, UserError};
+
+/// Subdirectory of a container's directory that libcontainer keeps its state in.
+pub const LIBCONTAINER_ROOT: &str = "libcontainer";
+
+/// Why a container could not be created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The spec is no OCI runtime spec.
+    #[error("the container's OCI spec can't be read")]
+    Spec(#[source] serde_json::Error),
+    /// The spec lacks something that every container has.
+    #[error("the container's OCI spec has no {0}")]
+    Incomplete(&'static str),
+    /// The seccomp filter is damaged.
+    #[error("the container's seccomp filter can't be read")]
+    Seccomp(#[source] slipway_seccomp::SeccompError),
+    /// A mount namespace of its own was refused.
+    #[error("can't make a mount namespace for the container")]
+    Namespace(#[source] io::Error),
+    /// The root file system.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// The user.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// The bundle can't be written.
+    #[error("can't write {}", path.display())]
+    Bundle {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// libcontainer failed.
+    #[error("{0}")]
+    Libcontainer(String),
+}
+
+impl CreateError {
+    /// The class of the failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::User(_) | Self::Spec(_) | Self::Incomplete(_) | Self::Seccomp(_) => {
+                ErrorKind::Invalid
+            }
+            Self::Rootfs(RootfsError::WorkingDir { .. }) => ErrorKind::Invalid,
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// What the creator takes over from the keeper.
+pub struct Inherited<'a> {
+    /// The call.
+    pub create: &'a CreateContainer,
+    /// Write ends of the container's output pipes.
+    pub stdout: OwnedFd,
+    /// Likewise.
+    pub stderr: OwnedFd,
+    /// Where the init says that it could not execute its command; closed by a successful execve.
+    pub start_pipe: BorrowedFd<'a>,
+    /// Path of the PID namespace to join instead of the spec's (mode TARGET).
+    pub pid_namespace: Option<PathBuf>,
+}
+
+/// Creates the container. Runs in the creator process.
+///
+/// # Errors
+/// [`CreateError`].
+pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateError> {
+    let Inherited {
+        create,
+        stdout,
+        stderr,
+        start_pipe,
+        pid_namespace,
+    } = inherited;
+    let mut spec: Spec = serde_json::from_slice(&create.spec).map_err(CreateError::Spec)?;
+    let dir = Path::new(&create.dir);
+    let target = dir.join("rootfs");
+
+    // The container's own copy of the mount table: its root file system is mounted nowhere else, and goes
+    // when the last process that sees it goes.
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| CreateError::Namespace(e.into()))?;
+    fs::create_dir_all(&target).map_err(|source| CreateError::Bundle {
+        path: target.clone(),
+        source,
+    })?;
+    if let Some(overlay) = &create.overlay {
+        rootfs::mount_overlay(overlay, &target)?;
+    }
+    let root = rootfs::open_root(&target)?;
+    let user = user::resolve(
+        root.as_fd(),
+        create.user.as_ref().unwrap_or(&Default::default()),
+    )?;
+    if !create.working_dir.is_empty() {
+        rootfs::make_dir(&root, Path::new(&create.working_dir))?;
+    }
+    drop(root);
+
+    let confinement = confinement(create, &spec, user)?;
+    // A process that is not root could not open /dev/stdout otherwise: that opens the pipe's inode anew.
+    let owner = rustix::fs::Uid::from_raw(confinement.user().uid);
+    for pipe in [&stdout, &stderr] {
+        let _ = rustix::fs::fchown(pipe, Some(owner), None);
+    }
+    set_oom_score(create.oom_score_adj);
+
+    let args = process_args(&spec)?;
+    for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
+    let config = dir.join("config.json");
+    write_spec(&config, &spec)?;
+
+    let executor = Enter {
+        confinement,
+        args,
+        start_pipe: start_pipe.as_raw_fd(),
+    };
+    let null = File::open("/dev/null").map_err(|source| CreateError::Bundle {
+        path: PathBuf::from("/dev/null"),
+        source,
+    })?;
+    let user = executor.confinement.user().clone();
+    let container = ContainerBuilder::new(create.id.clone(), SyscallType::default())
+        .with_executor(executor)
+        .with_root_path(dir.join(LIBCONTAINER_ROOT))
+        .map_err(|e| CreateError::Libcontainer(chain(&e)))?
+        .with_stdin(null)
+        .with_stdout(stdout)
+        .with_stderr(stderr)
+        .as_init(dir)
+        .with_systemd(false)
+        .as_sibling(true)
+        .with_detach(true)
+        .build()
+        .map_err(|e| CreateError::Libcontainer(chain(&e)))?;
+    let pid = container.pid().map_or(0, |p| p.as_raw());
+    let result = CreateContainerResult {
+        pid,
+        uid: user.uid,
+        gid: user.gid,
+        groups: user.groups,
+        home: user.home,
+    };
+    Ok(result)
+}
+
+/// How the container's processes are confined; the keeper needs the same for exec sessions.
+///
+/// # Errors
+/// [`CreateError`] for a spec or filter that can't be read.
+pub fn confinement(
+    create: &CreateContainer,
+    spec: &Spec,
+    user: user::Resolved,
+) -> Result<Confinement, CreateError> {
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or(CreateError::Incomplete("process"))?;
+    let seccomp = match create.seccomp.as_slice() {
+        [] => None,
+        bytes => Some(Filter::from_bytes(bytes).map_err(CreateError::Seccomp)?),
+    };
+    Ok(Confinement::new(process, user, create.env.clone(), seccomp))
+}
+
+fn process_args(spec: &Spec) -> Result<Vec<Vec<u8>>, CreateError> {
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or(CreateError::Incomplete("process"))?;
+    let args = process.args().as_ref().filter(|a| !a.is_empty());
+    let args = args.ok_or(CreateError::Incomplete("process.args"))?;
+    Ok(args.iter().map(|a| a.clone().into_bytes()).collect())
+}
+
+/// Takes out of the spec what [`Confinement`] does instead of libcontainer (see `libcontainer.md` in docs):
+/// user, capabilities, no_new_privs, limits, LSM, seccomp.
+fn for_libcontainer(
+    spec: &mut Spec,
+    rootfs: &Path,
+    pid_namespace: Option<&Path>,
+) -> Result<(), CreateError> {
+    let invalid = |e: oci_spec::OciSpecError| CreateError::Libcontainer(chain(&e));
+    let mut process: Process = spec
+        .process()
+        .clone()
+        .ok_or(CreateError::Incomplete("process"))?;
+    process
+        .set_user(
+            UserBuilder::default()
+                .uid(0u32)
+                .gid(0u32)
+                .build()
+                .map_err(invalid)?,
+        )
+        .set_capabilities(None)
+        .set_no_new_privileges(None)
+        .set_rlimits(None::<Vec<PosixRlimit>>)
+        .set_oom_score_adj(None)
+        .set_apparmor_profile(None)
+        .set_cwd(PathBuf::from("/"))
+        // Never empty: libcontainer would ask the name service, inside the container's root.
+        .set_env(Some(vec!["HOME=/".to_owned()]));
+    spec.set_process(Some(process));
+    if let Some(root) = spec.root_mut() {
+        root.set_path(rootfs.to_owned());
+    }
+    let linux = spec
+        .linux_mut()
+        .as_mut()
+        .ok_or(CreateError::Incomplete("linux"))?;
+    linux.set_seccomp(None);
+    // The names with "r" are containerd's and CRI-O's; libcontainer means the same without.
+    let propagation = linux.rootfs_propagation().as_deref().map(|p| match p {
+        "rshared" => "shared".to_owned(),
+        "rslave" => "slave".to_owned(),
+        "rprivate" => "private".to_owned(),
+        other => other.to_owned(),
+    });
+    linux.set_rootfs_propagation(propagation);
+    if let Some(path) = pid_namespace
+        && let Some(namespaces) = linux.namespaces_mut()
+    {
+        for namespace in namespaces {
+            if namespace.typ() == LinuxNamespaceType::Pid {
+                namespace.set_path(Some(path.to_owned()));
+            }
+        }
+    }
+    if linux.resources().is_none() {
+        linux.set_resources(Some(LinuxResources::default()));
+    }
+    Ok(())
+}
+
+fn write_spec(path: &Path, spec: &Spec) -> Result<(), CreateError> {
+    let failed = |source| CreateError::Bundle {
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = serde_json::to_vec(spec).map_err(|e| failed(e.into()))?;
+    File::create(path)
+        .and_then(|mut f| f.write_all(&bytes))
+        .map_err(failed)
+}
+
+/// Sets this process's OOM score, which its children inherit. Below what is held it needs
+/// CAP_SYS_RESOURCE; without that the score stays, as in the peers when they are restricted.
+pub fn set_oom_score(wanted: i32) {
+    let _ = fs::write("/proc/self/oom_score_adj", wanted.to_string());
+}
+
+/// What the container's init does when StartContainer lets it go.
+#[derive(Clone)]
+struct Enter {
+    confinement: Confinement,
+    args: Vec<Vec<u8>>,
+    start_pipe: RawFd,
+}
+
+impl Executor for Enter {
+    fn exec(&self, _spec: &Spec) -> Result<(), ExecutorError> {
+        let error = self.confinement.enter(&self.args);
+        report(self.start_pipe, error.exit_code(), &error.chain());
+        sys::exit_now(error.exit_code())
+    }
+
+    fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {
+        Ok(())
+    }
+
+    fn setup_envs(
+        &self,
+        _envs: std::collections::HashMap<String, String>,
+    ) -> Result<(), ExecutorSetEnvsError> {
+        // The environment is given to execve; this process's own has nothing to do with it.
+        Ok(())
+    }
+}
+
+/// Writes an exit code and a message to a start pipe.
+pub fn report(pipe: RawFd, code: i32, message: &str) {
+    let mut bytes = vec![code as u8];
+    bytes.extend_from_slice(message.as_bytes());
+    // SAFETY: the pipe was inherited for this purpose and is open until execve or exit.
+    let pipe = unsafe { BorrowedFd::borrow_raw(pipe) };
+    let _ = rustix::io::write(pipe, &bytes);
+}
+
+/// The namespaces that a container's init has to itself, by the spec.
+pub fn has_own_pid_namespace(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    let own: HashSet<_> = namespaces
+        .into_iter()
+        .flatten()
+        .filter(|n| n.path().is_none())
+        .map(|n| n.typ())
+        .collect();
+    own.contains(&LinuxNamespaceType::Pid)
+}

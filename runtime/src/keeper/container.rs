@@ -1,0 +1,645 @@
+//! A container in its keeper: from create over start to exit, and its output.
+
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use oci_spec::runtime::Spec;
+use rustix::pipe::PipeFlags;
+use slipway_proto::keeper::{
+    ContainerState, CreateContainer, CreateContainerResult, Empty, Error as WireError, ErrorKind,
+    Phase, response::Result as Answer,
+};
+
+use super::job::Purpose;
+use super::{Keeper, Source, now_ns, wire_error};
+use crate::confine::{Confinement, chain};
+use crate::creator::{self, Inherited};
+use crate::log::{LineSplitter, LogFile, Stream, timestamp};
+use crate::user::Resolved;
+use crate::{cgroup, removal};
+
+/// Most bytes that one round of the loop takes from one pipe, so that one noisy container does not keep
+/// the others, or a call, waiting.
+const PUMP_BUDGET: usize = 1 << 20;
+
+/// A container.
+pub(super) struct Container {
+    /// Directory under the pod's run directory.
+    pub(super) dir: PathBuf,
+    pub(super) cgroup: PathBuf,
+    state: ContainerState,
+    /// Process id of the creator while it works.
+    creator: Option<i32>,
+    /// Pins the init: its number can't be given to another process while this is open.
+    pub(super) pidfd: Option<OwnedFd>,
+    /// What exec sessions are confined with; known once created.
+    pub(super) confinement: Option<Confinement>,
+    pub(super) oom_score_adj: i32,
+    own_pid_namespace: bool,
+    /// The call as it came; needed until the container is created.
+    create: Option<CreateContainer>,
+    stdout: Option<Output>,
+    stderr: Option<Output>,
+    log: LogFile,
+    start: Option<Start>,
+    /// Set by DeleteContainer: exit is no longer worth an answer to anybody.
+    deleting: bool,
+}
+
+struct Output {
+    pipe: OwnedFd,
+    token: u64,
+    lines: LineSplitter,
+}
+
+/// The pipe on which the init tells of a failed execve.
+struct Start {
+    pipe: OwnedFd,
+    token: u64,
+    /// Who waits for StartContainer.
+    connection: Option<u64>,
+    message: Vec<u8>,
+}
+
+impl Container {
+    pub(super) fn pid(&self) -> Option<i32> {
+        Some(self.state.pid).filter(|p| *p > 0)
+    }
+
+    pub(super) fn is_creating(&self) -> bool {
+        self.creator.is_some()
+    }
+
+    pub(super) fn state(&self) -> &ContainerState {
+        &self.state
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.state.phase() == Phase::Running
+    }
+
+    fn output(&mut self, stream: Stream) -> &mut Option<Output> {
+        match stream {
+            Stream::Stdout => &mut self.stdout,
+            Stream::Stderr => &mut self.stderr,
+        }
+    }
+}
+
+impl Keeper {
+    pub(super) fn create_container(&mut self, connection: u64, create: CreateContainer) {
+        if let Err(error) = self.begin_create(connection, create) {
+            self.reply(connection, Err(error));
+        }
+    }
+
+    fn begin_create(&mut self, connection: u64, create: CreateContainer) -> Result<(), WireError> {
+        let internal = |what: &str, e: &dyn std::fmt::Display| {
+            wire_error(ErrorKind::Internal, format!("can't {what}: {e}"))
+        };
+        let id = create.id.clone();
+        if self.containers.contains_key(&id) {
+            return Err(wire_error(
+                ErrorKind::AlreadyExists,
+                format!("container {id} exists"),
+            ));
+        }
+        let spec: Spec = serde_json::from_slice(&create.spec)
+            .map_err(|e| wire_error(ErrorKind::Invalid, format!("can't read the OCI spec: {e}")))?;
+        let cgroup = spec
+            .linux()
+            .as_ref()
+            .and_then(|l| l.cgroups_path().clone())
+            .filter(|p| p.is_absolute())
+            .ok_or_else(|| {
+                wire_error(
+                    ErrorKind::Invalid,
+                    "the OCI spec has no absolute linux.cgroupsPath",
+                )
+            })?;
+        let pid_namespace = match create.pid_target.as_str() {
+            "" => None,
+            target => Some(self.pid_namespace_of(target)?),
+        };
+        let log_path = Some(Path::new(&create.log_path)).filter(|p| !p.as_os_str().is_empty());
+        let log = LogFile::open(log_path).map_err(|e| {
+            wire_error(
+                ErrorKind::Invalid,
+                format!("can't open the log {}: {e}", create.log_path),
+            )
+        })?;
+
+        let pipe =
+            || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| internal("make a pipe", &e));
+        let (out_read, out_write) = pipe()?;
+        let (err_read, err_write) = pipe()?;
+        let (start_read, start_write) = pipe()?;
+        let output = |keeper: &mut Self, read: OwnedFd, stream| -> Result<_, WireError> {
+            let watched = rustix::fs::fcntl_setfl(&read, rustix::fs::OFlags::NONBLOCK)
+                .map_err(std::io::Error::from)
+                .and_then(|()| keeper.watch(&read, Source::Output(id.clone(), stream)));
+            let token = watched.map_err(|e| internal("watch a pipe", &e))?;
+            Ok(Output {
+                pipe: read,
+                token,
+                lines: LineSplitter::new(stream),
+            })
+        };
+        let stdout = output(self, out_read, Stream::Stdout)?;
+        let stderr = match output(self, err_read, Stream::Stderr) {
+            Ok(stderr) => stderr,
+            Err(e) => {
+                self.forget(&stdout.pipe, stdout.token);
+                return Err(e);
+            }
+        };
+        let keep = [
+            out_write.as_raw_fd(),
+            err_write.as_raw_fd(),
+            start_write.as_raw_fd(),
+        ];
+        let job = {
+            let (create, start) = (&create, start_write.as_fd());
+            self.start_job(Purpose::Create(id.clone()), connection, &keep, move || {
+                let inherited = Inherited {
+                    create,
+                    stdout: out_write,
+                    stderr: err_write,
+                    start_pipe: start,
+                    pid_namespace,
+                };
+                creator::create(inherited)
+                    .map(Answer::CreateContainer)
+                    .map_err(|e| wire_error(e.kind(), chain(&e)))
+            })
+        };
+        let creator = match job {
+            Ok(pid) => pid,
+            Err(e) => {
+                self.forget(&stdout.pipe, stdout.token);
+                self.forget(&stderr.pipe, stderr.token);
+                return Err(internal("fork the creator", &e));
+            }
+        };
+        let container = Container {
+            dir: PathBuf::from(&create.dir),
+            cgroup,
+            state: ContainerState {
+                id: id.clone(),
+                ..ContainerState::default()
+            },
+            creator: Some(creator),
+            pidfd: None,
+            confinement: None,
+            oom_score_adj: create.oom_score_adj,
+            own_pid_namespace: creator::has_own_pid_namespace(&spec)
+                && create.pid_target.is_empty(),
+            create: Some(create),
+            stdout: Some(stdout),
+            stderr: Some(stderr),
+            log,
+            start: Some(Start {
+                pipe: start_read,
+                token: 0,
+                connection: None,
+                message: Vec::new(),
+            }),
+            deleting: false,
+        };
+        self.containers.insert(id, container);
+        Ok(())
+    }
+
+    fn pid_namespace_of(&self, target: &str) -> Result<PathBuf, WireError> {
+        let container = self.containers.get(target).ok_or_else(|| {
+            wire_error(
+                ErrorKind::NotFound,
+                format!("target container {target} is not in this pod"),
+            )
+        })?;
+        let pid = container
+            .pid()
+            .filter(|_| container.is_running())
+            .ok_or_else(|| {
+                wire_error(
+                    ErrorKind::WrongState,
+                    format!("target container {target} is not running"),
+                )
+            })?;
+        Ok(PathBuf::from(format!("/proc/{pid}/ns/pid")))
+    }
+
+    /// The creator has answered.
+    pub(super) fn container_made(
+        &mut self,
+        id: &str,
+        connection: u64,
+        answer: Result<Answer, WireError>,
+    ) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        container.creator = None;
+        let create = container.create.take();
+        let made = answer.and_then(|answer| match (answer, create) {
+            (Answer::CreateContainer(made), Some(create)) => {
+                adopt(container, &create, &made).map(|()| made)
+            }
+            _ => Err(wire_error(
+                ErrorKind::Internal,
+                "the creator gave another call's answer",
+            )),
+        });
+        match made {
+            Ok(made) => {
+                let state = container.state.clone();
+                self.publish(&state);
+                if let Some(code) = self.unclaimed.remove(&made.pid) {
+                    self.container_exited(id, code);
+                }
+                self.reply(connection, Ok(Answer::CreateContainer(made)));
+            }
+            Err(error) => {
+                let purpose = Purpose::Undo(id.to_owned(), error.message.clone(), error.kind);
+                self.drop_io(id);
+                if self.begin_delete(id, connection, purpose).is_err() {
+                    self.containers.remove(id);
+                    self.reply(connection, Err(error));
+                }
+            }
+        }
+    }
+
+    pub(super) fn start_container(&mut self, connection: u64, id: &str) {
+        if let Err(error) = self.begin_start(connection, id) {
+            self.reply(connection, Err(error));
+        }
+    }
+
+    fn begin_start(&mut self, connection: u64, id: &str) -> Result<(), WireError> {
+        let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
+        let phase = container.state.phase();
+        let Some(start) = container.start.as_mut().filter(|s| {
+            phase == Phase::Created && s.connection.is_none() && container.creator.is_none()
+        }) else {
+            return Err(wire_error(
+                ErrorKind::WrongState,
+                format!(
+                    "container {id} can't be started: it is {}",
+                    phase.as_str_name()
+                ),
+            ));
+        };
+        start.connection = Some(connection);
+        let pipe = start.pipe.try_clone();
+        let socket = container
+            .dir
+            .join(creator::LIBCONTAINER_ROOT)
+            .join(id)
+            .join("notify.sock");
+        let watched = pipe.and_then(|pipe| {
+            rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::NONBLOCK)?;
+            self.watch(&pipe, Source::Started(id.to_owned()))
+        });
+        let failed = |e: std::io::Error| {
+            wire_error(
+                ErrorKind::Internal,
+                format!("can't start container {id}: {e}"),
+            )
+        };
+        let token = watched.map_err(failed)?;
+        if let Some(start) = self.containers.get_mut(id).and_then(|c| c.start.as_mut()) {
+            start.token = token;
+        }
+        let released = release(&socket);
+        if let Err(e) = released {
+            if let Some(start) = self.containers.get_mut(id).and_then(|c| c.start.as_mut()) {
+                start.connection = None;
+            }
+            return Err(failed(e));
+        }
+        Ok(())
+    }
+
+    /// The start pipe tells something: a failed execve, or (at its end) a successful one.
+    pub(super) fn started(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let Some(start) = container.start.as_mut() else {
+            return;
+        };
+        let mut buffer = [0; 4096];
+        loop {
+            match rustix::io::read(&start.pipe, &mut buffer) {
+                Ok(0) => break,
+                Ok(n) => start.message.extend_from_slice(&buffer[..n]),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return,
+                Err(_) => break,
+            }
+        }
+        let Some(start) = container.start.take() else {
+            return;
+        };
+        let failure = start
+            .message
+            .split_first()
+            .map(|(code, text)| (i32::from(*code), String::from_utf8_lossy(text).into_owned()));
+        let mut answer = Ok(Answer::Empty(Empty {}));
+        match failure {
+            Some((_, message)) => {
+                container.state.cannot_run = true;
+                container.state.message.clone_from(&message);
+                answer = Err(wire_error(ErrorKind::CannotRun, message));
+            }
+            // Before its command ran, it was killed.
+            None if container.state.phase() == Phase::Exited => {
+                answer = Err(wire_error(
+                    ErrorKind::WrongState,
+                    format!("container {id} ended before it was started"),
+                ));
+            }
+            None => {
+                container.state.set_phase(Phase::Running);
+                container.state.started_at = now_ns();
+                let state = container.state.clone();
+                self.publish(&state);
+            }
+        }
+        self.forget(&start.pipe, start.token);
+        if let Some(connection) = start.connection {
+            self.reply(connection, answer);
+        }
+    }
+
+    /// A container's init has ended.
+    pub(super) fn container_exited(&mut self, id: &str, code: i32) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let cgroup = container.cgroup.clone();
+        if !container.own_pid_namespace {
+            // In a shared PID namespace the kernel does not end the rest of the container.
+            self.cgroups.signal_all(&cgroup, libc::SIGKILL);
+        }
+        let oom_killed = self.cgroups.oom_kills(&cgroup) > 0;
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            self.pump_all(id, stream);
+        }
+        self.drop_io(id);
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        container.pidfd = None;
+        let state = &mut container.state;
+        // Whoever waits for the start gets its answer from what the pipe says, which is at its end now.
+        state.set_phase(Phase::Exited);
+        state.pid = 0;
+        state.exit_code = code;
+        state.oom_killed = oom_killed && code == 128 + libc::SIGKILL;
+        state.finished_at = now_ns();
+        self.started(id);
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
+        let state = container.state.clone();
+        if !container.deleting {
+            write_exit_file(&self.pod_dir, &state);
+        }
+        self.publish(&state);
+    }
+
+    /// Takes what a pipe holds, within the budget.
+    pub(super) fn pump(&mut self, id: &str, stream: Stream) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let mut buffer = vec![0; 256 << 10];
+        let mut lines = Vec::new();
+        let (mut taken, mut ended) = (0, false);
+        let time = timestamp(SystemTime::now());
+        let Some(output) = container.output(stream).as_mut() else {
+            return;
+        };
+        while taken < PUMP_BUDGET {
+            match rustix::io::read(&output.pipe, &mut buffer) {
+                Ok(0) => {
+                    ended = true;
+                    break;
+                }
+                Ok(n) => {
+                    taken += n;
+                    output.lines.feed(&buffer[..n], time.as_bytes(), &mut lines);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => break,
+                Err(_) => {
+                    ended = true;
+                    break;
+                }
+            }
+        }
+        // A full disk must not stop the container, and there is nowhere else to put the text.
+        let _ = container.log.write(&lines);
+        if ended {
+            self.end_output(id, stream);
+        }
+    }
+
+    fn pump_all(&mut self, id: &str, stream: Stream) {
+        // A process outside the container's PID namespace may go on writing; what is there now counts.
+        for _ in 0..64 {
+            let waiting = self.containers.get_mut(id).is_some_and(|c| {
+                c.output(stream)
+                    .as_ref()
+                    .is_some_and(|o| rustix::io::ioctl_fionread(&o.pipe).is_ok_and(|n| n > 0))
+            });
+            if !waiting {
+                return;
+            }
+            self.pump(id, stream);
+        }
+    }
+
+    fn end_output(&mut self, id: &str, stream: Stream) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let Some(mut output) = container.output(stream).take() else {
+            return;
+        };
+        let mut lines = Vec::new();
+        output
+            .lines
+            .finish(timestamp(SystemTime::now()).as_bytes(), &mut lines);
+        let _ = container.log.write(&lines);
+        self.forget(&output.pipe, output.token);
+    }
+
+    /// Ends both streams and closes the log.
+    fn drop_io(&mut self, id: &str) {
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            self.end_output(id, stream);
+        }
+        if let Some(container) = self.containers.get_mut(id) {
+            container.log.close();
+        }
+    }
+
+    pub(super) fn reopen_log(&mut self, id: &str) -> Result<Answer, WireError> {
+        let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
+        container.log.reopen().map_err(|e| {
+            wire_error(
+                ErrorKind::Internal,
+                format!("can't reopen the log of {id}: {e}"),
+            )
+        })?;
+        if container.state.phase() == Phase::Exited {
+            container.log.close();
+        }
+        Ok(Answer::Empty(Empty {}))
+    }
+
+    pub(super) fn signal_container(
+        &mut self,
+        id: &str,
+        signal: i32,
+        all: bool,
+    ) -> Result<Answer, WireError> {
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        if !(1..=64).contains(&signal) {
+            return Err(wire_error(
+                ErrorKind::Invalid,
+                format!("{signal} is no signal"),
+            ));
+        }
+        if let Some(pidfd) = &container.pidfd {
+            cgroup::send(pidfd, signal);
+        }
+        if all && container.state.phase() != Phase::Exited {
+            self.cgroups.signal_all(&container.cgroup, signal);
+        }
+        Ok(Answer::Empty(Empty {}))
+    }
+
+    pub(super) fn delete_container(&mut self, connection: u64, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else {
+            self.reply(connection, Ok(Answer::Empty(Empty {})));
+            return;
+        };
+        container.deleting = true;
+        if let Some(creator) = container.creator {
+            // Its caller is told that it was killed; what it made is removed below.
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(creator),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+        if let Err(e) = self.begin_delete(id, connection, Purpose::Delete(id.to_owned())) {
+            let message = format!("can't delete container {id}: {e}");
+            self.reply(connection, Err(wire_error(ErrorKind::Internal, message)));
+        }
+    }
+
+    fn begin_delete(&mut self, id: &str, connection: u64, purpose: Purpose) -> std::io::Result<()> {
+        let Some(container) = self.containers.get(id) else {
+            return Ok(());
+        };
+        let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
+        let state_dir = container.dir.join(creator::LIBCONTAINER_ROOT);
+        let pidfd = container
+            .pidfd
+            .as_ref()
+            .map(|p| p.try_clone())
+            .transpose()?;
+        let keep: Vec<_> = pidfd.iter().map(AsRawFd::as_raw_fd).collect();
+        self.start_job(purpose, connection, &keep, move || {
+            let result = removal::remove_container(&cgroups, &cgroup, pidfd.as_slice(), &state_dir);
+            result
+                .map(|()| Answer::Empty(Empty {}))
+                .map_err(|e| wire_error(ErrorKind::Internal, chain(&e)))
+        })?;
+        Ok(())
+    }
+
+    pub(super) fn container_deleted(
+        &mut self,
+        id: &str,
+        connection: u64,
+        answer: Result<Answer, WireError>,
+    ) {
+        // Its init has ended before the job did: take its exit status first.
+        self.reap();
+        if answer.is_ok() {
+            self.drop_io(id);
+            self.containers.remove(id);
+        }
+        self.reply(connection, answer);
+    }
+}
+
+/// Takes over a container that its creator has made.
+fn adopt(
+    container: &mut Container,
+    create: &CreateContainer,
+    made: &CreateContainerResult,
+) -> Result<(), WireError> {
+    let invalid = |e: &dyn std::fmt::Display| wire_error(ErrorKind::Internal, e.to_string());
+    let spec: Spec = serde_json::from_slice(&create.spec).map_err(|e| invalid(&e))?;
+    let user = Resolved {
+        uid: made.uid,
+        gid: made.gid,
+        groups: made.groups.clone(),
+        home: made.home.clone(),
+    };
+    let confinement = creator::confinement(create, &spec, user).map_err(|e| invalid(&e))?;
+    container.confinement = Some(confinement);
+    container.pidfd = rustix::process::Pid::from_raw(made.pid).and_then(|pid| {
+        rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+    });
+    container.state.pid = made.pid;
+    container.state.created_at = now_ns();
+    Ok(())
+}
+
+/// Lets a container's init go: libcontainer's start protocol, spoken without its `chdir`.
+fn release(socket: &Path) -> std::io::Result<()> {
+    let dir = socket.parent().unwrap_or(Path::new("/"));
+    let dir = rustix::fs::open(
+        dir,
+        rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )?;
+    // Short whatever the run directory is: sun_path holds 108 bytes.
+    let path = format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd());
+    UnixStream::connect(path)?.write_all(b"start container")
+}
+
+/// Leaves the exit status where a daemon finds it when this keeper is gone too.
+fn write_exit_file(pod_dir: &Path, state: &ContainerState) {
+    let record = serde_json::json!({
+        "id": state.id,
+        "exit_code": state.exit_code,
+        "started_at": state.started_at,
+        "finished_at": state.finished_at,
+        "oom_killed": state.oom_killed,
+        "cannot_run": state.cannot_run,
+        "message": state.message,
+    });
+    let dir = pod_dir.join("exits");
+    let partial = dir.join(format!("{}.partial", state.id));
+    let _ = std::fs::create_dir_all(&dir)
+        .and_then(|()| std::fs::write(&partial, record.to_string()))
+        .and_then(|()| std::fs::rename(&partial, dir.join(format!("{}.json", state.id))));
+}
+
+pub(super) fn not_found(id: &str) -> WireError {
+    wire_error(
+        ErrorKind::NotFound,
+        format!("container {id} is not in this pod"),
+    )
+}

@@ -1,0 +1,193 @@
+//! Calls from the daemon to what answers them.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use slipway_proto::keeper::{
+    Empty, Error as WireError, ErrorKind, HelloResult, Request, SetupSandbox, SnapshotResult,
+    request::Call, response::Result as Answer,
+};
+
+use super::job::Purpose;
+use super::{Keeper, wire_error};
+use crate::confine::chain;
+use crate::{removal, sandbox, wire};
+
+impl Keeper {
+    pub(super) fn dispatch(&mut self, connection: u64, request: Request, fds: Vec<OwnedFd>) {
+        let answer = match request.call {
+            Some(Call::SetupSandbox(call)) => return self.setup_sandbox(connection, call),
+            Some(Call::CreateContainer(call)) => return self.create_container(connection, call),
+            Some(Call::StartContainer(call)) => return self.start_container(connection, &call.id),
+            Some(Call::Exec(call)) => return self.exec(connection, &call, fds),
+            Some(Call::DeleteContainer(call)) => {
+                return self.delete_container(connection, &call.id);
+            }
+            Some(Call::Teardown(_)) => return self.tear_down(connection),
+            Some(Call::Subscribe(_)) => return self.subscribe(connection),
+            Some(Call::Hello(_)) => Ok(Answer::Hello(HelloResult {
+                protocol: wire::PROTOCOL,
+                pid: std::process::id() as i32,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            })),
+            Some(Call::Signal(call)) => self.signal_container(&call.id, call.signal, call.all),
+            Some(Call::ReopenLog(call)) => self.reopen_log(&call.id),
+            Some(Call::Snapshot(_)) => Ok(Answer::Snapshot(SnapshotResult {
+                containers: self
+                    .containers
+                    .values()
+                    .filter(|c| !c.is_creating())
+                    .map(|c| c.state().clone())
+                    .collect(),
+                sandbox: Some(self.sandbox.result.clone()),
+            })),
+            None => Err(wire_error(
+                ErrorKind::Unsupported,
+                format!(
+                    "this keeper (version {}) does not know the call",
+                    env!("CARGO_PKG_VERSION")
+                ),
+            )),
+        };
+        self.reply(connection, answer);
+    }
+
+    fn subscribe(&mut self, connection: u64) {
+        let states: Vec<_> = self
+            .containers
+            .values()
+            .filter(|c| !c.is_creating())
+            .map(|c| wire::frame(c.state()))
+            .collect();
+        if let Some(c) = self.connections.get_mut(&connection) {
+            c.subscribed = true;
+            for state in states {
+                c.queue(&state);
+            }
+        }
+        self.flush(connection);
+    }
+
+    fn setup_sandbox(&mut self, connection: u64, setup: SetupSandbox) {
+        if self.sandbox.ns_dir.is_some() {
+            let error = wire_error(ErrorKind::AlreadyExists, "the sandbox is set up already");
+            return self.reply(connection, Err(error));
+        }
+        let path = |p: &str| Some(PathBuf::from(p)).filter(|p| !p.as_os_str().is_empty());
+        self.sandbox.ns_dir = path(&setup.ns_dir);
+        self.sandbox.shm_dir = path(&setup.shm_dir);
+        self.sandbox.cgroup = path(&setup.cgroup);
+        if setup.new_pid {
+            match sandbox::start_init(&setup) {
+                Ok((pid, path)) => {
+                    self.pod_init = Some(pid);
+                    self.sandbox.result.pid = path;
+                }
+                Err(e) => {
+                    let error = wire_error(ErrorKind::Internal, chain(&e));
+                    return self.reply(connection, Err(error));
+                }
+            }
+        }
+        let cgroups = self.cgroups.clone();
+        let job = self.start_job(Purpose::Setup, connection, &[], move || {
+            sandbox::make(&setup, &cgroups)
+                .map(Answer::SetupSandbox)
+                .map_err(|e| {
+                    let kind = match e {
+                        sandbox::SandboxError::Sysctl { .. } => ErrorKind::Invalid,
+                        _ => ErrorKind::Internal,
+                    };
+                    wire_error(kind, chain(&e))
+                })
+        });
+        if let Err(e) = job {
+            let error = wire_error(ErrorKind::Internal, format!("can't fork: {e}"));
+            self.reply(connection, Err(error));
+        }
+    }
+
+    pub(super) fn sandbox_made(&mut self, connection: u64, answer: Result<Answer, WireError>) {
+        let answer = answer.map(|answer| match answer {
+            Answer::SetupSandbox(mut made) => {
+                made.pid.clone_from(&self.sandbox.result.pid);
+                self.sandbox.result = made.clone();
+                Answer::SetupSandbox(made)
+            }
+            other => other,
+        });
+        self.reply(connection, answer);
+    }
+
+    /// Kills everything, removes everything, and ends the keeper.
+    fn tear_down(&mut self, connection: u64) {
+        let cgroups = self.cgroups.clone();
+        let mut doomed = Vec::new();
+        let mut inits = Vec::new();
+        for container in self.containers.values() {
+            let state_dir = container.dir.join(crate::creator::LIBCONTAINER_ROOT);
+            let init = container.pidfd.as_ref().and_then(|p| p.try_clone().ok());
+            inits.extend(init.iter().map(std::os::fd::AsRawFd::as_raw_fd));
+            doomed.push((container.cgroup.clone(), init, state_dir));
+        }
+        let creators: Vec<i32> = self
+            .jobs
+            .iter()
+            .filter(|(_, j)| matches!(j.purpose, Purpose::Create(_)))
+            .map(|(pid, _)| *pid)
+            .collect();
+        for pid in creators.into_iter().chain(self.pod_init) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+        let made_cgroup = self
+            .sandbox
+            .cgroup
+            .clone()
+            .filter(|_| self.sandbox.result.made_cgroup);
+        let (ns_dir, shm_dir) = (self.sandbox.ns_dir.clone(), self.sandbox.shm_dir.clone());
+        let job = self.start_job(Purpose::Teardown, connection, &inits, move || {
+            let mut failures = Vec::new();
+            // One failure must not keep the rest of the pod.
+            for (cgroup, init, state_dir) in &doomed {
+                let init = init.as_slice();
+                if let Err(e) = removal::remove_container(&cgroups, cgroup, init, state_dir) {
+                    failures.push(chain(&e));
+                }
+            }
+            if let Some(ns_dir) = &ns_dir {
+                sandbox::remove(ns_dir, shm_dir.as_deref());
+            }
+            if let Some(cgroup) = &made_cgroup {
+                remove_made(&cgroups, cgroup, &mut failures);
+            }
+            match failures.as_slice() {
+                [] => Ok(Answer::Empty(Empty {})),
+                _ => Err(wire_error(ErrorKind::Internal, failures.join("; "))),
+            }
+        });
+        if let Err(e) = job {
+            let error = wire_error(ErrorKind::Internal, format!("can't fork: {e}"));
+            self.reply(connection, Err(error));
+        }
+    }
+
+    pub(super) fn torn_down(&mut self, connection: u64, answer: Result<Answer, WireError>) {
+        // The exits that the job caused, so that subscribers hear of them before the end.
+        self.reap();
+        // What could not be killed keeps its keeper: there may be a second try.
+        self.ending = answer.is_ok();
+        self.reply(connection, answer);
+    }
+}
+
+fn remove_made(cgroups: &crate::cgroup::Hierarchies, cgroup: &Path, failures: &mut Vec<String>) {
+    let removed = removal::kill_cgroup(cgroups, cgroup, &[])
+        .map_err(|e| chain(&e))
+        .and_then(|()| cgroups.remove(cgroup).map_err(|e| e.to_string()));
+    if let Err(e) = removed {
+        failures.push(e);
+    }
+}

@@ -1,0 +1,310 @@
+//! Exec sessions: one fork inside the keeper, born in the container's PID namespace and cgroup.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns};
+use rustix::pipe::PipeFlags;
+use slipway_proto::keeper::{
+    Error as WireError, ErrorKind, Exec as ExecCall, ExecResult, response::Result as Answer,
+};
+
+use super::container::not_found;
+use super::{Keeper, wire_error};
+use crate::confine::SETUP_FAILED;
+use crate::creator::{report, set_oom_score};
+use crate::{cgroup, sys};
+
+/// A running exec session.
+#[derive(Debug)]
+pub(super) struct Exec {
+    connection: u64,
+    /// Its own cgroup in the v2 hierarchy, if there is one: what makes it killable as a whole.
+    leaf: Option<PathBuf>,
+    /// Where the child says that it could not be set up.
+    setup: OwnedFd,
+    deadline: Option<Instant>,
+    timed_out: bool,
+}
+
+impl Keeper {
+    pub(super) fn exec(&mut self, connection: u64, call: &ExecCall, stdio: Vec<OwnedFd>) {
+        if let Err(error) = self.begin_exec(connection, call, stdio) {
+            self.reply(connection, Err(error));
+        }
+    }
+
+    fn begin_exec(
+        &mut self,
+        connection: u64,
+        call: &ExecCall,
+        stdio: Vec<OwnedFd>,
+    ) -> Result<(), WireError> {
+        let id = call.container_id.as_str();
+        let failed = |what: &str, e: io::Error| {
+            wire_error(
+                ErrorKind::Internal,
+                format!("can't exec in container {id}: {what}: {e}"),
+            )
+        };
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        let (Some(init), Some(confinement), true) = (
+            &container.pidfd,
+            &container.confinement,
+            container.is_running(),
+        ) else {
+            return Err(wire_error(
+                ErrorKind::WrongState,
+                format!("can't exec in container {id}: it is not running"),
+            ));
+        };
+        let [stdin, stdout, stderr] = <[OwnedFd; 3]>::try_from(stdio).map_err(|_| {
+            wire_error(
+                ErrorKind::Invalid,
+                "an exec needs three descriptors: stdin, stdout, stderr",
+            )
+        })?;
+        if call.args.is_empty() {
+            return Err(wire_error(ErrorKind::Invalid, "an exec needs a command"));
+        }
+        let (setup, setup_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+            .map_err(|e| failed("make a pipe", e.into()))?;
+        rustix::fs::fcntl_setfl(&setup, rustix::fs::OFlags::NONBLOCK)
+            .map_err(|e| failed("make a pipe", e.into()))?;
+        self.next_token += 1;
+        let leaf = self
+            .cgroups
+            .make_leaf(&container.cgroup, &format!("exec-{}", self.next_token))
+            .map_err(|e| failed("make a cgroup", e))?;
+        let options = sys::CloneOptions {
+            cgroup: leaf.as_ref().map(|(_, fd)| std::os::fd::AsFd::as_fd(fd)),
+            ..Default::default()
+        };
+
+        setns(init, CloneFlags::CLONE_NEWPID).map_err(|e| {
+            wire_error(
+                ErrorKind::WrongState,
+                format!("can't exec in container {id}: its PID namespace is gone: {e}"),
+            )
+        })?;
+        let forked = sys::clone_process(&options);
+        if matches!(forked, Ok(sys::Forked::Child)) {
+            sys::reset_signals();
+            let kept = [&stdin, &stdout, &stderr, init, &setup_write].map(|fd| fd.as_raw_fd());
+            sys::close_all_but(&kept);
+            let stdio = [stdin, stdout, stderr];
+            let joined = self.join(container.oom_score_adj, &container.cgroup, init, &stdio);
+            if let Err((step, e)) = joined {
+                report(
+                    setup_write.as_raw_fd(),
+                    SETUP_FAILED,
+                    &format!("{step}: {e}"),
+                );
+                sys::exit_now(SETUP_FAILED);
+            }
+            let error = confinement.enter(&call.args);
+            // As a shell does it: the caller sees the text on standard error and the code.
+            let text = format!("{}\n", error.chain());
+            // SAFETY: descriptor 2 is the exec's standard error.
+            let stderr = unsafe { std::os::fd::BorrowedFd::borrow_raw(2) };
+            let _ = rustix::io::write(stderr, text.as_bytes());
+            sys::exit_now(error.exit_code());
+        }
+        // Children are born in the keeper's own PID namespace again. Without that the next container would
+        // start inside this one, so failing is no option: better no keeper than that.
+        if let Err(e) = setns(&self.own_pid_namespace, CloneFlags::CLONE_NEWPID) {
+            panic!("can't return to the keeper's PID namespace: {e}");
+        }
+        let leaf = leaf.map(|(path, _)| path);
+        let pid = match forked {
+            Ok(sys::Forked::Parent(pid)) => pid,
+            Ok(sys::Forked::Child) => sys::exit_now(SETUP_FAILED),
+            Err(e) => {
+                if let Some(leaf) = &leaf {
+                    let _ = std::fs::remove_dir(leaf);
+                }
+                return Err(failed("fork", e));
+            }
+        };
+        let deadline =
+            (call.timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(call.timeout_ms));
+        self.execs.insert(
+            pid,
+            Exec {
+                connection,
+                leaf,
+                setup,
+                deadline,
+                timed_out: false,
+            },
+        );
+        Ok(())
+    }
+
+    /// Everything between fork and [`crate::confine::Confinement::enter`]; runs in the child.
+    fn join(
+        &self,
+        oom_score_adj: i32,
+        cgroup: &std::path::Path,
+        init: &OwnedFd,
+        stdio: &[OwnedFd; 3],
+    ) -> Result<(), (&'static str, io::Error)> {
+        self.cgroups
+            .join_v1(cgroup)
+            .map_err(|e| ("join the container's cgroup", e))?;
+        set_oom_score(oom_score_adj);
+        let namespaces = CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWNET
+            | CloneFlags::CLONE_NEWCGROUP;
+        setns(init, namespaces).map_err(|e| ("join the container's namespaces", e.into()))?;
+        nix::unistd::setsid().map_err(|e| ("make a session", e.into()))?;
+        let uid = self
+            .containers
+            .values()
+            .find(|c| c.cgroup == cgroup)
+            .and_then(|c| c.confinement.as_ref())
+            .map_or(0, |c| c.user().uid);
+        for (fd, to) in stdio.iter().zip(0..) {
+            // A process that is not root could not open /dev/stdout otherwise.
+            let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
+                rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
+            });
+            if pipe {
+                let _ = rustix::fs::fchown(fd, Some(rustix::fs::Uid::from_raw(uid)), None);
+            }
+            sys::dup_to(fd, to).map_err(|e| ("set up standard streams", e))?;
+        }
+        sys::cloexec_all();
+        Ok(())
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.execs
+            .values()
+            .filter(|e| !e.timed_out)
+            .filter_map(|e| e.deadline)
+            .min()
+    }
+
+    /// Kills the execs whose time is up.
+    pub(super) fn expire_execs(&mut self) {
+        let now = Instant::now();
+        let late: Vec<i32> = self
+            .execs
+            .iter()
+            .filter(|(_, e)| !e.timed_out && e.deadline.is_some_and(|d| d <= now))
+            .map(|(pid, _)| *pid)
+            .collect();
+        for pid in late {
+            if let Some(exec) = self.execs.get_mut(&pid) {
+                exec.timed_out = true;
+                kill_tree(pid, exec);
+            }
+        }
+    }
+
+    /// Kills the execs whose caller has gone.
+    pub(super) fn abandon_execs(&mut self, connection: u64) {
+        for (pid, exec) in self
+            .execs
+            .iter()
+            .filter(|(_, e)| e.connection == connection)
+        {
+            kill_tree(*pid, exec);
+        }
+    }
+
+    pub(super) fn exec_exited(&mut self, pid: i32, code: i32) {
+        let Some(exec) = self.execs.remove(&pid) else {
+            return;
+        };
+        if exec.timed_out
+            && let Some(leaf) = &exec.leaf
+        {
+            // What the first kill missed was born between the deadline and now.
+            let _ = std::fs::write(leaf.join("cgroup.kill"), "1");
+        }
+        if let Some(leaf) = &exec.leaf {
+            // Fails while the exec's background children live; it goes with the container then.
+            let _ = std::fs::remove_dir(leaf);
+        }
+        let mut buffer = [0; 1024];
+        let answer = match rustix::io::read(&exec.setup, &mut buffer) {
+            Ok(n) if n > 1 => Err(wire_error(
+                ErrorKind::Internal,
+                format!("can't exec: {}", String::from_utf8_lossy(&buffer[1..n])),
+            )),
+            _ => Ok(Answer::Exec(ExecResult {
+                exit_code: code,
+                timed_out: exec.timed_out,
+            })),
+        };
+        self.reply(exec.connection, answer);
+    }
+}
+
+/// Kills an exec with all that it started, also what left its session or lost its parent.
+fn kill_tree(pid: i32, exec: &Exec) {
+    let killed = exec
+        .leaf
+        .as_ref()
+        .is_some_and(|leaf| std::fs::write(leaf.join("cgroup.kill"), "1").is_ok());
+    if killed {
+        return;
+    }
+    // Without a v2 hierarchy (or before Linux 5.14): the process group and all descendants. Stopped first,
+    // so that none forks away while the tree is read.
+    let mut seen = Vec::new();
+    loop {
+        let fresh: Vec<i32> = descendants(pid)
+            .into_iter()
+            .filter(|p| !seen.contains(p))
+            .collect();
+        if fresh.is_empty() {
+            break;
+        }
+        for pid in fresh {
+            signal(pid, libc::SIGSTOP);
+            seen.push(pid);
+        }
+    }
+    signal(-pid, libc::SIGKILL);
+    for pid in seen {
+        signal(pid, libc::SIGKILL);
+    }
+}
+
+fn signal(pid: i32, signal: i32) {
+    if let Some(target) = (pid > 0)
+        .then(|| rustix::process::Pid::from_raw(pid))
+        .flatten()
+    {
+        if let Ok(pidfd) = rustix::process::pidfd_open(target, rustix::process::PidfdFlags::empty())
+        {
+            cgroup::send(&pidfd, signal);
+        }
+    } else if let Ok(signal) = nix::sys::signal::Signal::try_from(signal) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
+    }
+}
+
+/// A process and all below it.
+fn descendants(pid: i32) -> Vec<i32> {
+    let mut found = vec![pid];
+    let mut at = 0;
+    while let Some(pid) = found.get(at).copied() {
+        at += 1;
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        found.extend(
+            children
+                .split_whitespace()
+                .filter_map(|p| p.parse::<i32>().ok()),
+        );
+    }
+    found
+}

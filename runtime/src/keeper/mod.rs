@@ -1,0 +1,276 @@
+//! The keeper: a pod's supervisor, a single-threaded event loop that outlives the daemon.
+//!
+//! It is the parent of every container's init and of every exec session, drains their output into log
+//! files, knows their exit codes, and answers the daemon on `keeper.sock`. Whatever may take time or crash
+//! (mounts, libcontainer, killing a cgroup) runs in a forked [`job`].
+
+mod connection;
+mod container;
+mod dispatch;
+mod exec;
+mod job;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use slipway_proto::keeper::{
+    Error as WireError, ErrorKind, Response, SetupSandboxResult, response::Result as Answer,
+};
+
+use crate::cgroup::Hierarchies;
+use crate::sys;
+use connection::Connection;
+use container::Container;
+use exec::Exec;
+use job::Job;
+
+/// Whose readiness an epoll event tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Source {
+    Listener,
+    Children,
+    Connection,
+    /// Output of a container.
+    Output(String, crate::log::Stream),
+    /// A container's init says that it can't execute its command, or has (end of file).
+    Started(String),
+    /// A job's result.
+    Job(i32),
+}
+
+/// All that a keeper holds.
+struct Keeper {
+    pod_dir: PathBuf,
+    epoll: OwnedFd,
+    listener: UnixListener,
+    children: OwnedFd,
+    /// The keeper's own PID namespace, to come back to after an exec was born in a container's.
+    own_pid_namespace: OwnedFd,
+    cgroups: Hierarchies,
+    sources: HashMap<u64, Source>,
+    next_token: u64,
+    connections: HashMap<u64, Connection>,
+    containers: BTreeMap<String, Container>,
+    jobs: HashMap<i32, Job>,
+    execs: HashMap<i32, Exec>,
+    /// Exit statuses of children that nobody claimed yet: a container's init may die before its creator's
+    /// answer has been read.
+    unclaimed: HashMap<i32, i32>,
+    pod_init: Option<i32>,
+    sandbox: Sandbox,
+    /// Set by Teardown: end once everything has been sent.
+    ending: bool,
+}
+
+/// What SetupSandbox made, for Teardown to take away.
+#[derive(Default)]
+struct Sandbox {
+    result: SetupSandboxResult,
+    cgroup: Option<PathBuf>,
+    ns_dir: Option<PathBuf>,
+    shm_dir: Option<PathBuf>,
+}
+
+/// Runs a keeper until its pod is torn down.
+pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd) -> ! {
+    let log = pod_dir.join("keeper.log");
+    let id = pod_id.to_owned();
+    // Nobody reads a keeper's standard error.
+    std::panic::set_hook(Box::new(move |info| {
+        let _ = std::fs::write(&log, format!("keeper of pod {id}: {info}\n"));
+    }));
+    let code = match Keeper::new(pod_dir, listener).and_then(|mut k| k.run()) {
+        Ok(()) => 0,
+        Err(e) => {
+            let _ = std::fs::write(
+                pod_dir.join("keeper.log"),
+                format!("keeper of {pod_id}: {e}\n"),
+            );
+            1
+        }
+    };
+    sys::exit_now(code)
+}
+
+impl Keeper {
+    fn new(pod_dir: &Path, listener: OwnedFd) -> io::Result<Self> {
+        let listener = UnixListener::from(listener);
+        listener.set_nonblocking(true)?;
+        // Whatever a container's tree leaves behind outside its PID namespace comes to this process.
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+        let children = sys::child_signals()?;
+        let mut keeper = Self {
+            pod_dir: pod_dir.to_owned(),
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            listener,
+            children,
+            own_pid_namespace: std::fs::File::open("/proc/self/ns/pid")?.into(),
+            cgroups: Hierarchies::detect()?,
+            sources: HashMap::new(),
+            next_token: 0,
+            connections: HashMap::new(),
+            containers: BTreeMap::new(),
+            jobs: HashMap::new(),
+            execs: HashMap::new(),
+            unclaimed: HashMap::new(),
+            pod_init: None,
+            sandbox: Sandbox::default(),
+            ending: false,
+        };
+        let token = keeper.token(Source::Listener);
+        epoll::add(
+            &keeper.epoll,
+            &keeper.listener,
+            EventData::new_u64(token),
+            EventFlags::IN,
+        )?;
+        let token = keeper.token(Source::Children);
+        epoll::add(
+            &keeper.epoll,
+            &keeper.children,
+            EventData::new_u64(token),
+            EventFlags::IN,
+        )?;
+        Ok(keeper)
+    }
+
+    fn run(&mut self) -> io::Result<()> {
+        let mut events = Vec::with_capacity(16);
+        while !self.finished() {
+            let timeout = self.next_deadline().map(|at| {
+                let left = at.saturating_duration_since(Instant::now());
+                // Rounded up, so that the deadline has passed when the wait ends.
+                left + Duration::from_millis(1)
+            });
+            let timeout = timeout.and_then(|t| rustix::event::Timespec::try_from(t).ok());
+            events.clear();
+            let spare = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+            for event in &events {
+                let token = event.data.u64();
+                // A source may have gone while an earlier event of this round was handled.
+                if let Some(source) = self.sources.get(&token).cloned() {
+                    self.handle(token, source, event.flags);
+                }
+            }
+            self.expire_execs();
+        }
+        Ok(())
+    }
+
+    fn finished(&self) -> bool {
+        self.ending && self.connections.values().all(Connection::is_flushed)
+    }
+
+    fn handle(&mut self, token: u64, source: Source, flags: EventFlags) {
+        match source {
+            Source::Listener => self.accept(),
+            Source::Children => self.reap(),
+            Source::Connection => self.serve_connection(token, flags),
+            Source::Output(id, stream) => self.pump(&id, stream),
+            Source::Started(id) => self.started(&id),
+            Source::Job(pid) => self.job_readable(pid),
+        }
+    }
+
+    /// A token for a source; epoll events carry it.
+    fn token(&mut self, source: Source) -> u64 {
+        self.next_token += 1;
+        self.sources.insert(self.next_token, source);
+        self.next_token
+    }
+
+    /// Watches a descriptor for input. The registration ends when the descriptor is closed, and with
+    /// [`Keeper::forget`].
+    fn watch(&mut self, fd: impl AsFd, source: Source) -> io::Result<u64> {
+        let token = self.token(source);
+        match epoll::add(&self.epoll, fd, EventData::new_u64(token), EventFlags::IN) {
+            Ok(()) => Ok(token),
+            Err(e) => {
+                self.sources.remove(&token);
+                Err(e.into())
+            }
+        }
+    }
+
+    fn forget(&mut self, fd: impl AsFd, token: u64) {
+        // Closing alone would not do: forked children may hold the same description open.
+        let _ = epoll::delete(&self.epoll, fd);
+        self.sources.remove(&token);
+    }
+
+    fn reap(&mut self) {
+        let mut buffer = [0u8; 1024];
+        while rustix::io::read(&self.children, &mut buffer).is_ok_and(|n| n > 0) {}
+        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            let (pid, code) = match status {
+                WaitStatus::Exited(pid, code) => (pid.as_raw(), code),
+                WaitStatus::Signaled(pid, signal, _) => (pid.as_raw(), 128 + signal as i32),
+                WaitStatus::StillAlive => break,
+                _ => continue,
+            };
+            self.child_exited(pid, code);
+        }
+    }
+
+    fn child_exited(&mut self, pid: i32, code: i32) {
+        if self.jobs.contains_key(&pid) {
+            self.job_exited(pid, code);
+        } else if self.execs.contains_key(&pid) {
+            self.exec_exited(pid, code);
+        } else if let Some(id) = self.container_of(pid) {
+            self.container_exited(&id, code);
+        } else if self.pod_init == Some(pid) {
+            self.pod_init = None;
+        } else if self.containers.values().any(Container::is_creating) {
+            self.unclaimed.insert(pid, code);
+        }
+    }
+
+    fn container_of(&self, pid: i32) -> Option<String> {
+        self.containers
+            .iter()
+            .find(|(_, c)| c.pid() == Some(pid))
+            .map(|(id, _)| id.clone())
+    }
+
+    /// Sends the answer to a call; a caller that has gone is no error.
+    fn reply(&mut self, connection: u64, answer: Result<Answer, WireError>) {
+        let response = match answer {
+            Ok(result) => Response {
+                error: None,
+                result: Some(result),
+            },
+            Err(error) => Response {
+                error: Some(error),
+                result: None,
+            },
+        };
+        if let Some(c) = self.connections.get_mut(&connection) {
+            c.queue(&crate::wire::frame(&response));
+        }
+        self.flush(connection);
+    }
+}
+
+fn wire_error(kind: ErrorKind, message: impl Into<String>) -> WireError {
+    WireError {
+        kind: kind as i32,
+        message: message.into(),
+    }
+}
+
+/// Nanoseconds since the epoch.
+fn now_ns() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
+}

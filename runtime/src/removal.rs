@@ -1,0 +1,129 @@
+//! Taking containers apart: every process gone, then the cgroup, then libcontainer's state. Used by
+//! keepers (in a job), and by the daemon for what a dead keeper has left.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::cgroup::{Hierarchies, send};
+
+/// How long SIGKILL may take to work; a process in an uninterruptible wait survives it.
+const KILL_DEADLINE: Duration = Duration::from_secs(8);
+
+/// Why something could not be removed.
+#[derive(Debug, thiserror::Error)]
+pub enum RemovalError {
+    /// Processes survive SIGKILL.
+    #[error(
+        "processes {pids:?} in cgroup {} survive SIGKILL: look for a hung mount or device (state D)",
+        cgroup.display()
+    )]
+    Unkillable {
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// Who is left.
+        pids: Vec<i32>,
+    },
+    /// The cgroup stays.
+    #[error("can't remove cgroup {}", cgroup.display())]
+    Cgroup {
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory stays.
+    #[error("can't remove {}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Kills every process of a cgroup and waits until they are gone; `also` are processes to be killed and
+/// waited for that may be outside it.
+///
+/// # Errors
+/// [`RemovalError::Unkillable`].
+pub fn kill_cgroup(
+    cgroups: &Hierarchies,
+    cgroup: &Path,
+    also: &[OwnedFd],
+) -> Result<(), RemovalError> {
+    let deadline = Instant::now() + KILL_DEADLINE;
+    for process in also {
+        send(process, libc::SIGKILL);
+        wait(process, deadline);
+    }
+    loop {
+        let pids = cgroups.pids(cgroup);
+        if pids.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(RemovalError::Unkillable {
+                cgroup: cgroup.to_owned(),
+                pids,
+            });
+        }
+        let pinned: Vec<OwnedFd> = pids
+            .iter()
+            .filter_map(|p| rustix::process::Pid::from_raw(*p))
+            .filter_map(|p| {
+                rustix::process::pidfd_open(p, rustix::process::PidfdFlags::empty()).ok()
+            })
+            .collect();
+        cgroups.signal_all(cgroup, libc::SIGKILL);
+        for process in &pinned {
+            wait(process, deadline);
+        }
+    }
+}
+
+/// Waits until a process has ended, or the deadline.
+fn wait(process: &OwnedFd, deadline: Instant) {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(timeout) = rustix::event::Timespec::try_from(left) else {
+            return;
+        };
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout)) {
+            Err(rustix::io::Errno::INTR) => {}
+            _ => return,
+        }
+    }
+}
+
+/// Removes a container: processes, cgroup, libcontainer's state directory.
+///
+/// # Errors
+/// [`RemovalError`].
+pub fn remove_container(
+    cgroups: &Hierarchies,
+    cgroup: &Path,
+    init: &[OwnedFd],
+    state_dir: &Path,
+) -> Result<(), RemovalError> {
+    kill_cgroup(cgroups, cgroup, init)?;
+    cgroups
+        .remove(cgroup)
+        .map_err(|source| RemovalError::Cgroup {
+            cgroup: cgroup.to_owned(),
+            source,
+        })?;
+    match fs::remove_dir_all(state_dir) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RemovalError::Directory {
+            path: state_dir.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,281 @@
+//! The pod's own namespaces, its shared memory and, for a shared PID namespace, its init.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use slipway_proto::keeper::{SetupSandbox, SetupSandboxResult};
+
+use crate::cgroup::Hierarchies;
+use crate::sys;
+
+/// Why a sandbox could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// A namespace was refused.
+    #[error("can't make the pod's {what} namespace")]
+    Namespace {
+        /// Which.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A namespace can't be pinned.
+    #[error("can't pin the namespace at {}", path.display())]
+    Pin {
+        /// The bind mount.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A sysctl was refused by the kernel.
+    #[error(
+        "can't set the sysctl {name} to {value:?}: check its name and value against this kernel"
+    )]
+    Sysctl {
+        /// Dotted name.
+        name: String,
+        /// Wanted value.
+        value: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A step of the set-up failed.
+    #[error("can't {step}")]
+    Step {
+        /// The step.
+        step: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Makes what [`SetupSandbox`] asks for except the PID namespace. Runs in a forked child: the namespaces
+/// stay with the bind mounts when it exits.
+///
+/// # Errors
+/// [`SandboxError`]; what was made until then is removed by [`remove`].
+pub fn make(
+    setup: &SetupSandbox,
+    cgroups: &Hierarchies,
+) -> Result<SetupSandboxResult, SandboxError> {
+    let step = |step: &'static str| move |source: io::Error| SandboxError::Step { step, source };
+    let mut result = SetupSandboxResult::default();
+    if !setup.cgroup.is_empty() {
+        result.made_cgroup = cgroups
+            .ensure(Path::new(&setup.cgroup))
+            .map_err(step("make the pod's cgroup"))?;
+    }
+    if setup.shm_bytes > 0 && !setup.shm_dir.is_empty() {
+        fs::create_dir_all(&setup.shm_dir).map_err(step("make the directory of /dev/shm"))?;
+        let options = format!("mode=1777,size={}", setup.shm_bytes);
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(
+            Some("shm"),
+            setup.shm_dir.as_str(),
+            Some("tmpfs"),
+            flags,
+            Some(options.as_str()),
+        )
+        .map_err(|e| step("mount the pod's /dev/shm")(e.into()))?;
+    }
+    let ns_dir = Path::new(&setup.ns_dir);
+    fs::create_dir_all(ns_dir).map_err(step("make the directory of the pod's namespaces"))?;
+    for (wanted, flag, what, path) in [
+        (
+            setup.new_network,
+            CloneFlags::CLONE_NEWNET,
+            "net",
+            &mut result.network,
+        ),
+        (
+            setup.new_ipc,
+            CloneFlags::CLONE_NEWIPC,
+            "ipc",
+            &mut result.ipc,
+        ),
+        (
+            setup.new_uts,
+            CloneFlags::CLONE_NEWUTS,
+            "uts",
+            &mut result.uts,
+        ),
+    ] {
+        if wanted {
+            unshare(flag).map_err(|e| SandboxError::Namespace {
+                what,
+                source: e.into(),
+            })?;
+            *path = pin(
+                Path::new(&format!("/proc/self/ns/{what}")),
+                &ns_dir.join(what),
+            )?;
+        }
+    }
+    if setup.new_network {
+        sys::loopback_up().map_err(step("bring the pod's loopback interface up"))?;
+    }
+    if setup.new_uts && !setup.hostname.is_empty() {
+        nix::unistd::sethostname(&setup.hostname)
+            .map_err(|e| step("set the pod's host name")(e.into()))?;
+    }
+    for (name, value) in &setup.sysctls {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        fs::write(&path, value).map_err(|source| SandboxError::Sysctl {
+            name: name.clone(),
+            value: value.clone(),
+            source,
+        })?;
+    }
+    Ok(result)
+}
+
+/// Starts the pod's init in a new PID namespace and pins that. Runs in the keeper, which is its parent.
+///
+/// # Errors
+/// [`SandboxError`].
+pub fn start_init(setup: &SetupSandbox) -> Result<(i32, String), SandboxError> {
+    let refused = |source| SandboxError::Namespace {
+        what: "pid",
+        source,
+    };
+    let options = sys::CloneOptions {
+        new_namespaces: libc::CLONE_NEWPID as u64,
+        ..Default::default()
+    };
+    match sys::clone_process(&options).map_err(refused)? {
+        sys::Forked::Child => pod_init(),
+        sys::Forked::Parent(pid) => {
+            let ns_dir = Path::new(&setup.ns_dir);
+            let pinned = fs::create_dir_all(ns_dir)
+                .map_err(|source| SandboxError::Pin {
+                    path: ns_dir.to_owned(),
+                    source,
+                })
+                .and_then(|()| {
+                    pin(
+                        Path::new(&format!("/proc/{pid}/ns/pid")),
+                        &ns_dir.join("pid"),
+                    )
+                });
+            match pinned {
+                Ok(path) => Ok((pid, path)),
+                Err(e) => {
+                    let _ = nix::sys::signal::kill(
+                        nix::unistd::Pid::from_raw(pid),
+                        nix::sys::signal::Signal::SIGKILL,
+                    );
+                    Err(e)
+                }
+            }
+        }
+    }
+}
+
+fn pin(namespace: &Path, at: &Path) -> Result<String, SandboxError> {
+    let failed = |source: io::Error| SandboxError::Pin {
+        path: at.to_owned(),
+        source,
+    };
+    File::create(at).map_err(failed)?;
+    mount(
+        Some(namespace),
+        at,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .map_err(|e| failed(e.into()))?;
+    Ok(at.to_string_lossy().into_owned())
+}
+
+/// Takes the bind mounts and the shared memory of a sandbox away. What is not there is no error.
+pub fn remove(ns_dir: &Path, shm_dir: Option<&Path>) {
+    let names = ["net", "ipc", "uts", "pid"].map(|n| ns_dir.join(n));
+    for path in names.iter().map(PathBuf::as_path).chain(shm_dir) {
+        // Detached: a process that still has it open does not keep the pod.
+        let _ = umount2(path, MntFlags::MNT_DETACH);
+    }
+    for path in &names {
+        let _ = fs::remove_file(path);
+    }
+    let _ = fs::remove_dir(ns_dir);
+}
+
+/// PID 1 of a pod's shared PID namespace: reaps, and does nothing else.
+///
+/// Containers in that namespace see it, so it must lead nowhere: it has an empty root file system, no
+/// capabilities, no descriptors and no way to get any privilege.
+fn pod_init() -> ! {
+    sys::reset_signals();
+    let code = match confine_pod_init() {
+        Ok(_signals) => loop {
+            while let Ok(status) =
+                nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG))
+            {
+                if status == nix::sys::wait::WaitStatus::StillAlive {
+                    break;
+                }
+            }
+            sys::wait_for_child_signal();
+        },
+        Err(_) => 1,
+    };
+    sys::exit_now(code)
+}
+
+fn confine_pod_init() -> io::Result<std::os::fd::OwnedFd> {
+    sys::close_all_but(&[]);
+    nix::unistd::setsid()?;
+    // Before the root goes: the descriptor is not used, but SIGCHLD gets blocked for sigwait.
+    let signals = sys::child_signals()?;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    // Any directory will do as a mount point: only this namespace sees what is mounted on it.
+    mount(
+        Some("none"),
+        "/proc",
+        Some("tmpfs"),
+        flags,
+        Some("size=0,mode=555"),
+    )?;
+    nix::unistd::chdir("/proc")?;
+    nix::unistd::pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    nix::unistd::chdir("/")?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags,
+        None::<&str>,
+    )?;
+    for fd in 0..3 {
+        let _ = nix::unistd::close(fd);
+    }
+    sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1)?;
+    for set in [
+        caps::CapSet::Ambient,
+        caps::CapSet::Effective,
+        caps::CapSet::Inheritable,
+        caps::CapSet::Permitted,
+    ] {
+        let _ = caps::clear(None, set);
+    }
+    // SAFETY: PR_SET_NAME reads a NUL-terminated string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"slipway-init".as_ptr()) };
+    Ok(signals)
+}

@@ -1,0 +1,314 @@
+//! The few kernel calls that need `unsafe`: making processes, resetting inherited signal state, closing
+//! descriptors wholesale, replacing the program.
+//!
+//! Invariant of the whole module: the calling process is single-threaded (zygote, keeper, or something one
+//! of them forked), so a forked child may allocate and run ordinary Rust code, and process-wide state may
+//! be changed without a race.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+/// Result of making a process: who am I now.
+pub enum Forked {
+    /// In the child.
+    Child,
+    /// In the parent, with the child's process id.
+    Parent(i32),
+}
+
+/// Options of [`clone_process`].
+#[derive(Default)]
+pub struct CloneOptions<'a> {
+    /// Namespaces the child is born into (`CLONE_NEW*`).
+    pub new_namespaces: u64,
+    /// cgroup v2 directory the child is born into (`CLONE_INTO_CGROUP`), which costs no migration.
+    pub cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// `fork(2)`, with the child in other namespaces or another cgroup from its first instruction.
+///
+/// # Errors
+/// What `clone3(2)` says.
+pub fn clone_process(options: &CloneOptions<'_>) -> io::Result<Forked> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct CloneArgs {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: u64,
+        stack_size: u64,
+        tls: u64,
+        set_tid: u64,
+        set_tid_size: u64,
+        cgroup: u64,
+    }
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let mut args = CloneArgs {
+        flags: options.new_namespaces,
+        exit_signal: libc::SIGCHLD as u64,
+        ..CloneArgs::default()
+    };
+    if let Some(cgroup) = options.cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: the structure is valid for the call and its size is given; without CLONE_VM the child gets a
+    // copy of this process, which is single-threaded, so no lock can be held by a thread that is missing.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            std::mem::size_of::<CloneArgs>(),
+        )
+    };
+    match pid {
+        0 => Ok(Forked::Child),
+        pid if pid > 0 => Ok(Forked::Parent(pid as i32)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends the process at once: no destructors, no `atexit` handlers of the program it was forked from.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// Gives every signal its default action back and unblocks all: what a program expects at its start, and
+/// what neither Rust's run time (SIGPIPE) nor a keeper (SIGCHLD) leaves in place.
+pub fn reset_signals() {
+    // SAFETY: plain signal calls on valid, zero-initialised structures; errors (SIGKILL, SIGSTOP, signals
+    // that the C library keeps) are harmless.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = libc::SIG_DFL;
+        for signal in 1..=64 {
+            libc::sigaction(signal, &action, std::ptr::null_mut());
+        }
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+    }
+}
+
+/// Blocks SIGCHLD and returns a non-blocking descriptor that becomes readable when it arrives.
+///
+/// # Errors
+/// What `signalfd(2)` says.
+pub fn child_signals() -> io::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the set is initialised before use, and signalfd returns a descriptor that nobody else owns.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCHLD);
+        if libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Waits for SIGCHLD, which must be blocked. For the pod's init, which has nothing else to wait for.
+pub fn wait_for_child_signal() {
+    // SAFETY: the set is initialised before use; no information about the signal is asked for.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGCHLD);
+        libc::sigwaitinfo(&set, std::ptr::null_mut());
+    }
+}
+
+/// Closes every descriptor above 2 that is not in `keep`. Whoever owns one of them in this process must
+/// never touch it again: for freshly forked children that leave by exec or [`exit_now`].
+pub fn close_all_but(keep: &[RawFd]) {
+    let mut keep: Vec<u32> = keep
+        .iter()
+        .filter(|fd| **fd > 2)
+        .map(|fd| *fd as u32)
+        .collect();
+    keep.sort_unstable();
+    let mut from = 3u32;
+    for fd in keep {
+        if fd > from {
+            close_range(from, fd - 1, 0);
+        }
+        from = fd + 1;
+    }
+    close_range(from, u32::MAX, 0);
+}
+
+/// Marks every descriptor above 2 close-on-exec.
+pub fn cloexec_all() {
+    const CLOSE_RANGE_CLOEXEC: u32 = 4;
+    close_range(3, u32::MAX, CLOSE_RANGE_CLOEXEC);
+}
+
+fn close_range(first: u32, last: u32, flags: u32) {
+    // SAFETY: see the callers' contract; the call itself only takes integers.
+    unsafe {
+        libc::syscall(libc::SYS_close_range, first, last, flags);
+    }
+}
+
+/// Replaces the program; returns only on failure.
+pub fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
+    let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
+        list.iter()
+            .map(|s| s.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
+    };
+    let (argv, envp) = (pointers(args), pointers(env));
+    // SAFETY: path and both arrays are NUL-terminated and outlive the call.
+    unsafe {
+        libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr());
+    }
+    io::Error::last_os_error()
+}
+
+/// Sets all three user ids or group ids of the process without glibc's broadcast to other threads.
+///
+/// # Errors
+/// What the kernel says.
+pub fn set_ids(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: setgroups gets a valid array of its length; the other calls take integers only.
+    unsafe {
+        let checks = [
+            libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()),
+            libc::syscall(libc::SYS_setresgid, gid, gid, gid),
+            libc::syscall(libc::SYS_setresuid, uid, uid, uid),
+        ];
+        if checks.contains(&-1) {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// `dup2(2)` onto a standard stream of a process that is about to execute something else.
+///
+/// # Errors
+/// What the kernel says.
+pub fn dup_to(from: &OwnedFd, to: RawFd) -> io::Result<()> {
+    // SAFETY: descriptors 0 to 2 belong to no Rust object in this crate's forked children.
+    if unsafe { libc::dup2(from.as_raw_fd(), to) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// `prctl(2)` with integer arguments.
+///
+/// # Errors
+/// What the kernel says.
+pub fn prctl(option: i32, arg: u64) -> io::Result<()> {
+    // SAFETY: only options that take integers are passed by this crate.
+    if unsafe { libc::prctl(option, arg, 0u64, 0u64, 0u64) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Lifts or sets a resource limit. A hard limit that may not be raised is clamped to what is held
+/// (raising needs CAP_SYS_RESOURCE).
+///
+/// # Errors
+/// What `prlimit(2)` says.
+pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    // SAFETY: both structures live for the calls.
+    unsafe {
+        let wanted = libc::rlimit64 {
+            rlim_cur: soft,
+            rlim_max: hard,
+        };
+        if libc::prlimit64(0, resource, &wanted, std::ptr::null_mut()) == 0 {
+            return Ok(());
+        }
+        let mut held = libc::rlimit64 {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        if libc::prlimit64(0, resource, std::ptr::null(), &mut held) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let clamped = libc::rlimit64 {
+            rlim_cur: soft.min(held.rlim_max),
+            rlim_max: hard.min(held.rlim_max),
+        };
+        if libc::prlimit64(0, resource, &clamped, std::ptr::null_mut()) == 0 {
+            return Ok(());
+        }
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets the loopback interface of the calling process's network namespace up; the kernel gives it
+/// 127.0.0.1 and ::1.
+///
+/// # Errors
+/// What the `ioctl(2)` says.
+pub fn loopback_up() -> io::Result<()> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // SAFETY: the request is a valid ifreq, zero-initialised, with a NUL-terminated name; both calls read
+    // or write only it.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+            *to = *from as libc::c_char;
+        }
+        if libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCGIFFLAGS as _,
+            &raw mut request,
+        ) < 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
+        if libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw mut request,
+        ) < 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clone_is_a_child_with_its_own_exit_code() {
+        match clone_process(&CloneOptions::default()).unwrap() {
+            Forked::Child => exit_now(7),
+            Forked::Parent(pid) => {
+                let status =
+                    nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
+                assert_eq!(
+                    status,
+                    nix::sys::wait::WaitStatus::Exited(nix::unistd::Pid::from_raw(pid), 7)
+                );
+            }
+        }
+    }
+}

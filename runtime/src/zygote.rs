@@ -1,0 +1,256 @@
+//! The zygote: a small single-threaded process that forks keepers.
+//!
+//! The daemon starts it by executing a **sealed memfd copy** of its own binary, before it has read
+//! configuration, keys or credentials: keepers share no secret with the daemon, and no container can reach
+//! the host's binary through `/proc/<pid>/exe` (CVE-2019-5736).
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use slipway_proto::keeper::{SpawnKeeper, ZygoteRequest, ZygoteResponse};
+use tokio::sync::Mutex;
+
+use crate::client::{receive, send_all};
+use crate::{keeper, sys, wire};
+
+/// Subcommand of the binary that becomes the zygote.
+pub const ZYGOTE_COMMAND: &str = "zygote";
+
+/// Why there is no zygote, or no keeper from it.
+#[derive(Debug, thiserror::Error)]
+pub enum ZygoteError {
+    /// The sealed copy could not be made.
+    #[error("can't copy the slipway binary into sealed memory")]
+    Copy(#[source] io::Error),
+    /// The copy could not be executed.
+    #[error("can't execute the zygote")]
+    Exec(#[source] io::Error),
+    /// The zygote died in the middle of a call.
+    #[error("the zygote does not answer")]
+    Lost(#[source] io::Error),
+    /// The zygote could not fork.
+    #[error("the zygote can't fork a keeper: {0}")]
+    Fork(String),
+}
+
+/// The daemon's handle on the zygote. When it has died, the next call starts another.
+#[derive(Debug)]
+pub struct ZygoteProcess {
+    running: Mutex<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    /// Registered with tokio at the first call: the zygote is started before tokio is.
+    socket: Socket,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Plain(UnixStream),
+    Async(tokio::net::UnixStream),
+    Broken,
+}
+
+impl ZygoteProcess {
+    /// Starts a zygote.
+    ///
+    /// # Errors
+    /// [`ZygoteError::Copy`], [`ZygoteError::Exec`].
+    pub fn launch() -> Result<Self, ZygoteError> {
+        Ok(Self {
+            running: Mutex::new(Running::launch()?),
+        })
+    }
+
+    /// Forks a keeper for a pod; it serves `listener`.
+    ///
+    /// # Errors
+    /// [`ZygoteError::Fork`], or what starting a new zygote says when the old one is lost.
+    pub async fn spawn_keeper(
+        &self,
+        pod_id: &str,
+        pod_dir: &Path,
+        listener: BorrowedFd<'_>,
+    ) -> Result<i32, ZygoteError> {
+        let request = wire::frame(&ZygoteRequest {
+            spawn_keeper: Some(SpawnKeeper {
+                pod_id: pod_id.to_owned(),
+                pod_dir: pod_dir.to_string_lossy().into_owned(),
+            }),
+        });
+        let mut running = self.running.lock().await;
+        let first = running.ask(&request, listener).await;
+        let answer = match first {
+            Ok(answer) => answer,
+            // Nothing was forked by a zygote that is gone, so asking its successor is safe.
+            Err(_) => {
+                *running = Running::launch()?;
+                running
+                    .ask(&request, listener)
+                    .await
+                    .map_err(ZygoteError::Lost)?
+            }
+        };
+        match answer.error {
+            Some(error) => Err(ZygoteError::Fork(error.message)),
+            None => Ok(answer.pid),
+        }
+    }
+}
+
+impl Running {
+    fn launch() -> Result<Self, ZygoteError> {
+        let binary = sealed_copy().map_err(ZygoteError::Copy)?;
+        let (ours, theirs) = UnixStream::pair().map_err(ZygoteError::Exec)?;
+        ours.set_nonblocking(true).map_err(ZygoteError::Exec)?;
+        let child = Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()))
+            .arg0("slipway")
+            .arg(ZYGOTE_COMMAND)
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(ZygoteError::Exec)?;
+        Ok(Self {
+            child,
+            socket: Socket::Plain(ours),
+        })
+    }
+
+    async fn ask(
+        &mut self,
+        request: &[u8],
+        listener: BorrowedFd<'_>,
+    ) -> io::Result<ZygoteResponse> {
+        // Until the answer is in, the connection is not fit for another call (this future may be dropped).
+        let mut stream = match std::mem::replace(&mut self.socket, Socket::Broken) {
+            Socket::Plain(stream) => tokio::net::UnixStream::from_std(stream)?,
+            Socket::Async(stream) => stream,
+            Socket::Broken => return Err(io::ErrorKind::NotConnected.into()),
+        };
+        send_all(&mut stream, request, &[listener]).await?;
+        let answer = receive(&mut stream).await?;
+        self.socket = Socket::Async(stream);
+        Ok(answer)
+    }
+}
+
+impl Drop for Running {
+    /// The zygote ends when its socket closes; keepers live on.
+    fn drop(&mut self) {
+        self.socket = Socket::Broken;
+        // Without a wait the old zygote would stay a zombie of the daemon.
+        let _ = self.child.wait();
+    }
+}
+
+/// This program's binary in memory that nobody can change any more.
+fn sealed_copy() -> io::Result<File> {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    let mut source = File::open("/proc/self/exe")?;
+    let memfd = memfd_create("slipway", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut copy = File::from(memfd);
+    io::copy(&mut source, &mut copy)?;
+    fcntl_add_seals(
+        &copy,
+        SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
+    )?;
+    // Executed through a read-only descriptor: a file open for writing is "text file busy".
+    let read_only = File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))?;
+    Ok(read_only)
+}
+
+/// What the zygote process runs: serves the socket on descriptor 0 until the daemon closes it.
+pub fn main() -> ! {
+    let code = match serve() {
+        Ok(()) => 0,
+        Err(_) => 1,
+    };
+    std::process::exit(code)
+}
+
+fn serve() -> io::Result<()> {
+    // SAFETY: descriptor 0 is the socket that the daemon gave this process and nobody else here uses it.
+    let mut socket = unsafe { UnixStream::from_raw_fd(0) };
+    // Keepers are to outlive the daemon whatever happens to its terminal or process group.
+    let _ = nix::unistd::setsid();
+    // From here on, and in all that is forked: /proc/<pid> belongs to root and can't be traced from a
+    // container that shares the PID namespace.
+    sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
+    // Keepers are nobody's to wait for; what dies is reaped by the kernel.
+    // SAFETY: setting a disposition to SIG_IGN has no preconditions.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    loop {
+        let (request, fds) = match read_request(&mut socket) {
+            Ok(request) => request,
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        let answer = answer(request, fds);
+        let frame = wire::frame(&answer);
+        io::Write::write_all(&mut socket, &frame)?;
+    }
+}
+
+fn read_request(socket: &mut UnixStream) -> io::Result<(ZygoteRequest, Vec<OwnedFd>)> {
+    let (mut head, mut fds) = ([0u8; 4], Vec::new());
+    let n = wire::recv_with_fds(socket.as_fd(), &mut head, &mut fds)?;
+    if n == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    socket.read_exact(&mut head[n..])?;
+    let mut body = vec![0; wire::announced_len(head)?];
+    socket.read_exact(&mut body)?;
+    Ok((wire::decode(&body)?, fds))
+}
+
+fn answer(request: ZygoteRequest, fds: Vec<OwnedFd>) -> ZygoteResponse {
+    let failure = |message: String| ZygoteResponse {
+        pid: 0,
+        error: Some(slipway_proto::keeper::Error { kind: 0, message }),
+    };
+    let Some(spawn) = request.spawn_keeper else {
+        return failure("a call that this zygote does not know".into());
+    };
+    let Some(listener) = fds.into_iter().next() else {
+        return failure("no listening socket came with the call".into());
+    };
+    match sys::clone_process(&sys::CloneOptions::default()) {
+        Ok(sys::Forked::Parent(pid)) => ZygoteResponse { pid, error: None },
+        Err(e) => failure(e.to_string()),
+        Ok(sys::Forked::Child) => {
+            sys::reset_signals();
+            sys::close_all_but(&[listener.as_raw_fd()]);
+            // Descriptor 0 was the zygote's socket: held open here, its end would never be seen.
+            redirect_to_null(0);
+            name_process(&spawn.pod_id);
+            keeper::main(&spawn.pod_id, Path::new(&spawn.pod_dir), listener)
+        }
+    }
+}
+
+fn redirect_to_null(fd: i32) {
+    if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
+        // SAFETY: replaces a descriptor that this process owns and that no Rust object refers to any more.
+        unsafe { libc::dup2(null.as_raw_fd(), fd) };
+    }
+}
+
+/// What `ps -o comm` shows of a keeper.
+fn name_process(pod_id: &str) {
+    let short: String = pod_id.chars().take(8).collect();
+    if let Ok(name) = CString::new(format!("slipway:{short}")) {
+        // SAFETY: PR_SET_NAME reads a NUL-terminated string of at most 16 bytes.
+        unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+    }
+}
