@@ -1,0 +1,320 @@
+//! Manifests, indexes and image configurations: OCI image specification 1.1 and Docker's image
+//! manifest version 2, schema 2.
+
+use oci_spec::image::Config;
+use serde::Deserialize;
+
+use crate::config::Platform;
+use crate::digest::Digest;
+use crate::error::ImageError;
+
+/// A larger manifest is refused. The distribution specification asks for at least 4 MiB.
+pub(crate) const MAX_MANIFEST: u64 = 4 << 20;
+/// A larger image configuration is refused.
+pub(crate) const MAX_CONFIG: u64 = 8 << 20;
+/// More layers than any file system can stack are refused.
+const MAX_LAYERS: usize = 500;
+
+/// The media types that a manifest request accepts.
+pub(crate) const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, \
+     application/vnd.oci.image.index.v1+json, \
+     application/vnd.docker.distribution.manifest.v2+json, \
+     application/vnd.docker.distribution.manifest.list.v2+json";
+
+/// A reference to a blob or manifest.
+#[derive(Debug, Clone)]
+pub(crate) struct Descriptor {
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+    pub(crate) media_type: String,
+}
+
+/// A document that a manifest request may answer.
+#[derive(Debug)]
+pub(crate) enum Document {
+    Manifest(Manifest),
+    Index(Index),
+}
+
+/// The manifest of one image.
+#[derive(Debug, Clone)]
+pub(crate) struct Manifest {
+    pub(crate) config: Descriptor,
+    /// Base first.
+    pub(crate) layers: Vec<Descriptor>,
+}
+
+/// Manifests of one image for several platforms.
+#[derive(Debug)]
+pub(crate) struct Index {
+    pub(crate) entries: Vec<IndexEntry>,
+}
+
+/// One line of an index.
+#[derive(Debug, Clone)]
+pub(crate) struct IndexEntry {
+    pub(crate) descriptor: Descriptor,
+    pub(crate) platform: Option<Platform>,
+    /// `org.opencontainers.image.ref.name` and the like.
+    pub(crate) annotations: std::collections::HashMap<String, String>,
+}
+
+/// The parts of an image configuration that matter here. Fields we don't use (history, vendor
+/// extensions) are not parsed, so that they can't make an image unusable.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct ConfigFile {
+    #[serde(default)]
+    pub(crate) created: Option<String>,
+    #[serde(default)]
+    pub(crate) architecture: String,
+    #[serde(default)]
+    pub(crate) os: String,
+    #[serde(default)]
+    pub(crate) variant: Option<String>,
+    #[serde(default)]
+    pub(crate) config: Option<Config>,
+    rootfs: RootFs,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct RootFs {
+    #[serde(default)]
+    diff_ids: Option<Vec<String>>,
+}
+
+/// Any of the documents, as the wire has it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Raw {
+    schema_version: Option<u64>,
+    media_type: Option<String>,
+    config: Option<RawDescriptor>,
+    layers: Option<Vec<RawDescriptor>>,
+    manifests: Option<Vec<RawDescriptor>>,
+    fs_layers: Option<serde::de::IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDescriptor {
+    #[serde(default)]
+    media_type: String,
+    digest: String,
+    size: u64,
+    platform: Option<RawPlatform>,
+    #[serde(default)]
+    annotations: Option<std::collections::HashMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+struct RawPlatform {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    variant: Option<String>,
+}
+
+impl RawDescriptor {
+    fn check(&self, what: &str) -> Result<Descriptor, ImageError> {
+        Ok(Descriptor {
+            digest: Digest::parse(&self.digest).map_err(|reason| malformed(what, reason))?,
+            size: self.size,
+            media_type: self.media_type.clone(),
+        })
+    }
+}
+
+fn malformed(what: &str, reason: impl Into<String>) -> ImageError {
+    ImageError::Malformed {
+        what: what.to_owned(),
+        reason: reason.into(),
+    }
+}
+
+/// Parses what a manifest request answered. `what` names it in errors, `content_type` is the
+/// answer's.
+pub(crate) fn parse(
+    bytes: &[u8],
+    content_type: Option<&str>,
+    what: &str,
+) -> Result<Document, ImageError> {
+    let raw: Raw = serde_json::from_slice(bytes)
+        .map_err(|error| malformed(what, format!("not a manifest: {error}")))?;
+    let media_type = raw.media_type.as_deref().or(content_type).unwrap_or("");
+    if raw.schema_version == Some(1)
+        || raw.fs_layers.is_some()
+        || media_type.contains("manifest.v1") && media_type.contains("docker")
+    {
+        return Err(ImageError::Unsupported {
+            what: what.to_owned(),
+            reason: "it is in Docker's schema 1, which is obsolete; rebuild or re-push the image \
+                     with a current tool"
+                .to_owned(),
+        });
+    }
+    match (raw.manifests, raw.layers) {
+        // An ambiguous document could mean different images to different readers (CVE-2021-41190).
+        (Some(_), Some(_)) => Err(malformed(what, "it is both a manifest and an index")),
+        (Some(manifests), None) => {
+            if raw.config.is_some() {
+                return Err(malformed(what, "it is both a manifest and an index"));
+            }
+            let mut entries = Vec::with_capacity(manifests.len());
+            for raw in &manifests {
+                entries.push(IndexEntry {
+                    descriptor: raw.check(what)?,
+                    platform: raw.platform.as_ref().map(|platform| Platform {
+                        os: platform.os.clone(),
+                        architecture: platform.architecture.clone(),
+                        variant: platform.variant.clone(),
+                    }),
+                    annotations: raw.annotations.clone().unwrap_or_default(),
+                });
+            }
+            Ok(Document::Index(Index { entries }))
+        }
+        (None, Some(layers)) => {
+            let config = raw
+                .config
+                .ok_or_else(|| malformed(what, "it has no configuration"))?
+                .check(what)?;
+            if layers.len() > MAX_LAYERS {
+                return Err(malformed(
+                    what,
+                    format!("it has more than {MAX_LAYERS} layers"),
+                ));
+            }
+            let layers = layers
+                .iter()
+                .map(|layer| layer.check(what))
+                .collect::<Result<Vec<_>, _>>()?;
+            if let Some(layer) = layers.iter().find(|layer| !is_layer(&layer.media_type)) {
+                return Err(ImageError::Unsupported {
+                    what: what.to_owned(),
+                    reason: format!(
+                        "it holds a {:?}, which is no file system layer; only container images can be run",
+                        layer.media_type
+                    ),
+                });
+            }
+            Ok(Document::Manifest(Manifest { config, layers }))
+        }
+        (None, None) => Err(malformed(what, "it has neither layers nor manifests")),
+    }
+}
+
+/// Whether a media type is a file system layer's. Unknown ones of the container vendors are let
+/// through, because the content is sniffed and verified anyway; artifacts and encrypted layers not.
+fn is_layer(media_type: &str) -> bool {
+    if media_type.ends_with("+encrypted") {
+        return false;
+    }
+    media_type.is_empty()
+        || media_type.starts_with("application/vnd.oci.image.layer.")
+        || media_type.starts_with("application/vnd.docker.image.rootfs.")
+        || media_type.starts_with("application/vnd.docker.container.image.rootfs.")
+}
+
+impl Index {
+    /// The entry for `platform`: the best rank, then the first. Entries without a platform are
+    /// taken only when no entry has one, attestations (`unknown/unknown`) never.
+    pub(crate) fn select(
+        &self,
+        platform: &Platform,
+        what: &str,
+    ) -> Result<&IndexEntry, ImageError> {
+        let best = self
+            .entries
+            .iter()
+            .filter_map(|entry| {
+                let own = entry.platform.as_ref()?;
+                let rank = platform.rank(&own.os, &own.architecture, own.variant.as_deref())?;
+                Some((rank, entry))
+            })
+            .min_by_key(|(rank, _)| *rank);
+        if let Some((_, entry)) = best {
+            return Ok(entry);
+        }
+        if let Some(entry) = self.entries.first()
+            && self.entries.iter().all(|entry| entry.platform.is_none())
+        {
+            return Ok(entry);
+        }
+        let mut available: Vec<String> = self
+            .entries
+            .iter()
+            .filter_map(|entry| entry.platform.as_ref())
+            .filter(|platform| platform.os != "unknown")
+            .map(ToString::to_string)
+            .collect();
+        available.dedup();
+        available.truncate(20);
+        Err(ImageError::NoPlatform {
+            what: what.to_owned(),
+            platform: platform.to_string(),
+            available: if available.is_empty() {
+                "none".to_owned()
+            } else {
+                available.join(", ")
+            },
+        })
+    }
+}
+
+impl ConfigFile {
+    /// Parses an image configuration.
+    pub(crate) fn parse(bytes: &[u8], what: &str) -> Result<Self, ImageError> {
+        serde_json::from_slice(bytes)
+            .map_err(|error| malformed(what, format!("not an image configuration: {error}")))
+    }
+
+    /// The diff IDs, base first; as many as the manifest has layers.
+    pub(crate) fn diff_ids(&self, layers: usize, what: &str) -> Result<Vec<Digest>, ImageError> {
+        let diff_ids = self.rootfs.diff_ids.as_deref().unwrap_or_default();
+        if diff_ids.len() != layers {
+            return Err(malformed(
+                what,
+                format!(
+                    "its configuration lists {} layers and its manifest {layers}",
+                    diff_ids.len()
+                ),
+            ));
+        }
+        diff_ids
+            .iter()
+            .map(|id| Digest::parse(id).map_err(|reason| malformed(what, reason)))
+            .collect()
+    }
+
+    /// An image for another platform can't run here.
+    pub(crate) fn check_platform(&self, platform: &Platform, what: &str) -> Result<(), ImageError> {
+        // Images built from scratch by simple tools leave the fields empty.
+        let os = if self.os.is_empty() {
+            &platform.os
+        } else {
+            &self.os
+        };
+        let (architecture, variant) = if self.architecture.is_empty() {
+            (&platform.architecture, None)
+        } else {
+            (&self.architecture, self.variant.as_deref())
+        };
+        if platform.rank(os, architecture, variant).is_some() {
+            return Ok(());
+        }
+        Err(ImageError::NoPlatform {
+            what: what.to_owned(),
+            platform: platform.to_string(),
+            available: Platform {
+                os: os.clone(),
+                architecture: architecture.clone(),
+                variant: self.variant.clone(),
+            }
+            .to_string(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,133 @@
+use super::*;
+use crate::error::ErrorKind;
+
+const HEX: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+fn descriptor(media_type: &str, more: &str) -> String {
+    format!(r#"{{"mediaType":"{media_type}","digest":"sha256:{HEX}","size":3{more}}}"#)
+}
+
+#[test]
+fn both_manifest_forms_parse() {
+    for (own, config, layer) in [
+        (
+            "application/vnd.oci.image.manifest.v1+json",
+            "application/vnd.oci.image.config.v1+json",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+        ),
+        (
+            "application/vnd.docker.distribution.manifest.v2+json",
+            "application/vnd.docker.container.image.v1+json",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        ),
+    ] {
+        let text = format!(
+            r#"{{"schemaVersion":2,"mediaType":"{own}","config":{},"layers":[{}],"subject":null}}"#,
+            descriptor(config, ""),
+            descriptor(layer, r#","urls":[]"#)
+        );
+        match parse(text.as_bytes(), None, "x").unwrap() {
+            Document::Manifest(manifest) => {
+                assert_eq!(manifest.layers.len(), 1);
+                assert_eq!(manifest.config.digest.hex(), HEX);
+            }
+            Document::Index(_) => panic!("an index"),
+        }
+    }
+}
+
+#[test]
+fn wrong_documents_are_refused() {
+    let layer = descriptor("application/vnd.oci.image.layer.v1.tar", "");
+    let artifact = descriptor("application/vnd.example.model", "");
+    let encrypted = descriptor("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "");
+    for (text, kind) in [
+        ("<html></html>".to_owned(), ErrorKind::DataLoss),
+        ("{}".into(), ErrorKind::DataLoss),
+        ("[]".into(), ErrorKind::DataLoss),
+        (
+            r#"{"schemaVersion":1,"fsLayers":[]}"#.into(),
+            ErrorKind::FailedPrecondition,
+        ),
+        (
+            format!(r#"{{"layers":[{layer}],"manifests":[{layer}]}}"#),
+            ErrorKind::DataLoss,
+        ),
+        (format!(r#"{{"layers":[{layer}]}}"#), ErrorKind::DataLoss),
+        (
+            format!(r#"{{"config":{layer},"layers":[{artifact}]}}"#),
+            ErrorKind::FailedPrecondition,
+        ),
+        (
+            format!(r#"{{"config":{layer},"layers":[{encrypted}]}}"#),
+            ErrorKind::FailedPrecondition,
+        ),
+        (
+            r#"{"layers":[{"digest":"sha256:../../etc","size":1}]}"#.into(),
+            ErrorKind::DataLoss,
+        ),
+        (
+            format!(r#"{{"config":{{"digest":"sha256:{HEX}","size":-1}},"layers":[]}}"#),
+            ErrorKind::DataLoss,
+        ),
+    ] {
+        let error = parse(text.as_bytes(), None, "image x").unwrap_err();
+        assert_eq!(error.kind(), kind, "{text}: {error}");
+    }
+}
+
+#[test]
+fn the_platform_is_selected() {
+    let entry = |os: &str, architecture: &str, variant: &str, digit: &str| {
+        format!(
+            r#"{{"digest":"sha256:{}","size":1,"platform":{{"os":"{os}","architecture":"{architecture}","variant":"{variant}"}}}}"#,
+            digit.repeat(64)
+        )
+    };
+    let text = format!(
+        r#"{{"schemaVersion":2,"manifests":[{},{},{},{}]}}"#,
+        entry("unknown", "unknown", "", "0"),
+        entry("linux", "arm", "v6", "1"),
+        entry("linux", "arm", "v7", "2"),
+        entry("linux", "amd64", "", "3"),
+    );
+    let Document::Index(index) = parse(text.as_bytes(), None, "x").unwrap() else {
+        panic!("no index");
+    };
+    let select = |architecture: &str, variant: Option<&str>| {
+        let platform = Platform {
+            os: "linux".into(),
+            architecture: architecture.into(),
+            variant: variant.map(Into::into),
+        };
+        index
+            .select(&platform, "image x")
+            .map(|entry| entry.descriptor.digest.hex()[..1].to_owned())
+    };
+    assert_eq!(select("arm", Some("v7")).unwrap(), "2");
+    assert_eq!(select("arm", Some("v6")).unwrap(), "1");
+    assert_eq!(select("amd64", None).unwrap(), "3");
+    let error = select("s390x", None).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.to_string().contains("linux/arm/v7"), "{error}");
+}
+
+#[test]
+fn real_configurations_parse() {
+    // The shapes that Docker, BuildKit and hand-made tools write.
+    for text in [
+        r#"{"architecture":"amd64","os":"linux","config":{"Hostname":"","ExposedPorts":{"80/tcp":{}},
+           "Env":["PATH=/bin"],"Cmd":["sh"],"Image":"","Volumes":null,"WorkingDir":"","Entrypoint":null,
+           "OnBuild":null,"Labels":null,"StopSignal":"SIGQUIT","Healthcheck":{"Test":["CMD","x"]},
+           "ArgsEscaped":true,"Shell":["sh"]},"container":"x","container_config":{},
+           "created":"2021-01-01T00:00:00Z","docker_version":"20","history":[{"created":"x","empty_layer":true}],
+           "rootfs":{"type":"layers","diff_ids":[]}}"#,
+        r#"{"architecture":"","os":"","rootfs":{"type":"layers","diff_ids":null}}"#,
+        r#"{"architecture":"amd64","os":"linux","config":{},"rootfs":{"type":"layers","diff_ids":[]},"history":null}"#,
+    ] {
+        let config = ConfigFile::parse(text.as_bytes(), "x").unwrap();
+        assert!(config.diff_ids(0, "x").unwrap().is_empty());
+        assert!(config.diff_ids(1, "x").is_err());
+    }
+    assert!(ConfigFile::parse(b"{}", "x").is_err());
+}

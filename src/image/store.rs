@@ -1,0 +1,793 @@
+//! The image store: what is present, in memory and on disk, and how it changes.
+//!
+//! | path below the root | content |
+//! | --- | --- |
+//! | `images.redb` | which images there are and which layers are complete |
+//! | `blobs/<algorithm>/<hex>` | manifests, indexes and configurations |
+//! | `layers/<algorithm>/<hex>` | one unpacked layer per diff ID |
+//! | `staging/` | layers that are arriving |
+//! | `trash/` | what is being removed |
+//!
+//! A layer's directory appears by one rename, when everything about it is verified. It counts only
+//! once its row is in the database, which is written after the file system was synced, together with
+//! the image's row. So whatever instruction the process dies at, the next start finds either a whole
+//! image or garbage that it can tell as such.
+//!
+//! Locks, in order: `commit` (blocking threads only; held over the disk operations of a change),
+//! then `state` (no I/O under it).
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
+
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+
+use crate::blobs::Blobs;
+use crate::config::{Platform, StoreConfig};
+use crate::database::{Change, Database, ImageRecord, LayerRecord};
+use crate::digest::Digest;
+use crate::error::ImageError;
+use crate::image::{FsInfo, Image, LayerRef};
+use crate::inflight::Inflight;
+use crate::layers::{self, Prepared};
+use crate::manifest::{ConfigFile, MAX_CONFIG};
+use crate::reference::ImageName;
+use crate::registry::Registry;
+use crate::state::{Entry, Layer, State};
+use crate::trees;
+
+/// The images of this node. Clones are handles of the same store.
+#[derive(Clone)]
+pub struct ImageStore {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) root: PathBuf,
+    pub(crate) platform: Platform,
+    pinned: Vec<String>,
+    pub(crate) blobs: Blobs,
+    database: Database,
+    commit: Mutex<()>,
+    state: Mutex<State>,
+    pub(crate) registry: RwLock<Arc<Registry>>,
+    pub(crate) downloads: Arc<Semaphore>,
+    pub(crate) inflight: Mutex<Inflight>,
+    pub(crate) layer_locks: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+    /// Pulls and their blocking parts.
+    pub(crate) tasks: TaskTracker,
+    collector: mpsc::Sender<Garbage>,
+}
+
+/// Messages to the collector thread.
+enum Garbage {
+    /// Layers may have lost their last user.
+    Layers,
+    /// The trash has been filled.
+    Trash,
+    /// Answer when everything before this is done.
+    Report(tokio::sync::oneshot::Sender<()>),
+}
+
+/// Keeps an image's layers while it is held; a container holds one. Removing the image fails as long.
+pub struct ImageLease {
+    inner: Arc<Inner>,
+    image: Arc<Image>,
+}
+
+/// A new version of an image, to be made visible.
+pub(crate) struct NewImage {
+    pub(crate) id: Digest,
+    pub(crate) config: Vec<u8>,
+    /// Manifests and indexes on the way to the image, with their bytes.
+    pub(crate) manifests: Vec<(Digest, Vec<u8>)>,
+    pub(crate) diff_ids: Vec<Digest>,
+    pub(crate) size_bytes: u64,
+    pub(crate) tags: Vec<String>,
+    pub(crate) digests: Vec<String>,
+}
+
+impl ImageStore {
+    /// Opens the store, makes it if need be, and sweeps what dead pulls left behind. Blocks for disk
+    /// operations; garbage is removed in the background.
+    ///
+    /// # Errors
+    /// When directories can't be made, the metadata can't be read or is open in another process, or
+    /// a certificate authority's file can't be read.
+    pub fn open(config: StoreConfig) -> Result<Self, ImageError> {
+        let root = config.root;
+        for name in [
+            "",
+            "layers/sha256",
+            "layers/sha512",
+            "staging",
+            "trash",
+            "blobs",
+        ] {
+            let path = root.join(name);
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(if name.is_empty() { 0o711 } else { 0o700 })
+                .create(&path)
+                .map_err(|error| ImageError::io("create", &path, error))?;
+        }
+        let registry = Registry::new(config.registry, config.pull_progress_timeout)?;
+        let (database, contents) = Database::open(&root.join("images.redb"))?;
+        let blobs = Blobs::open(&root.join("blobs"))?;
+        let (collector, garbage) = mpsc::channel();
+        let inner = Arc::new(Inner {
+            platform: config.platform,
+            pinned: normalise_patterns(config.pinned),
+            blobs,
+            database,
+            commit: Mutex::new(()),
+            state: Mutex::new(State::default()),
+            registry: RwLock::new(Arc::new(registry)),
+            downloads: Arc::new(Semaphore::new(config.max_parallel_downloads.max(1))),
+            inflight: Mutex::new(Inflight::default()),
+            layer_locks: Mutex::new(HashMap::new()),
+            tasks: TaskTracker::new(),
+            collector,
+            root,
+        });
+        inner.recover(contents)?;
+        let weak = Arc::downgrade(&inner);
+        std::thread::Builder::new()
+            .name("image-gc".to_owned())
+            .spawn(move || collect(&weak, &garbage))
+            .map_err(|error| ImageError::io("start the collector of", &inner.root, error))?;
+        inner.notify(Garbage::Trash);
+        Ok(Self { inner })
+    }
+
+    /// Every image, sorted by id. A snapshot of memory; never waits for a pull or for the disk.
+    pub fn list(&self) -> Vec<Arc<Image>> {
+        let state = self.inner.state();
+        state
+            .images
+            .values()
+            .map(|entry| Arc::clone(&entry.image))
+            .collect()
+    }
+
+    /// The image of this name or id: a full id with or without `sha256:`, a tag, a reference by
+    /// digest, a short name (`busybox` is `docker.io/library/busybox:latest`), or the beginning of
+    /// one id only, of three digits or more.
+    pub fn resolve(&self, name_or_id: &str) -> Option<Arc<Image>> {
+        let state = self.inner.state();
+        let id = state.find(name_or_id)?;
+        Some(Arc::clone(&state.images[id].image))
+    }
+
+    /// Removes the image with all its tags, and the layers that no other image uses. An image that
+    /// is absent counts as removed. When this returns, the image is invisible; its files are removed
+    /// in the background.
+    ///
+    /// # Errors
+    /// [`ImageError::InUse`] while a lease is held; I/O errors.
+    pub async fn remove(&self, name_or_id: &str) -> Result<(), ImageError> {
+        let inner = Arc::clone(&self.inner);
+        let name = name_or_id.to_owned();
+        blocking(format!("removal of image {name_or_id}"), move || {
+            inner.remove(&name)
+        })
+        .await
+    }
+
+    /// Takes a lease on the image.
+    ///
+    /// # Errors
+    /// [`ImageError::NotFound`].
+    pub fn lease(&self, image_id: &str) -> Result<ImageLease, ImageError> {
+        let mut state = self.inner.state();
+        let id = state.find(image_id).map(str::to_owned);
+        let entry =
+            id.and_then(|id| state.images.get_mut(&id))
+                .ok_or_else(|| ImageError::NotFound {
+                    name: image_id.to_owned(),
+                })?;
+        entry.leases += 1;
+        Ok(ImageLease {
+            inner: Arc::clone(&self.inner),
+            image: Arc::clone(&entry.image),
+        })
+    }
+
+    /// The space that layers take, from sums that were kept while unpacking.
+    pub fn fs_info(&self) -> FsInfo {
+        let state = self.inner.state();
+        let sum = |of: fn(&LayerRecord) -> u64| {
+            state.layers.values().map(|layer| of(&layer.record)).sum()
+        };
+        FsInfo {
+            mountpoint: self.inner.root.clone(),
+            used_bytes: sum(|record| record.bytes),
+            inodes_used: sum(|record| record.inodes),
+        }
+    }
+
+    /// Uses other registry settings from the next pull on; pulls in progress keep theirs.
+    ///
+    /// # Errors
+    /// When a certificate authority's file can't be read; the old settings stay.
+    pub fn set_registry(
+        &self,
+        config: crate::RegistryConfig,
+        pull_progress_timeout: std::time::Duration,
+    ) -> Result<(), ImageError> {
+        let registry = Arc::new(Registry::new(config, pull_progress_timeout)?);
+        *self
+            .inner
+            .registry
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = registry;
+        Ok(())
+    }
+
+    /// Waits until no pull is in progress and all garbage is removed. For an orderly shutdown, after
+    /// the pulls were dropped.
+    pub async fn idle(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+        self.inner.tasks.reopen();
+        let (done, waiting) = tokio::sync::oneshot::channel();
+        self.inner.notify(Garbage::Report(done));
+        // An error means that the collector is gone, and with it the store.
+        let _ = waiting.await;
+    }
+}
+
+impl ImageLease {
+    /// The image as it was when the lease was taken.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+}
+
+impl std::fmt::Debug for ImageLease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("ImageLease").field(&self.image.id).finish()
+    }
+}
+
+impl std::fmt::Debug for ImageStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("ImageStore").field(&self.inner.root).finish()
+    }
+}
+
+impl Drop for ImageLease {
+    fn drop(&mut self) {
+        if let Some(entry) = self.inner.state().images.get_mut(&self.image.id) {
+            entry.leases = entry.leases.saturating_sub(1);
+        }
+    }
+}
+
+/// Runs blocking work; a panic in it becomes an error.
+pub(crate) async fn blocking<T: Send + 'static>(
+    what: String,
+    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, ImageError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(_) => Err(ImageError::Lost { what }),
+    }
+}
+
+impl Inner {
+    /// A panic under one of these locks can't leave anything half done, so poison is ignored.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn commit(&self) -> MutexGuard<'_, ()> {
+        self.commit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn notify(&self, garbage: Garbage) {
+        // Fails only when the thread is gone, which a next start makes good.
+        let _ = self.collector.send(garbage);
+    }
+
+    /// Where a layer is, or will be.
+    pub(crate) fn layer_path(&self, diff_id: &Digest) -> PathBuf {
+        self.root
+            .join("layers")
+            .join(diff_id.algorithm().name())
+            .join(diff_id.hex())
+    }
+
+    fn trash(&self) -> PathBuf {
+        self.root.join("trash")
+    }
+
+    /// Moves a layer's directory out of the way; its removal follows in the background.
+    fn discard_layer(&self, diff_id: &Digest) {
+        let path = self.layer_path(diff_id);
+        if let Err(error) = trees::discard(&path, &self.trash()) {
+            tracing::warn!(path = %path.display(), %error, "can't discard a layer; the next start will");
+        }
+    }
+
+    /// Makes memory and disk agree at the start.
+    fn recover(&self, contents: crate::database::Contents) -> Result<(), ImageError> {
+        let mut change = Change::default();
+        let mut state = self.state();
+        for (text, record) in contents.layers {
+            match Digest::parse(&text) {
+                Ok(diff_id) if self.layer_path(&diff_id).is_dir() => {
+                    let layer = Layer {
+                        record,
+                        durable: true,
+                        implied: Vec::new(),
+                    };
+                    state.layers.insert(diff_id, layer);
+                }
+                _ => {
+                    tracing::error!(layer = text, "the directory of a layer is gone");
+                    change.remove_layers.push(text);
+                }
+            }
+        }
+        for record in contents.images {
+            match self.load(&record, &state) {
+                Ok(image) => {
+                    let entry = Entry {
+                        image: Arc::new(image),
+                        record,
+                        leases: 0,
+                    };
+                    state.images.insert(entry.record.id.clone(), entry);
+                }
+                Err(error) => {
+                    tracing::error!(
+                        image = record.id,
+                        error = error.chain(),
+                        "an image is damaged and forgotten; pull it again"
+                    );
+                    change.remove_images.push(record.id);
+                }
+            }
+        }
+        // What an unreadable record refers to must not be swept.
+        let careful = contents.set_aside > 0;
+        if !careful {
+            for diff_id in state.orphans() {
+                state.layers.remove(&diff_id);
+                change.remove_layers.push(diff_id.to_string());
+            }
+        }
+        let known: HashSet<Digest> = state.layers.keys().cloned().collect();
+        let blobs = state.blobs();
+        drop(state);
+        self.database.apply(&change)?;
+        for path in list(&self.root.join("staging"))? {
+            trees::discard(&path, &self.trash())
+                .map_err(|e| ImageError::io("discard", &path, e))?;
+        }
+        if careful {
+            tracing::warn!("image records were set aside, so unused layers and blobs are kept");
+            return Ok(());
+        }
+        for algorithm in ["sha256", "sha512"] {
+            for path in list(&self.root.join("layers").join(algorithm))? {
+                let name = path
+                    .file_name()
+                    .map(|name| name.to_string_lossy().into_owned())
+                    .unwrap_or_default();
+                if !Digest::parse(&format!("{algorithm}:{name}"))
+                    .is_ok_and(|id| known.contains(&id))
+                {
+                    trees::discard(&path, &self.trash())
+                        .map_err(|e| ImageError::io("discard", &path, e))?;
+                }
+            }
+        }
+        self.blobs.sweep(&blobs)
+    }
+
+    /// Reads an image's configuration and checks that its layers are there.
+    fn load(&self, record: &ImageRecord, state: &State) -> Result<Image, ImageError> {
+        let malformed = |reason: String| ImageError::Malformed {
+            what: format!("the record of image {}", record.id),
+            reason,
+        };
+        let id = Digest::parse(&record.id).map_err(malformed)?;
+        let config = self.blobs.get(&id, MAX_CONFIG)?;
+        for text in &record.diff_ids {
+            let diff_id = Digest::parse(text).map_err(malformed)?;
+            if !state.layers.contains_key(&diff_id) {
+                return Err(malformed(format!("its layer {diff_id} is gone")));
+            }
+        }
+        self.assemble(record, &config)
+    }
+
+    fn assemble(&self, record: &ImageRecord, config: &[u8]) -> Result<Image, ImageError> {
+        let file = ConfigFile::parse(config, &format!("the configuration of image {}", record.id))?;
+        let config = file.config.unwrap_or_default();
+        let layers = record
+            .diff_ids
+            .iter()
+            .filter_map(|text| Digest::parse(text).ok())
+            .map(|diff_id| LayerRef {
+                path: self.layer_path(&diff_id),
+                diff_id: diff_id.to_string(),
+            })
+            .collect();
+        Ok(Image {
+            id: record.id.clone(),
+            repo_tags: record.tags.clone(),
+            repo_digests: record.digests.clone(),
+            size_bytes: record.size_bytes,
+            user: config.user().clone().filter(|user| !user.is_empty()),
+            config,
+            architecture: file.architecture,
+            os: file.os,
+            variant: file.variant,
+            created: file.created,
+            layers,
+            pinned: self.is_pinned(record),
+        })
+    }
+
+    fn is_pinned(&self, record: &ImageRecord) -> bool {
+        self.pinned.iter().any(|pattern| {
+            record
+                .tags
+                .iter()
+                .chain(&record.digests)
+                .any(|name| match pattern.strip_suffix('*') {
+                    Some(start) => name.starts_with(start),
+                    None => name == pattern,
+                })
+        })
+    }
+
+    fn remove(&self, name: &str) -> Result<(), ImageError> {
+        let _commit = self.commit();
+        let (entry, orphans) = {
+            let mut state = self.state();
+            let Some(id) = state.find(name).map(str::to_owned) else {
+                return Ok(());
+            };
+            match state.images.remove(&id) {
+                None => return Ok(()),
+                Some(entry) if entry.leases > 0 => {
+                    let users = entry.leases;
+                    state.images.insert(id.clone(), entry);
+                    return Err(ImageError::InUse { id, users });
+                }
+                Some(entry) => {
+                    let orphans: Vec<_> = state
+                        .orphans()
+                        .into_iter()
+                        .filter_map(|diff_id| state.layers.remove_entry(&diff_id))
+                        .collect();
+                    (entry, orphans)
+                }
+            }
+        };
+        let change = Change {
+            remove_images: vec![entry.record.id.clone()],
+            remove_layers: orphans
+                .iter()
+                .map(|(diff_id, _)| diff_id.to_string())
+                .collect(),
+            ..Change::default()
+        };
+        if let Err(error) = self.database.apply(&change) {
+            let mut state = self.state();
+            state.layers.extend(orphans);
+            state.images.insert(entry.record.id.clone(), entry);
+            return Err(error);
+        }
+        for (diff_id, _) in &orphans {
+            self.discard_layer(diff_id);
+        }
+        self.remove_blobs(&entry.record);
+        self.notify(Garbage::Trash);
+        tracing::info!(
+            image = entry.record.id,
+            layers = orphans.len(),
+            "image removed"
+        );
+        Ok(())
+    }
+
+    /// Removes the blobs of `record` that no image needs any more.
+    fn remove_blobs(&self, record: &ImageRecord) {
+        let needed = self.state().blobs();
+        for text in std::iter::once(&record.id).chain(&record.manifests) {
+            if let Ok(digest) = Digest::parse(text)
+                && !needed.contains(&digest)
+            {
+                self.blobs.remove(&digest);
+            }
+        }
+    }
+
+    /// Whether the layer is complete and in its place.
+    pub(crate) fn has_layer(&self, diff_id: &Digest) -> bool {
+        self.state().layers.contains_key(diff_id)
+    }
+
+    /// Unpacks a layer and puts it in place. The caller holds the layer's lock and a hold on it.
+    pub(crate) fn unpack_layer(
+        &self,
+        stream: impl std::io::Read,
+        expected: &layers::Expected,
+        written: &AtomicU64,
+    ) -> Result<(), ImageError> {
+        let prepared = layers::prepare(stream, expected, &self.root.join("staging"), written)?;
+        self.place_layer(&expected.diff_id, prepared)
+    }
+
+    fn place_layer(&self, diff_id: &Digest, prepared: Prepared) -> Result<(), ImageError> {
+        let _commit = self.commit();
+        if self.has_layer(diff_id) {
+            return Ok(());
+        }
+        let path = self.layer_path(diff_id);
+        // Whatever stands here without being known is garbage that could not be discarded.
+        if path.symlink_metadata().is_ok() {
+            self.discard_layer(diff_id);
+        }
+        let unpacked = prepared.place(&path)?;
+        let layer = Layer {
+            record: LayerRecord::new(unpacked.bytes, unpacked.inodes),
+            durable: false,
+            implied: unpacked.implied,
+        };
+        self.state().layers.insert(diff_id.clone(), layer);
+        Ok(())
+    }
+
+    /// Makes an image durable and visible, with its tags taken from whatever image had them.
+    /// Blocks for a sync of the file system. The caller holds its layers.
+    pub(crate) fn publish(&self, new: &NewImage) -> Result<Arc<Image>, ImageError> {
+        self.settle(new)?;
+        let root =
+            trees::open_dir(&self.root).map_err(|e| ImageError::io("open", &self.root, e))?;
+        rustix::fs::syncfs(&root).map_err(|e| ImageError::io("sync", &self.root, e.into()))?;
+        let _commit = self.commit();
+        let what = format!("image {}", new.id);
+        self.blobs.put(&new.id, &new.config)?;
+        for (digest, bytes) in &new.manifests {
+            self.blobs.put(digest, bytes)?;
+        }
+        self.blobs.sync()?;
+        let (change, records) = {
+            let state = self.state();
+            if let Some(missing) = new
+                .diff_ids
+                .iter()
+                .find(|id| !state.layers.contains_key(*id))
+            {
+                return Err(ImageError::Lost {
+                    what: format!("layer {missing} of {what}"),
+                });
+            }
+            plan(&state, new)
+        };
+        let mut images = Vec::with_capacity(records.len());
+        for record in records {
+            let image = if record.id == new.id.to_string() {
+                self.assemble(&record, &new.config)?
+            } else {
+                let digest = Digest::parse(&record.id).map_err(|reason| ImageError::Malformed {
+                    what: format!("the record of image {}", record.id),
+                    reason,
+                })?;
+                self.assemble(&record, &self.blobs.get(&digest, MAX_CONFIG)?)?
+            };
+            images.push((record, Arc::new(image)));
+        }
+        self.database.apply(&change)?;
+        let mut state = self.state();
+        for diff_id in &new.diff_ids {
+            if let Some(layer) = state.layers.get_mut(diff_id) {
+                layer.durable = true;
+            }
+        }
+        for (record, image) in images {
+            let leases = state.images.get(&record.id).map_or(0, |entry| entry.leases);
+            state.images.insert(
+                record.id.clone(),
+                Entry {
+                    record,
+                    image,
+                    leases,
+                },
+            );
+        }
+        let id = new.id.to_string();
+        match state.images.get(&id) {
+            Some(entry) => Ok(Arc::clone(&entry.image)),
+            None => Err(ImageError::Lost { what }),
+        }
+    }
+
+    /// Lets directories that layers implied take over the attributes they have below.
+    fn settle(&self, new: &NewImage) -> Result<(), ImageError> {
+        for (at, diff_id) in new.diff_ids.iter().enumerate() {
+            let implied = match self.state().layers.get_mut(diff_id) {
+                Some(layer) if !layer.durable => std::mem::take(&mut layer.implied),
+                _ => continue,
+            };
+            if implied.is_empty() || at == 0 {
+                continue;
+            }
+            let lower: Vec<PathBuf> = new.diff_ids[..at]
+                .iter()
+                .rev()
+                .map(|id| self.layer_path(id))
+                .collect();
+            layers::settle(&self.layer_path(diff_id), &implied, &lower)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps layers from being collected, present or not, until the hold is dropped.
+    pub(crate) fn hold(self: &Arc<Self>, diff_ids: &[Digest]) -> Hold {
+        let mut state = self.state();
+        for diff_id in diff_ids {
+            *state.holds.entry(diff_id.clone()).or_default() += 1;
+        }
+        Hold {
+            inner: Arc::clone(self),
+            diff_ids: diff_ids.to_vec(),
+        }
+    }
+
+    /// Removes layers that nothing needs.
+    fn collect_layers(&self) {
+        let _commit = self.commit();
+        let orphans: Vec<_> = {
+            let mut state = self.state();
+            state
+                .orphans()
+                .into_iter()
+                .filter_map(|diff_id| state.layers.remove_entry(&diff_id))
+                .collect()
+        };
+        let change = Change {
+            remove_layers: orphans
+                .iter()
+                .filter(|(_, layer)| layer.durable)
+                .map(|(diff_id, _)| diff_id.to_string())
+                .collect(),
+            ..Change::default()
+        };
+        if !change.remove_layers.is_empty()
+            && let Err(error) = self.database.apply(&change)
+        {
+            tracing::warn!(
+                error = error.chain(),
+                "can't forget unused layers; the next start will"
+            );
+            return;
+        }
+        for (diff_id, _) in &orphans {
+            self.discard_layer(diff_id);
+        }
+    }
+}
+
+/// The change that publishes an image, and the new records of every image that it touches.
+fn plan(state: &State, new: &NewImage) -> (Change, Vec<ImageRecord>) {
+    let id = new.id.to_string();
+    let mut record = match state.images.get(&id) {
+        Some(entry) => entry.record.clone(),
+        None => ImageRecord::new(id.clone()),
+    };
+    let add = |list: &mut Vec<String>, items: &[String]| {
+        list.extend_from_slice(items);
+        list.sort();
+        list.dedup();
+    };
+    add(&mut record.tags, &new.tags);
+    add(&mut record.digests, &new.digests);
+    let manifests: Vec<String> = new
+        .manifests
+        .iter()
+        .map(|(digest, _)| digest.to_string())
+        .collect();
+    add(&mut record.manifests, &manifests);
+    record.diff_ids = new.diff_ids.iter().map(ToString::to_string).collect();
+    record.size_bytes = new.size_bytes;
+    let mut records = vec![record];
+    for (other, entry) in &state.images {
+        if *other != id && entry.record.tags.iter().any(|tag| new.tags.contains(tag)) {
+            let mut record = entry.record.clone();
+            record.tags.retain(|tag| !new.tags.contains(tag));
+            records.push(record);
+        }
+    }
+    let put_layers = new
+        .diff_ids
+        .iter()
+        .filter_map(|diff_id| {
+            Some((
+                diff_id.to_string(),
+                state.layers.get(diff_id)?.record.clone(),
+            ))
+        })
+        .collect();
+    let change = Change {
+        put_images: records.clone(),
+        put_layers,
+        ..Change::default()
+    };
+    (change, records)
+}
+
+/// Layers that must stay while this is alive.
+pub(crate) struct Hold {
+    inner: Arc<Inner>,
+    diff_ids: Vec<Digest>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut state = self.inner.state();
+        for diff_id in &self.diff_ids {
+            if let Some(count) = state.holds.get_mut(diff_id) {
+                *count -= 1;
+                if *count == 0 {
+                    state.holds.remove(diff_id);
+                }
+            }
+        }
+        let orphaned = !state.orphans().is_empty();
+        drop(state);
+        if orphaned {
+            self.inner.notify(Garbage::Layers);
+        }
+    }
+}
+
+/// The collector thread: removes files off everybody's path.
+fn collect(inner: &Weak<Inner>, garbage: &mpsc::Receiver<Garbage>) {
+    while let Ok(message) = garbage.recv() {
+        let Some(inner) = inner.upgrade() else {
+            return;
+        };
+        match message {
+            Garbage::Layers => {
+                inner.collect_layers();
+                trees::empty(&inner.trash());
+            }
+            Garbage::Trash => trees::empty(&inner.trash()),
+            // Nobody waiting any more is fine.
+            Garbage::Report(done) => drop(done.send(())),
+        }
+    }
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
+    let read = || {
+        fs::read_dir(dir)?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<std::io::Result<Vec<_>>>()
+    };
+    read().map_err(|error| ImageError::io("list", dir, error))
+}
+
+/// Patterns name images as people write them; matching is by normalised names.
+fn normalise_patterns(patterns: Vec<String>) -> Vec<String> {
+    patterns
+        .into_iter()
+        .map(|pattern| {
+            if pattern.ends_with('*') {
+                return pattern;
+            }
+            ImageName::parse(&pattern).map_or(pattern, |name| name.to_string())
+        })
+        .collect()
+}

@@ -1,0 +1,722 @@
+//! Unpacks one layer's archive into a directory, in the form that overlayfs stacks (image
+//! specification, "Image Layer Filesystem Changeset").
+//!
+//! A layer is hostile input. No path is ever put together as a string and handed to the kernel from
+//! the outside: every entry is created relative to a descriptor of its parent directory, and that
+//! descriptor comes from `openat2` with `RESOLVE_BENEATH`, which fails when a name or a symbolic link
+//! leads out of the layer. Names with `..` are refused outright.
+//!
+//! Whiteouts become overlayfs' (a 0:0 character device), opaque directories get
+//! `trusted.overlay.opaque=y`. Both speak of lower layers only, wherever in the archive they stand:
+//! an entry of the same layer stays, and a directory that the layer both whites out and fills is
+//! opaque.
+//!
+//! A directory that an archive needs but doesn't name is made with mode 0755, owned by root, and
+//! reported in [`Unpacked::implied`], so that it can take over the attributes it has in a lower layer
+//! of the same image.
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
+};
+use rustix::io::Errno;
+
+use crate::tarball::{Entry, Kind, TarError, TarReader};
+use crate::trees;
+
+/// The prefix of whiteout names.
+const WHITEOUT: &[u8] = b".wh.";
+/// The prefix of AUFS' own files, which mean nothing here.
+const WHITEOUT_META: &[u8] = b".wh..wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Disk space is counted in blocks of this size.
+const BLOCK: u64 = 4096;
+
+/// What was unpacked.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Unpacked {
+    /// Bytes of disk space, in whole blocks.
+    pub(crate) bytes: u64,
+    pub(crate) inodes: u64,
+    /// Directories that the archive didn't name; the layer's root is the empty name.
+    pub(crate) implied: Vec<Vec<u8>>,
+}
+
+/// Why a layer can't be unpacked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UnpackError {
+    /// An entry that may not be unpacked.
+    #[error("entry {entry:?}: {reason}")]
+    Refused { entry: String, reason: String },
+    /// The archive is broken, or its stream is.
+    #[error(transparent)]
+    Archive(#[from] TarError),
+    /// A system call failed.
+    #[error("entry {entry:?}")]
+    Io {
+        entry: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why one entry fails; the entry's name is added later.
+enum Failure {
+    Refused(String),
+    Io(io::Error),
+    Read(io::Error),
+}
+
+impl From<Errno> for Failure {
+    fn from(error: Errno) -> Self {
+        match error {
+            Errno::NAMETOOLONG => refuse("its name is longer than the file system allows"),
+            other => Self::Io(other.into()),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+fn refuse(reason: impl Into<String>) -> Failure {
+    Failure::Refused(reason.into())
+}
+
+/// Unpacks `archive` into `root`, an empty directory. `spare` is a directory of the same file system
+/// that may be used for intermediate steps. `written` counts the bytes of files while they appear.
+///
+/// Returns the archive's stream, too: what follows the end of the archive is still to be read.
+pub(crate) fn unpack<R: Read>(
+    archive: R,
+    root: &Path,
+    spare: &Path,
+    written: &AtomicU64,
+) -> Result<(R, Unpacked), UnpackError> {
+    let open = |path: &Path| {
+        trees::open_dir(path).map_err(|source| UnpackError::Io {
+            entry: path.display().to_string(),
+            source,
+        })
+    };
+    let mut layer = Layer {
+        root: Rc::new(open(root)?),
+        spare: open(spare)?,
+        parent: None,
+        times: Vec::new(),
+        implied: BTreeSet::from([Vec::new()]),
+        bytes: BLOCK,
+        inodes: 1,
+        buffer: vec![0; 256 * 1024],
+        written,
+    };
+    let mut archive = TarReader::new(archive);
+    while let Some(entry) = archive.next()? {
+        let shown = || String::from_utf8_lossy(&entry.name).into_owned();
+        layer
+            .apply(&entry, &mut archive)
+            .map_err(|failure| match failure {
+                Failure::Refused(reason) => UnpackError::Refused {
+                    entry: shown(),
+                    reason,
+                },
+                Failure::Io(source) => UnpackError::Io {
+                    entry: shown(),
+                    source,
+                },
+                Failure::Read(source) => UnpackError::Archive(TarError::Read(source)),
+            })?;
+    }
+    let unpacked = layer.finish()?;
+    Ok((archive.into_inner(), unpacked))
+}
+
+struct Layer<'a> {
+    root: Rc<OwnedFd>,
+    spare: OwnedFd,
+    /// The directory of the last entry, by its name in the archive: most entries follow a sibling.
+    parent: Option<(Vec<u8>, Rc<OwnedFd>)>,
+    /// Directories' times, set at the end, because every new child changes them.
+    times: Vec<(Vec<u8>, (i64, u32))>,
+    implied: BTreeSet<Vec<u8>>,
+    bytes: u64,
+    inodes: u64,
+    buffer: Vec<u8>,
+    written: &'a AtomicU64,
+}
+
+impl Layer<'_> {
+    fn apply<R: Read>(&mut self, entry: &Entry, archive: &mut TarReader<R>) -> Result<(), Failure> {
+        let path = clean(&entry.name)?;
+        let Some(name) = path
+            .rsplit(|byte| *byte == b'/')
+            .next()
+            .filter(|name| !name.is_empty())
+        else {
+            return match entry.kind {
+                Kind::Directory => self.root_entry(entry),
+                _ => Err(refuse("the layer's root must be a directory")),
+            };
+        };
+        let parent_path = &path[..path.len() - name.len()];
+        let parent_path = parent_path.strip_suffix(b"/").unwrap_or(parent_path);
+        if name == OPAQUE {
+            let parent = self.parent(parent_path)?;
+            return set_opaque(&reopen(&parent)?);
+        }
+        if name.starts_with(WHITEOUT_META) {
+            return Ok(());
+        }
+        if let Some(hidden) = name.strip_prefix(WHITEOUT) {
+            if hidden.is_empty() || hidden == b"." || hidden == b".." {
+                return Err(refuse("it is a whiteout of nothing that could be hidden"));
+            }
+            let parent = self.parent(parent_path)?;
+            return self.whiteout(&parent, hidden);
+        }
+        let parent = self.parent(parent_path)?;
+        self.create(&parent, &path, name, entry, archive)
+    }
+
+    /// The archive's entry for the layer's root itself.
+    fn root_entry(&mut self, entry: &Entry) -> Result<(), Failure> {
+        let root = Rc::clone(&self.root);
+        set_attributes(root.as_fd(), entry)?;
+        self.implied.remove(&Vec::new());
+        self.times.push((Vec::new(), entry.mtime));
+        Ok(())
+    }
+
+    /// Hides `hidden` of the lower layers.
+    fn whiteout(&mut self, parent: &OwnedFd, hidden: &[u8]) -> Result<(), Failure> {
+        let name = c_name(hidden)?;
+        match stat(parent, &name)? {
+            Some(found) if is_dir(&found) => set_opaque(&open_child(parent, &name)?),
+            // An entry of this layer hides the lower one by itself.
+            Some(_) => Ok(()),
+            None => {
+                rustix::fs::mknodat(parent, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
+                self.inodes += 1;
+                Ok(())
+            }
+        }
+    }
+
+    fn create<R: Read>(
+        &mut self,
+        parent: &OwnedFd,
+        path: &[u8],
+        name: &[u8],
+        entry: &Entry,
+        archive: &mut TarReader<R>,
+    ) -> Result<(), Failure> {
+        let c_name = c_name(name)?;
+        if let Kind::HardLink(target) = &entry.kind {
+            return self.hard_link(parent, path, &c_name, target);
+        }
+        let found = stat(parent, &c_name)?;
+        if entry.kind == Kind::Directory {
+            return self.directory(parent, path, &c_name, entry, found);
+        }
+        if let Some(found) = found {
+            self.make_way(parent, &c_name, path, &found)?;
+        }
+        self.inodes += 1;
+        match &entry.kind {
+            Kind::Regular => return self.regular(parent, &c_name, entry, archive),
+            Kind::Symlink(target) => {
+                if target.is_empty() {
+                    return Err(refuse("it is a symbolic link to nothing"));
+                }
+                let target = CString::new(target.as_slice())
+                    .map_err(|_| refuse("its target holds a NUL"))?;
+                rustix::fs::symlinkat(&target, parent, &c_name)?;
+            }
+            Kind::Fifo => self.node(parent, &c_name, FileType::Fifo, 0)?,
+            Kind::CharDevice { major, minor } => {
+                self.node(
+                    parent,
+                    &c_name,
+                    FileType::CharacterDevice,
+                    rustix::fs::makedev(*major, *minor),
+                )?;
+            }
+            Kind::BlockDevice { major, minor } => {
+                self.node(
+                    parent,
+                    &c_name,
+                    FileType::BlockDevice,
+                    rustix::fs::makedev(*major, *minor),
+                )?;
+            }
+            Kind::Directory | Kind::HardLink(_) => {}
+        }
+        let (uid, gid) = owner(entry)?;
+        rustix::fs::chownat(
+            parent,
+            &c_name,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
+        if !matches!(entry.kind, Kind::Symlink(_)) {
+            // The node was just made by us and is no symbolic link.
+            rustix::fs::chmodat(
+                parent,
+                &c_name,
+                Mode::from_raw_mode(entry.mode),
+                AtFlags::empty(),
+            )?;
+        }
+        rustix::fs::utimensat(
+            parent,
+            &c_name,
+            &times(entry.mtime),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
+        Ok(())
+    }
+
+    fn node(
+        &self,
+        parent: &OwnedFd,
+        name: &CString,
+        kind: FileType,
+        device: u64,
+    ) -> Result<(), Failure> {
+        Ok(rustix::fs::mknodat(
+            parent,
+            name,
+            kind,
+            Mode::RUSR | Mode::WUSR,
+            device,
+        )?)
+    }
+
+    fn directory(
+        &mut self,
+        parent: &OwnedFd,
+        path: &[u8],
+        name: &CString,
+        entry: &Entry,
+        found: Option<Stat>,
+    ) -> Result<(), Failure> {
+        let mut opaque = false;
+        let exists = match found {
+            Some(found) if is_dir(&found) => true,
+            Some(found) => {
+                opaque = is_whiteout(&found);
+                self.make_way(parent, name, path, &found)?;
+                false
+            }
+            None => false,
+        };
+        if !exists {
+            rustix::fs::mkdirat(parent, name, Mode::RWXU)?;
+            self.count_directory();
+        }
+        let fd = open_child(parent, name)?;
+        set_attributes(fd.as_fd(), entry)?;
+        if opaque {
+            set_opaque(&fd)?;
+        }
+        self.implied.remove(path);
+        self.times.push((path.to_vec(), entry.mtime));
+        Ok(())
+    }
+
+    fn regular<R: Read>(
+        &mut self,
+        parent: &OwnedFd,
+        name: &CString,
+        entry: &Entry,
+        archive: &mut TarReader<R>,
+    ) -> Result<(), Failure> {
+        let flags =
+            OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file = File::from(rustix::fs::openat(
+            parent,
+            name,
+            flags,
+            Mode::RUSR | Mode::WUSR,
+        )?);
+        match &entry.segments {
+            None => self.copy(&mut file, archive, entry.size)?,
+            Some(segments) => {
+                for segment in segments {
+                    file.seek(SeekFrom::Start(segment.offset))?;
+                    self.copy(&mut file, archive, segment.length)?;
+                }
+                file.set_len(entry.size)?;
+            }
+        }
+        set_attributes(file.as_fd(), entry)?;
+        rustix::fs::futimens(&file, &times(entry.mtime))?;
+        Ok(())
+    }
+
+    /// Copies the next `length` bytes of the entry's data.
+    fn copy<R: Read>(
+        &mut self,
+        file: &mut File,
+        archive: &mut TarReader<R>,
+        length: u64,
+    ) -> Result<(), Failure> {
+        let mut left = length;
+        while left > 0 {
+            let want = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(self.buffer.len());
+            let got = archive
+                .read(&mut self.buffer[..want])
+                .map_err(Failure::Read)?;
+            if got == 0 {
+                return Err(Failure::Read(io::ErrorKind::UnexpectedEof.into()));
+            }
+            file.write_all(&self.buffer[..got])?;
+            self.written.fetch_add(got as u64, Ordering::Relaxed);
+            left -= got as u64;
+        }
+        self.bytes = self.bytes.saturating_add(length.div_ceil(BLOCK) * BLOCK);
+        Ok(())
+    }
+
+    fn hard_link(
+        &mut self,
+        parent: &OwnedFd,
+        path: &[u8],
+        name: &CString,
+        target: &[u8],
+    ) -> Result<(), Failure> {
+        let shown = String::from_utf8_lossy(target);
+        let target = clean(target)
+            .map_err(|_| refuse(format!("its target {shown:?} leads out of the layer")))?;
+        if target == path {
+            return Ok(());
+        }
+        let target_name = target
+            .rsplit(|byte| *byte == b'/')
+            .next()
+            .unwrap_or(&target);
+        let target_dir = &target[..target.len() - target_name.len()];
+        let absent = || {
+            refuse(format!(
+                "it is a hard link to {shown:?}, which is no file of this layer"
+            ))
+        };
+        let dir = match self.beneath(target_dir) {
+            Ok(dir) => dir,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Err(absent()),
+            Err(error) => return Err(escape(error, target_dir)),
+        };
+        let target_name = c_name(target_name).map_err(|_| absent())?;
+        let found = stat(&dir, &target_name)?.ok_or_else(absent)?;
+        if is_dir(&found) || is_whiteout(&found) {
+            return Err(absent());
+        }
+        if let Some(existing) = stat(parent, name)? {
+            if (existing.st_dev, existing.st_ino) == (found.st_dev, found.st_ino) {
+                return Ok(());
+            }
+            self.make_way(parent, name, path, &existing)?;
+        }
+        match rustix::fs::linkat(&dir, &target_name, parent, name, AtFlags::empty()) {
+            Ok(()) => Ok(()),
+            // The target was below what had to make way.
+            Err(Errno::NOENT) => Err(absent()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Removes what stands where another entry of the same name goes.
+    fn make_way(
+        &mut self,
+        parent: &OwnedFd,
+        name: &CString,
+        path: &[u8],
+        found: &Stat,
+    ) -> Result<(), Failure> {
+        // Any descriptor that was resolved through what goes away is stale.
+        self.parent = None;
+        let removed = trees::remove_tree(parent.as_fd(), name, self.spare.as_fd())?;
+        self.inodes = self.inodes.saturating_sub(removed);
+        if is_dir(found) {
+            let below = [path, b"/"].concat();
+            self.implied
+                .retain(|dir| dir != path && !dir.starts_with(&below));
+        }
+        Ok(())
+    }
+
+    /// The directory `path`, made if absent.
+    fn parent(&mut self, path: &[u8]) -> Result<Rc<OwnedFd>, Failure> {
+        if path.is_empty() {
+            return Ok(Rc::clone(&self.root));
+        }
+        if let Some((known, fd)) = &self.parent
+            && known == path
+        {
+            return Ok(Rc::clone(fd));
+        }
+        let fd = match self.beneath(path) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT | Errno::NOTDIR) => self.imply(path)?,
+            Err(error) => return Err(escape(error, path)),
+        };
+        let fd = Rc::new(fd);
+        self.parent = Some((path.to_vec(), Rc::clone(&fd)));
+        Ok(fd)
+    }
+
+    /// Makes the directory `path` and whatever it needs, level by level.
+    fn imply(&mut self, path: &[u8]) -> Result<OwnedFd, Failure> {
+        let mut at: Option<OwnedFd> = None;
+        let mut end = 0;
+        loop {
+            let start = end;
+            end = path[start..]
+                .iter()
+                .position(|byte| *byte == b'/')
+                .map_or(path.len(), |offset| start + offset);
+            let so_far = &path[..end];
+            let next = match self.beneath(so_far) {
+                Ok(fd) => fd,
+                Err(Errno::NOENT | Errno::NOTDIR) => {
+                    let parent = at.as_ref().map_or(self.root.as_fd(), AsFd::as_fd);
+                    self.imply_one(parent.try_clone_to_owned()?, so_far, &path[start..end])?
+                }
+                Err(error) => return Err(escape(error, so_far)),
+            };
+            if end == path.len() {
+                return Ok(next);
+            }
+            at = Some(next);
+            end += 1;
+        }
+    }
+
+    fn imply_one(&mut self, parent: OwnedFd, path: &[u8], name: &[u8]) -> Result<OwnedFd, Failure> {
+        let name = c_name(name)?;
+        let mut opaque = false;
+        match stat(&parent, &name)? {
+            None => {}
+            // The layer hides the lower directory and puts a new one there.
+            Some(found) if is_whiteout(&found) => {
+                self.make_way(&parent, &name, path, &found)?;
+                opaque = true;
+            }
+            Some(_) => {
+                return Err(refuse(format!(
+                    "its parent {:?} is a file or a broken symbolic link",
+                    String::from_utf8_lossy(path)
+                )));
+            }
+        }
+        rustix::fs::mkdirat(&parent, &name, Mode::RWXU)?;
+        self.count_directory();
+        let fd = open_child(&parent, &name)?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755))?;
+        if opaque {
+            set_opaque(&fd)?;
+        } else {
+            self.implied.insert(path.to_vec());
+        }
+        Ok(fd)
+    }
+
+    /// Opens a directory of the layer; fails when anything on the way leads out of it.
+    fn beneath(&self, path: &[u8]) -> Result<OwnedFd, Errno> {
+        open_beneath(self.root.as_fd(), path, OFlags::PATH)
+    }
+
+    fn count_directory(&mut self) {
+        self.inodes += 1;
+        self.bytes = self.bytes.saturating_add(BLOCK);
+    }
+
+    fn finish(mut self) -> Result<Unpacked, UnpackError> {
+        // The last entry of a name counts; children before parents would not matter, since setting
+        // a time changes no other directory's.
+        for (path, time) in std::mem::take(&mut self.times) {
+            let set = || -> Result<(), Errno> {
+                let fd =
+                    match open_beneath(self.root.as_fd(), &path, OFlags::RDONLY | OFlags::NOFOLLOW)
+                    {
+                        // Replaced by something else since.
+                        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(()),
+                        result => result?,
+                    };
+                rustix::fs::futimens(&fd, &times(time))
+            };
+            set().map_err(|error| UnpackError::Io {
+                entry: String::from_utf8_lossy(&path).into_owned(),
+                source: error.into(),
+            })?;
+        }
+        Ok(Unpacked {
+            bytes: self.bytes,
+            inodes: self.inodes,
+            implied: self.implied.into_iter().collect(),
+        })
+    }
+}
+
+/// Opens the directory `path` below `root`; the empty path is the root itself.
+pub(crate) fn open_beneath(
+    root: BorrowedFd<'_>,
+    path: &[u8],
+    flags: OFlags,
+) -> Result<OwnedFd, Errno> {
+    let path = if path.is_empty() { b"." } else { path };
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut attempts = 0;
+    loop {
+        match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
+            // A rename elsewhere on the system made the kernel unsure; it asks to try again.
+            Err(Errno::AGAIN) if attempts < 100 => attempts += 1,
+            result => return result,
+        }
+    }
+}
+
+/// The error for a directory that can't be resolved within the layer.
+fn escape(error: Errno, path: &[u8]) -> Failure {
+    let path = String::from_utf8_lossy(path);
+    match error {
+        Errno::XDEV => refuse(format!(
+            "its directory {path:?} leads out of the layer through a symbolic link"
+        )),
+        Errno::LOOP => refuse(format!(
+            "its directory {path:?} is a loop of symbolic links"
+        )),
+        other => other.into(),
+    }
+}
+
+/// The name relative to the layer's root, without empty and `.` components. A leading slash means
+/// the layer's root; `..` is refused, wherever it would lead.
+fn clean(name: &[u8]) -> Result<Vec<u8>, Failure> {
+    let mut path = Vec::with_capacity(name.len());
+    for part in name.split(|byte| *byte == b'/') {
+        match part {
+            b"" | b"." => continue,
+            b".." => return Err(refuse("its name climbs with `..`")),
+            _ if part.contains(&0) => return Err(refuse("its name holds a NUL")),
+            _ => {}
+        }
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(part);
+    }
+    Ok(path)
+}
+
+fn c_name(name: &[u8]) -> Result<CString, Failure> {
+    if name.is_empty() {
+        return Err(refuse("its name is empty"));
+    }
+    CString::new(name).map_err(|_| refuse("its name holds a NUL"))
+}
+
+fn stat(dir: &OwnedFd, name: &CString) -> Result<Option<Stat>, Failure> {
+    match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_dir(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+}
+
+/// Whether this is overlayfs' mark for a hidden name.
+fn is_whiteout(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
+}
+
+fn open_child(dir: &OwnedFd, name: &CString) -> Result<OwnedFd, Failure> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(dir, name, flags, Mode::empty())?)
+}
+
+/// A descriptor for attributes, from one that is only a path.
+fn reopen(dir: &OwnedFd) -> Result<OwnedFd, Failure> {
+    open_child(dir, &c_name(b".")?)
+}
+
+fn set_opaque(dir: &OwnedFd) -> Result<(), Failure> {
+    Ok(rustix::fs::fsetxattr(
+        dir,
+        "trusted.overlay.opaque",
+        b"y",
+        XattrFlags::empty(),
+    )?)
+}
+
+fn owner(entry: &Entry) -> Result<(Uid, Gid), Failure> {
+    let id = |id: u64| {
+        u32::try_from(id)
+            .ok()
+            // The highest id means "no change" to the kernel.
+            .filter(|id| *id != u32::MAX)
+            .ok_or_else(|| refuse(format!("its owner {id} is no valid id")))
+    };
+    Ok((Uid::from_raw(id(entry.uid)?), Gid::from_raw(id(entry.gid)?)))
+}
+
+fn times((seconds, nanos): (i64, u32)) -> Timestamps {
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: nanos.into(),
+    };
+    Timestamps {
+        last_access: time,
+        last_modification: time,
+    }
+}
+
+/// Owner, mode and extended attributes of a file or directory, in this order: a change of owner
+/// clears setuid bits and capabilities.
+fn set_attributes(fd: BorrowedFd<'_>, entry: &Entry) -> Result<(), Failure> {
+    let (uid, gid) = owner(entry)?;
+    rustix::fs::fchown(fd, Some(uid), Some(gid))?;
+    rustix::fs::fchmod(fd, Mode::from_raw_mode(entry.mode))?;
+    for (name, value) in &entry.xattrs {
+        if !is_wanted(name) {
+            continue;
+        }
+        match rustix::fs::fsetxattr(fd, name.as_slice(), value, XattrFlags::empty()) {
+            Ok(()) => {}
+            // The store's file system has no such attributes. Only for capabilities this matters.
+            Err(Errno::OPNOTSUPP) if !name.starts_with(b"security.") => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Whether an attribute of the archive is taken over: capabilities, ACLs and users' attributes.
+/// Those that steer overlayfs or a security module of the host are not the image's to set.
+fn is_wanted(name: &[u8]) -> bool {
+    name == b"security.capability"
+        || name == b"system.posix_acl_access"
+        || name == b"system.posix_acl_default"
+        || (name.starts_with(b"user.") && !name.starts_with(b"user.overlay."))
+}
+
+#[cfg(test)]
+mod tests;
