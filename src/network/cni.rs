@@ -472,7 +472,7 @@ impl Shared {
             .map_err(NetworkError::CutOff)?
             .map_err(|source| NetworkError::Record {
                 id: id.to_owned(),
-                source,
+                source: Box::new(source),
             })
     }
 }

@@ -124,7 +124,7 @@ pub enum NetworkError {
         id: String,
         /// The cause.
         #[source]
-        source: RecordError,
+        source: Box<RecordError>,
     },
     /// The work was cut off, as the daemon is going down.
     #[error("the network operation was cut off before its end")]

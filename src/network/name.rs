@@ -97,6 +97,16 @@ pub(crate) fn check_arg(what: &'static str, value: &str) -> Result<(), NameError
     refuse(what, value, "no ';', no '=' and no control characters")
 }
 
+/// The refusal of a host port that leads nowhere.
+pub(crate) fn no_container_port(host_port: u16) -> NameError {
+    let name = format!("{host_port}:0");
+    NameError {
+        what: "port mapping",
+        name,
+        rule: "the container's port must be from 1 to 65535",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@
 use crate::bandwidth::Bandwidth;
 use crate::config::PluginConfig;
 use crate::dns::DnsConfig;
-use crate::name::{NameError, check_arg, check_container_id, check_ifname};
+use crate::name::{NameError, check_arg, check_container_id, check_ifname, no_container_port};
 use serde_json::{Map, Value, json};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -109,7 +109,16 @@ impl PodNetwork {
         check_ifname(&self.ifname)?;
         check_arg("pod namespace", &self.namespace)?;
         check_arg("pod name", &self.name)?;
-        check_arg("pod uid", &self.uid)
+        check_arg("pod uid", &self.uid)?;
+        // Plugins refuse such a mapping on DEL as well as on ADD, so the pod would never get rid of it.
+        match self
+            .port_mappings
+            .iter()
+            .find(|m| m.host_port != 0 && m.container_port == 0)
+        {
+            Some(mapping) => Err(no_container_port(mapping.host_port)),
+            None => Ok(()),
+        }
     }
 
     /// `CNI_ARGS` (the CNI project's CONVENTIONS; the names are those that every kubelet runtime gives).
@@ -259,7 +268,15 @@ mod tests {
     fn names_that_would_add_an_argument_are_refused() {
         let pod = PodNetwork::new("id", "ns", "a;K8S_POD_NAMESPACE=kube-system", "u", "/x");
         pod.check().unwrap_err();
-        let pod = PodNetwork::new("id", "ns", "a", "u", "/x");
+        let mut pod = PodNetwork::new("id", "ns", "a", "u", "/x");
+        pod.port_mappings = vec![PortMapping {
+            host_port: 80,
+            container_port: 0,
+            protocol: Protocol::Tcp,
+            host_ip: None,
+        }];
+        pod.check().unwrap_err();
+        pod.port_mappings[0].host_port = 0;
         pod.check().unwrap();
         assert_eq!(
             pod.args(),

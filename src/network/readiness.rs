@@ -56,7 +56,10 @@ pub(crate) struct Source {
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Loaded {
     networks: Arc<Vec<Network>>,
+    /// What to tell when there is no network.
     problem: String,
+    /// Files that were passed over, and why.
+    rejected: Vec<String>,
 }
 
 /// The networks as last loaded, and their status as last probed.
@@ -84,6 +87,7 @@ impl Readiness {
     /// Loads the configuration, blocking on its files; [`Readiness::keep`] does the rest.
     pub fn new(source: Source) -> Self {
         let loaded = source.load();
+        loaded.tell_of_rejected(&[]);
         let status = match loaded.networks.first() {
             None => NetworkStatus::not_ready(&loaded.problem),
             Some(network) => NetworkStatus::not_ready(format!(
@@ -157,7 +161,7 @@ impl Readiness {
                 cause = Cause::Change;
                 continue;
             }
-            verified &= cause == Cause::Age && loaded == before;
+            verified &= cause == Cause::Age && loaded == before && watch.is_some();
             let probe = async {
                 let status = self.probe(&loaded, verified).await;
                 verified = matches!(status, NetworkStatus::Ready { .. });
@@ -208,6 +212,7 @@ impl Readiness {
             },
         };
         let mut current = self.loaded.write().unwrap_or_else(PoisonError::into_inner);
+        loaded.tell_of_rejected(&current.rejected);
         current.clone_from(&loaded);
         loaded
     }
@@ -264,18 +269,31 @@ impl Source {
                 };
             }
         };
+        let rejected: Vec<_> = found
+            .rejected
+            .iter()
+            .map(|e| Chain(e).to_string())
+            .collect();
         let mut problem = format!(
             "no usable CNI network in {}: install a network add-on, or put a .conflist there",
             self.conf_dir.display()
         );
-        for error in &found.rejected {
-            let error = Chain(error).to_string();
-            tracing::warn!(error, "a CNI configuration is passed over");
+        for error in &rejected {
             problem = format!("{problem}; {error}");
         }
         Loaded {
             networks: Arc::new(found.networks),
             problem,
+            rejected,
+        }
+    }
+}
+
+impl Loaded {
+    /// Says which files are passed over, once for as long as they stay what they are.
+    fn tell_of_rejected(&self, before: &[String]) {
+        for error in self.rejected.iter().filter(|error| !before.contains(error)) {
+            tracing::warn!(error, "a CNI configuration is passed over");
         }
     }
 }

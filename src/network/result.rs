@@ -138,8 +138,8 @@ impl AddResult {
         let old = |v| v <= SpecVersion::V0_2_0;
         match (old(self.version), old(version)) {
             (true, true) => {}
-            (true, false) => raw = self.from_old(raw),
-            (false, true) => raw = self.to_old(raw),
+            (true, false) => raw = self.upgraded(raw),
+            (false, true) => raw = self.downgraded(raw),
             (false, false) => {}
         }
         if !old(version) {
@@ -149,7 +149,7 @@ impl AddResult {
     }
 
     /// 0.2.0 and before have one address per family and no interfaces.
-    fn from_old(&self, mut raw: Map<String, Value>) -> Map<String, Value> {
+    fn upgraded(&self, mut raw: Map<String, Value>) -> Map<String, Value> {
         for key in ["ips", "interfaces", "routes"] {
             raw.remove(key);
         }
@@ -169,7 +169,7 @@ impl AddResult {
         raw
     }
 
-    fn to_old(&self, mut raw: Map<String, Value>) -> Map<String, Value> {
+    fn downgraded(&self, mut raw: Map<String, Value>) -> Map<String, Value> {
         for key in ["ips", "interfaces", "ip4", "ip6"] {
             raw.remove(key);
         }

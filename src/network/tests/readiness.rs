@@ -1,4 +1,6 @@
 //! NetworkReady follows what is on disk, and what plugins say of themselves.
+// Helpers are not `#[test]` functions, which alone clippy.toml lets unwrap.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod fake;
 
