@@ -49,7 +49,7 @@ const X32_OWN: [&str; 36] = [
 const X32_OWN_BASE: u32 = 512;
 
 /// x86_64 calls that x32 has not at all.
-const X32_ABSENT: [&str; 13] = [
+const X32_ABSENT: [&str; 11] = [
     "uselib",
     "_sysctl",
     "create_module",
@@ -61,9 +61,13 @@ const X32_ABSENT: [&str; 13] = [
     "epoll_ctl_old",
     "epoll_wait_old",
     "vserver",
-    "uretprobe",
-    "uprobe",
 ];
+
+/// Calls newer than the `syscalls` crate. Since Linux 5.1 a new call has one number everywhere.
+const NEW: [(&str, u32); 2] = [("listns", 470), ("rseq_slice_yield", 471)];
+
+/// 64-bit ARM has no separate calls for 64-bit time, although the crate lists them there.
+const TIME64: std::ops::RangeInclusive<u32> = 403..=423;
 
 /// 32-bit ARM's private calls (`__ARM_NR_*`), numbered from `0xf0000`.
 const ARM_PRIVATE: [(&str, u32); 6] = [
@@ -124,30 +128,50 @@ const X86_IPC: u32 = 117;
 
 type Numbers = [Option<u32>; Abi::ALL.len()];
 
+/// The calls of one machine as its generated table has them. Its `iter` leaves out the last.
+macro_rules! generated {
+    ($machine:ident) => {{
+        use syscalls::$machine::Sysno;
+        // The enum can't have a variant `break` by its own name.
+        let name = |s: &Sysno| s.name().strip_prefix("r#").unwrap_or(s.name());
+        Sysno::iter()
+            .filter(|s| *s != Sysno::last())
+            .chain([Sysno::last()])
+            .map(move |s| (name(&s), s.id().cast_unsigned()))
+    }};
+}
+
 static TABLE: LazyLock<HashMap<&'static str, Numbers>> = LazyLock::new(|| {
     let mut table: HashMap<&'static str, Numbers> = HashMap::with_capacity(640);
     let mut add = |abi: Abi, name: &'static str, number: u32| {
         table.entry(name).or_default()[abi as usize] = Some(number);
     };
-    for s in syscalls::x86_64::Sysno::iter() {
-        let number = s.id().cast_unsigned();
-        add(Abi::X86_64, s.name(), number);
-        if !X32_ABSENT.contains(&s.name()) {
-            let own = X32_OWN.iter().position(|n| *n == s.name());
+    for (name, number) in generated!(x86_64).chain(NEW) {
+        add(Abi::X86_64, name, number);
+        if !X32_ABSENT.contains(&name) {
+            let own = X32_OWN.iter().position(|n| *n == name);
             let number = own.map_or(number, |i| X32_OWN_BASE + i as u32);
-            add(Abi::X32, s.name(), X32_BIT | number);
+            add(Abi::X32, name, X32_BIT | number);
         }
     }
-    for s in syscalls::x86::Sysno::iter() {
-        add(Abi::X86, s.name(), s.id().cast_unsigned());
+    for (name, number) in generated!(x86).chain(NEW) {
+        add(Abi::X86, name, number);
     }
-    for s in syscalls::aarch64::Sysno::iter() {
-        add(Abi::Aarch64, s.name(), s.id().cast_unsigned());
+    for (name, number) in generated!(aarch64).chain(NEW) {
+        if !TIME64.contains(&number) {
+            // The generic table's older name for it.
+            add(
+                Abi::Aarch64,
+                if name == "fstatat" {
+                    "newfstatat"
+                } else {
+                    name
+                },
+                number,
+            );
+        }
     }
-    for s in syscalls::arm::Sysno::iter() {
-        add(Abi::Arm, s.name(), s.id().cast_unsigned());
-    }
-    for (name, number) in ARM_PRIVATE {
+    for (name, number) in generated!(arm).chain(NEW).chain(ARM_PRIVATE) {
         add(Abi::Arm, name, number);
     }
     table
@@ -199,7 +223,15 @@ mod tests {
         assert_eq!(number(Abi::X32, "uselib"), None);
         assert_eq!(number(Abi::Aarch64, "openat"), Some(56));
         assert_eq!(number(Abi::Aarch64, "open"), None);
+        assert_eq!(number(Abi::Aarch64, "newfstatat"), Some(79));
+        assert_eq!(number(Abi::Aarch64, "futex_time64"), None);
         assert_eq!(number(Abi::Arm, "set_tls"), Some(0xf0005));
+        assert_eq!(number(Abi::X86, "break"), Some(17));
+        for abi in Abi::ALL {
+            let x32 = if abi == Abi::X32 { X32_BIT } else { 0 };
+            assert_eq!(number(abi, "file_setattr"), Some(x32 | 469));
+            assert_eq!(number(abi, "listns"), Some(x32 | 470));
+        }
         assert_eq!(multiplexed(Abi::X86, "sendmmsg"), Some((102, 20)));
         assert_eq!(multiplexed(Abi::X86_64, "socket"), None);
     }
