@@ -516,7 +516,7 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Reads a pipe, keeping the first `limit` bytes and dropping the rest, so that the writer never blocks.
 struct Capture {
-    pipe: tokio::io::unix::AsyncFd<OwnedFd>,
+    pipe: tokio::net::unix::pipe::Receiver,
     kept: Vec<u8>,
     limit: usize,
     done: bool,
@@ -524,9 +524,7 @@ struct Capture {
 
 impl Capture {
     fn new(pipe: OwnedFd, limit: usize) -> io::Result<Self> {
-        // Only our end: the write end shares no file description with it.
-        rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::NONBLOCK)?;
-        let pipe = tokio::io::unix::AsyncFd::register_with_interest(pipe, Interest::READABLE)?;
+        let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(pipe)?;
         Ok(Self {
             pipe,
             kept: Vec::new(),
@@ -537,48 +535,28 @@ impl Capture {
 
     async fn read_some(&mut self) {
         match self.pipe.readable().await {
-            // Readiness is given up only when the pipe is empty, so what a bounded drain left is seen again.
-            Ok(mut ready) => {
-                if Self::drain_into(
-                    self.pipe.get_ref(),
-                    &mut self.kept,
-                    self.limit,
-                    &mut self.done,
-                ) {
-                    ready.clear_ready();
-                }
-            }
+            Ok(()) => self.drain(),
             Err(_) => self.done = true,
         }
     }
 
+    /// Reads until the pipe is empty, at its end, or a bound is reached: a child that writes without end
+    /// must not keep one call busy for ever.
     fn drain(&mut self) {
-        Self::drain_into(
-            self.pipe.get_ref(),
-            &mut self.kept,
-            self.limit,
-            &mut self.done,
-        );
-    }
-
-    /// Reads until the pipe is empty (true), at its end, or a bound is reached: a child that writes
-    /// without end must not keep one call busy for ever.
-    fn drain_into(pipe: &OwnedFd, kept: &mut Vec<u8>, limit: usize, done: &mut bool) -> bool {
         let mut buffer = [0u8; 16 << 10];
         for _ in 0..64 {
-            match rustix::io::read(pipe, &mut buffer) {
-                Ok(0) => *done = true,
+            match self.pipe.try_read(&mut buffer) {
+                Ok(0) => self.done = true,
                 Ok(n) => {
-                    let room = limit.saturating_sub(kept.len());
-                    kept.extend_from_slice(&buffer[..n.min(room)]);
+                    let room = self.limit.saturating_sub(self.kept.len());
+                    self.kept.extend_from_slice(&buffer[..n.min(room)]);
                     continue;
                 }
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::AGAIN) => return true,
-                Err(_) => *done = true,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => self.done = true,
             }
-            return false;
+            return;
         }
-        false
     }
 }
