@@ -11,6 +11,7 @@ mod bandwidth;
 mod chain;
 mod cni;
 mod config;
+mod directory;
 pub mod dns;
 mod error;
 pub mod loopback;
@@ -26,7 +27,8 @@ mod watch;
 pub use attachment::{Attached, NetworkAttachment, NetworkResult, RecordError};
 pub use bandwidth::{Bandwidth, BandwidthError, EGRESS_ANNOTATION, INGRESS_ANNOTATION};
 pub use cni::{Cni, CniConfig};
-pub use config::{ConfigError, Directory, Network, PluginConfig};
+pub use config::{ConfigError, Network, PluginConfig};
+pub use directory::Directory;
 pub use dns::{DnsConfig, DnsError};
 pub use error::{NetworkError, StepError, StepErrors};
 pub use name::{

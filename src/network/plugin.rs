@@ -356,3 +356,42 @@ pub(crate) fn excerpt(bytes: &[u8]) -> String {
     }
     line
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn an_error_object_counts_whatever_the_exit_status() {
+        let error = br#"{"code": 4, "msg": "bad"}"#;
+        for status in [0, 256] {
+            let judged = judge(ExitStatus::from_raw(status), error.to_vec(), b"");
+            assert!(
+                matches!(judged, Err(PluginError::Reported { code: 4, .. })),
+                "{judged:?}"
+            );
+        }
+        let fine = br#"{"code": 0, "ips": []}"#.to_vec();
+        assert_eq!(
+            judge(ExitStatus::from_raw(0), fine.clone(), b"noise").unwrap(),
+            fine
+        );
+        judge(ExitStatus::from_raw(9), fine, b"").unwrap_err();
+    }
+
+    proptest! {
+        #[test]
+        fn an_excerpt_is_one_short_line(bytes in proptest::collection::vec(any::<u8>(), 0..3000)) {
+            let line = excerpt(&bytes);
+            prop_assert!(line.chars().count() <= 513);
+            prop_assert!(!line.chars().any(char::is_control));
+        }
+
+        #[test]
+        fn no_output_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            drop(judge(ExitStatus::from_raw(0), bytes, b""));
+        }
+    }
+}

@@ -2,7 +2,8 @@
 //! background whenever something changes on disk.
 
 use crate::chain::Walk;
-use crate::config::{Directory, Network};
+use crate::config::Network;
+use crate::directory::Directory;
 use crate::error::Chain;
 use crate::plugin::Runner;
 use crate::watch::Watch;
