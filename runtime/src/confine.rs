@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use caps::{CapSet, Capability};
+use libcontainer::capabilities::CapabilityExt;
 use oci_spec::runtime::{Capability as OciCapability, Process};
 use slipway_seccomp::Filter;
 
@@ -119,7 +120,7 @@ impl Confinement {
         let set = |list: Option<&HashSet<OciCapability>>| -> HashSet<Capability> {
             list.into_iter()
                 .flatten()
-                .filter_map(|c| c.to_string().parse().ok())
+                .map(CapabilityExt::to_cap)
                 .collect()
         };
         let capabilities = process.capabilities().as_ref();
