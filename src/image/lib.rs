@@ -16,6 +16,7 @@ mod decompress;
 mod digest;
 mod error;
 mod image;
+mod import;
 mod inflight;
 mod layers;
 mod manifest;

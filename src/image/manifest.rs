@@ -55,7 +55,7 @@ pub(crate) struct Index {
 pub(crate) struct IndexEntry {
     pub(crate) descriptor: Descriptor,
     pub(crate) platform: Option<Platform>,
-    /// `org.opencontainers.image.ref.name` and the like.
+    /// In a layout's index, they hold the image's name.
     pub(crate) annotations: std::collections::HashMap<String, String>,
 }
 

@@ -84,9 +84,10 @@ pub(crate) struct TarReader<R> {
     /// Bytes of data of the current entry that are still to come, and the padding behind them.
     remaining: u64,
     padding: u64,
-    /// The start of the archive's last header, for errors and for archives with an index.
+    /// The start of the archive's last header, for errors.
     position: u64,
-    data_start: u64,
+    /// Bytes of the archive that were read.
+    offset: u64,
 }
 
 impl<R: Read> TarReader<R> {
@@ -96,7 +97,7 @@ impl<R: Read> TarReader<R> {
             remaining: 0,
             padding: 0,
             position: 0,
-            data_start: 0,
+            offset: 0,
         }
     }
 
@@ -104,9 +105,9 @@ impl<R: Read> TarReader<R> {
         self.inner
     }
 
-    /// Where in the archive the data of the current entry begins.
-    pub(crate) fn data_start(&self) -> u64 {
-        self.data_start
+    /// How far the archive was read; after [`next`](Self::next), where the entry's data begins.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
     }
 
     /// The next entry; `None` at the end of the archive. What was not read of the last entry's data
@@ -155,8 +156,8 @@ impl<R: Read> TarReader<R> {
                 Err(error) => return Err(TarError::Read(error)),
             }
         }
-        self.position = self.data_start;
-        self.data_start += BLOCK as u64;
+        self.position = self.offset;
+        self.offset += BLOCK as u64;
         if block.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
@@ -318,7 +319,7 @@ impl<R: Read> TarReader<R> {
             self.inner
                 .read_exact(block.as_mut_bytes())
                 .map_err(TarError::Read)?;
-            self.data_start += BLOCK as u64;
+            self.offset += BLOCK as u64;
             add(block.sparse())?;
             more = block.is_extended();
         }
@@ -384,7 +385,7 @@ impl<R: Read> TarReader<R> {
         let block = BLOCK as u64;
         self.padding = (block - size % block) % block;
         self.remaining = size;
-        self.data_start
+        self.offset
             .checked_add(size)
             .and_then(|end| end.checked_add(block))
             .ok_or_else(|| malformed("an entry of an impossible size"))?;
@@ -419,7 +420,7 @@ impl<R: Read> Read for TarReader<R> {
             ));
         }
         self.remaining -= got as u64;
-        self.data_start += got as u64;
+        self.offset += got as u64;
         Ok(got)
     }
 }
