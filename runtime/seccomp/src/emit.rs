@@ -140,43 +140,115 @@ impl Emitter {
     }
 
     /// A balanced search tree over `ranges`: (first number, what it and its successors get), ascending.
-    /// Wants the number in the accumulator.
+    /// Wants the number in the accumulator. `wide` says whether a number's arguments have 64 bits.
     pub fn tree(
         &mut self,
         ranges: &[(u32, Target)],
         default: u32,
         wide: &dyn Fn(u32) -> bool,
     ) -> Label {
-        match ranges {
+        self.spans(&spans(ranges), default, wide)
+    }
+
+    fn spans(&mut self, spans: &[Span], default: u32, wide: &dyn Fn(u32) -> bool) -> Label {
+        match spans {
             [] => self.ret(default),
-            [(start, target)] => self.leaf(target, default, wide(*start)),
-            // One number inside a range: a single test instead of two.
-            [(_, a), (n, b), (after, c)] if a == c && *after == n.wrapping_add(1) => {
-                let outside = self.leaf(a, default, wide(*n));
-                let inside = self.leaf(b, default, wide(*n));
-                self.branch(JEQ, *n, inside, outside)
-            }
+            [span] => self.span(span, &span.lone, default, wide),
             _ => {
-                let mid = split(ranges);
-                let upper = self.tree(&ranges[mid..], default, wide);
-                let lower = self.tree(&ranges[..mid], default, wide);
-                self.branch(JGE, ranges[mid].0, upper, lower)
+                let mid = middle(spans);
+                let upper = self.spans(&spans[mid..], default, wide);
+                let lower = self.spans(&spans[..mid], default, wide);
+                self.branch(JGE, spans[mid].start, upper, lower)
             }
         }
+    }
+
+    /// One span, with those of its lone numbers that may still come.
+    fn span(
+        &mut self,
+        span: &Span,
+        lone: &[(u32, &Target)],
+        default: u32,
+        wide: &dyn Fn(u32) -> bool,
+    ) -> Label {
+        if lone.len() > CHAIN {
+            let mid = lone.len() / 2;
+            let upper = self.span(span, &lone[mid..], default, wide);
+            let lower = self.span(span, &lone[..mid], default, wide);
+            return self.branch(JGE, lone[mid].0, upper, lower);
+        }
+        let mut next = self.leaf(span.target, default, wide(span.start));
+        for (number, target) in lone.iter().rev() {
+            let here = self.leaf(target, default, wide(*number));
+            next = self.branch(JEQ, *number, here, next);
+        }
+        next
     }
 
     fn leaf(&mut self, target: &Target, default: u32, wide: bool) -> Label {
         match target {
             Target::Code(label) => *label,
             Target::Decision(Decision::Always(value)) => self.ret(*value),
-            Target::Decision(Decision::Checks(rules)) => {
-                let mut next = self.ret(default);
-                for rule in rules.iter().rev() {
-                    next = self.rule(rule, next, wide);
-                }
-                next
-            }
+            Target::Decision(Decision::Checks(rules)) => self.checks(rules, default, wide),
         }
+    }
+
+    /// The first rule that matches, else the default.
+    fn checks(&mut self, rules: &[Rule], default: u32, wide: bool) -> Label {
+        let Some(first) = rules.first() else {
+            return self.ret(default);
+        };
+        let shared = rules.iter().take_while(|r| alike(r, first)).count();
+        if shared > 1 {
+            let next = self.checks(&rules[shared..], default, wide);
+            return self.alike(&rules[..shared], next, wide);
+        }
+        let next = self.checks(&rules[1..], default, wide);
+        self.rule(first, next, wide)
+    }
+
+    /// Rules of one whole comparison each, of one argument with values of one high half: the halves are loaded
+    /// once for all of them.
+    fn alike(&mut self, rules: &[Rule], next: Label, wide: bool) -> Label {
+        let c = &rules[0].conditions[0];
+        let mut low = next;
+        for rule in rules.iter().rev() {
+            let (c, matched) = (&rule.conditions[0], self.ret(rule.ret));
+            let (op, yes, no) = match c.op {
+                Op::ScmpCmpEq | Op::ScmpCmpMaskedEq => (JEQ, matched, low),
+                Op::ScmpCmpNe => (JEQ, low, matched),
+                Op::ScmpCmpGt => (JGT, matched, low),
+                Op::ScmpCmpGe => (JGE, matched, low),
+                Op::ScmpCmpLe => (JGT, low, matched),
+                Op::ScmpCmpLt => (JGE, low, matched),
+            };
+            low = self.branch(op, c.value as u32, yes, no);
+        }
+        low = self.then(LD_ABS, offset_low(c), low);
+        if !wide {
+            return low;
+        }
+        // With another high half it is settled which rule is the first to match.
+        let mut settled =
+            |matches: &[Op]| match rules.iter().find(|r| matches.contains(&r.conditions[0].op)) {
+                Some(rule) => self.ret(rule.ret),
+                None => next,
+            };
+        let above = settled(&[Op::ScmpCmpNe, Op::ScmpCmpGt, Op::ScmpCmpGe]);
+        let below = settled(&[Op::ScmpCmpNe, Op::ScmpCmpLt, Op::ScmpCmpLe]);
+        let high = (c.value >> 32) as u32;
+        let other = if high == 0 || self.same(above, below) {
+            above
+        } else {
+            self.branch(JGT, high, above, below)
+        };
+        let equal = self.branch(JEQ, high, low, other);
+        self.then(LD_ABS, offset_high(c), equal)
+    }
+
+    /// Whether two places do the same: they are one, or both return the same value.
+    fn same(&self, a: Label, b: Label) -> bool {
+        a == b || (self.reversed[a] == self.reversed[b] && self.reversed[a].code == RET)
     }
 
     /// All conditions of a rule, or on to `next`.
@@ -250,25 +322,61 @@ impl Emitter {
     }
 }
 
-/// Where to cut a list of ranges: in the middle, moved by one where that keeps a lone number together
-/// with the range around it.
-fn split(ranges: &[(u32, Target)]) -> usize {
-    let mid = ranges.len() / 2;
-    let lone = |i: usize| -> bool {
-        i > 0
-            && i + 1 < ranges.len()
-            && ranges[i - 1].1 == ranges[i + 1].1
-            && ranges[i + 1].0 == ranges[i].0 + 1
-    };
-    // Cutting at i separates i-1 from i.
-    let good = |i: usize| i > 0 && i < ranges.len() && !lone(i) && !lone(i - 1);
-    [mid, mid + 1, mid.wrapping_sub(1), mid + 2]
-        .into_iter()
-        .find(|i| good(*i))
-        .unwrap_or(mid)
+/// Ranges of equal target, but for lone numbers in between, for which one test is enough where a range of
+/// their own would take two.
+struct Span<'a> {
+    start: u32,
+    target: &'a Target,
+    lone: Vec<(u32, &'a Target)>,
 }
 
-/// Both crates' targets are little endian.
+/// More lone numbers than this in a row are searched, fewer are tried one by one.
+const CHAIN: usize = 3;
+
+fn spans(ranges: &[(u32, Target)]) -> Vec<Span<'_>> {
+    let mut spans: Vec<Span<'_>> = Vec::with_capacity(ranges.len());
+    let mut rest = ranges;
+    while let [(start, target), after @ ..] = rest {
+        rest = after;
+        if let (Some(span), [(next, beyond), further @ ..]) = (spans.last_mut(), after)
+            && span.target == beyond
+            && *next == start + 1
+        {
+            span.lone.push((*start, target));
+            rest = further;
+        } else {
+            spans.push(Span {
+                start: *start,
+                target,
+                lone: Vec::new(),
+            });
+        }
+    }
+    spans
+}
+
+/// Where to cut so that both halves have about as many tests to make.
+fn middle(spans: &[Span<'_>]) -> usize {
+    let weight = |s: &[Span<'_>]| s.len() - 1 + s.iter().map(|s| s.lone.len()).sum::<usize>();
+    (1..spans.len())
+        .min_by_key(|i| weight(&spans[..*i]).abs_diff(weight(&spans[*i..])))
+        .unwrap_or(1)
+}
+
+/// Whether both rules are one unmasked comparison of one argument, with values of one high half.
+fn alike(a: &Rule, b: &Rule) -> bool {
+    match (a.conditions.as_slice(), b.conditions.as_slice()) {
+        ([x], [y]) => {
+            x.arg == y.arg
+                && x.value >> 32 == y.value >> 32
+                && x.mask == u64::MAX
+                && y.mask == u64::MAX
+        }
+        _ => false,
+    }
+}
+
+/// The supported machines are little endian: the low half comes first.
 fn offset_low(c: &Condition) -> u32 {
     ARGS + 8 * u32::from(c.arg)
 }

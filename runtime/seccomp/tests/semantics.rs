@@ -211,6 +211,25 @@ proptest! {
         compare(&p, &options, &filter);
     }
 
+    /// Many comparisons of one argument, which share their loads.
+    #[test]
+    fn comparisons_of_one_argument(
+        tests in prop::collection::vec((operators(), values()), 1..8),
+        near in any::<bool>(),
+        native in prop::sample::select(vec![Abi::X86_64, Abi::Aarch64]),
+    ) {
+        let entries = tests
+            .iter()
+            .map(|(op, v)| {
+                let v = if near { (1 << 33) | (v & 7) } else { *v };
+                entry(&["prctl", "ioctl"], Action::ScmpActAllow, None, vec![arg(1, *op, v, v)])
+            })
+            .collect();
+        let p = profile(Action::ScmpActTrap, vec![Arch::ScmpArchX86, Arch::ScmpArchX32, Arch::ScmpArchArm], entries);
+        let options = CompileOptions { native: Some(native), ..TREE };
+        compare(&p, &options, &compile(&p, &options).expect("a valid profile"));
+    }
+
     #[test]
     fn both_compilers_agree(
         deny in any::<bool>(),
