@@ -13,6 +13,7 @@ mod confine;
 mod creator;
 mod keeper;
 pub mod log;
+pub mod loopback;
 pub mod removal;
 mod rootfs;
 pub mod sandbox;

@@ -9,7 +9,7 @@ use nix::sched::{CloneFlags, unshare};
 use slipway_proto::keeper::{SetupSandbox, SetupSandboxResult};
 
 use crate::cgroup::Hierarchies;
-use crate::sys;
+use crate::{loopback, sys};
 
 /// Why a sandbox could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +45,9 @@ pub enum SandboxError {
         #[source]
         source: io::Error,
     },
+    /// The loopback interface stays down.
+    #[error(transparent)]
+    Loopback(#[from] loopback::LoopbackError),
     /// A step of the set-up failed.
     #[error("can't {step}")]
     Step {
@@ -119,7 +122,7 @@ pub fn make(
         }
     }
     if setup.new_network {
-        sys::loopback_up().map_err(step("bring the pod's loopback interface up"))?;
+        loopback::bring_loopback_up()?;
     }
     if setup.new_uts && !setup.hostname.is_empty() {
         nix::unistd::sethostname(&setup.hostname)

@@ -1,8 +1,8 @@
-//! Pod networking: CNI, the loopback device, DNS files.
+//! Pod networking: CNI and DNS files.
 //!
 //! [`Cni`] attaches pods to the node's network by executing the CNI plugins that the node's
-//! configuration names (CNI specification 1.1.0, back to 0.3.1 and before). [`loopback`] and [`dns`]
-//! are usable without it, and without a runtime.
+//! configuration names (CNI specification 1.1.0, back to 0.3.1 and before). [`dns`]
+//! is usable without it.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,6 @@ mod config;
 mod directory;
 pub mod dns;
 mod error;
-pub mod loopback;
 mod name;
 mod plugin;
 mod pod;
