@@ -246,7 +246,7 @@ impl Pod {
     fn log_text(&self, id: &str) -> String {
         let text = std::fs::read_to_string(self.log(id)).unwrap();
         text.lines()
-            .map(|l| l.splitn(4, ' ').nth(3).unwrap().to_owned() + "\n")
+            .map(|l| l.splitn(4, ' ').nth(3).unwrap_or_default().to_owned() + "\n")
             .collect()
     }
 
@@ -363,6 +363,10 @@ async fn an_exec_is_confined_as_the_init(pod: &Pod) {
         options.process = serde_json::json!({"noNewPrivileges": nnp});
         let mut events = pod.keeper.subscribe().await.unwrap();
         pod.run(id, options).await;
+        // The init has said all of it; a log is read as it grows, so its end tells.
+        while !pod.log_text(id).ends_with("hi\n") {
+            tokio::task::yield_now().await;
+        }
         let exec = pod.exec(id, probe).await;
         pod.keeper.signal(id, libc::SIGKILL, false).await.unwrap();
         assert_eq!(wait_for_exit(&mut events, id).await.exit_code, 137);

@@ -199,9 +199,14 @@ impl Condition {
             return self;
         }
         let low = u64::from(u32::MAX);
+        let mask = if self.op == Op::ScmpCmpMaskedEq {
+            self.mask & low
+        } else {
+            self.mask
+        };
         Condition {
             value: self.value & low,
-            mask: self.mask & low,
+            mask,
             ..self
         }
     }
