@@ -98,7 +98,7 @@ fn range_tree(emitter: &mut Emitter, plan: &Plan) {
         let mut ranges = Ranges::new(abi, plan.default);
         if abi.abi == Abi::X86_64 {
             match plan.abis.iter().find(|a| a.abi == Abi::X32) {
-                Some(x32) => ranges.append_x32(x32, plan.default),
+                Some(x32) => ranges.append_x32(abi, x32, plan.default),
                 None => ranges.refuse_x32(plan.default),
             }
         }
@@ -169,9 +169,12 @@ impl Ranges {
         }
     }
 
-    fn append_x32(&mut self, x32: &AbiRules, default: u32) {
+    fn append_x32(&mut self, native: &AbiRules, x32: &AbiRules, default: u32) {
         self.put(X32_BIT, always(default));
         self.fill(x32, X32_BIT, default);
+        // The bit alone says which ABI it is, also in numbers that no ABI has.
+        self.put(2 * X32_BIT, beyond(native, default));
+        self.put(3 * X32_BIT, beyond(x32, default));
     }
 
     /// Numbers with the x32 bit are a foreign ABI's. -1 is not: a tracer sets it to skip a call.
@@ -185,6 +188,14 @@ impl Ranges {
         self.0.dedup_by(|next, kept| next.1 == kept.1);
         self.0
     }
+}
+
+/// What numbers beyond all that the profile names get.
+fn beyond(abi: &AbiRules, default: u32) -> Target {
+    always(
+        abi.newest
+            .map_or(default, |_| libc::SECCOMP_RET_ERRNO | ENOSYS),
+    )
 }
 
 fn always(value: u32) -> Target {
