@@ -47,7 +47,11 @@ impl ImageStore {
     /// # Errors
     /// [`ImageError::BadArchive`] when it is none of these; everything that [`pull`](Self::pull) says
     /// of layers and manifests.
-    pub async fn import(&self, path: &Path, tag: Option<&str>) -> Result<Vec<Arc<Image>>, ImageError> {
+    pub async fn import(
+        &self,
+        path: &Path,
+        tag: Option<&str>,
+    ) -> Result<Vec<Arc<Image>>, ImageError> {
         let tag = tag.map(ImageName::parse).transpose()?;
         if let Some(name) = &tag
             && name.tag().is_none()
@@ -70,7 +74,10 @@ impl ImageStore {
             let [image] = found.as_mut_slice() else {
                 return Err(ImageError::BadArchive {
                     path: path.to_path_buf(),
-                    reason: format!("it holds {} images, so one tag can't name them; import it without", found.len()),
+                    reason: format!(
+                        "it holds {} images, so one tag can't name them; import it without",
+                        found.len()
+                    ),
                 });
             };
             image.name = Some(name);
@@ -98,14 +105,19 @@ async fn import_one(
             Some((_, size)) => *size,
             None => source.size(&file)?,
         });
-        let expected = Expected { blob, diff_id: diff_id.clone() };
+        let expected = Expected {
+            blob,
+            diff_id: diff_id.clone(),
+        };
         let (inner, source, hold) = (Arc::clone(inner), Arc::clone(source), Arc::clone(&hold));
         tasks.spawn(async move {
             let lock = inner.lock_layer(&expected.diff_id).await;
             if inner.has_layer(&expected.diff_id) {
                 return Ok(());
             }
-            let lost = || ImageError::Lost { what: format!("layer {}", expected.name()) };
+            let lost = || ImageError::Lost {
+                what: format!("layer {}", expected.name()),
+            };
             let _permit = inner.downloads.acquire().await.map_err(|_| lost())?;
             let (worker, wanted) = (Arc::clone(&inner), expected.clone());
             let unpacking = inner.tasks.spawn_blocking(move || {
@@ -120,7 +132,9 @@ async fn import_one(
         });
     }
     while let Some(joined) = tasks.join_next().await {
-        joined.map_err(|_| ImageError::Lost { what: what.to_owned() })??;
+        joined.map_err(|_| ImageError::Lost {
+            what: what.to_owned(),
+        })??;
     }
     let names: Vec<&ImageName> = found.name.iter().chain(&found.more_names).collect();
     let new = NewImage {
@@ -173,7 +187,10 @@ fn layout_images(source: &Source, inner: &Inner) -> Result<Vec<Found>, ImageErro
         // Says which platforms there are.
         index.select(&inner.platform, &what)?;
     }
-    entries.into_iter().map(|entry| layout_image(source, inner, entry)).collect()
+    entries
+        .into_iter()
+        .map(|entry| layout_image(source, inner, entry))
+        .collect()
 }
 
 fn layout_image(source: &Source, inner: &Inner, entry: &IndexEntry) -> Result<Found, ImageError> {
@@ -181,7 +198,11 @@ fn layout_image(source: &Source, inner: &Inner, entry: &IndexEntry) -> Result<Fo
     let mut descriptor = entry.descriptor.clone();
     let mut documents = Vec::new();
     for _ in 0..MAX_DEPTH {
-        let what = format!("manifest {} of {}", descriptor.digest, source.path().display());
+        let what = format!(
+            "manifest {} of {}",
+            descriptor.digest,
+            source.path().display()
+        );
         let bytes = blob(source, &descriptor.digest, MAX_MANIFEST, &what)?;
         let document = manifest::parse(&bytes, Some(&descriptor.media_type), &what)?;
         documents.push((descriptor.digest.clone(), bytes));
@@ -221,7 +242,9 @@ fn layout_name(entry: &IndexEntry) -> Option<ImageName> {
             .get(REF_NAME)
             .filter(|text| text.contains(['/', ':']))
     })?;
-    ImageName::parse(text).ok().filter(|name| name.tag().is_some())
+    ImageName::parse(text)
+        .ok()
+        .filter(|name| name.tag().is_some())
 }
 
 fn blob_name(digest: &Digest) -> String {
@@ -230,11 +253,13 @@ fn blob_name(digest: &Digest) -> String {
 
 fn blob(source: &Source, digest: &Digest, limit: u64, what: &str) -> Result<Vec<u8>, ImageError> {
     let bytes = source.read(&blob_name(digest), limit)?;
-    digest.check(&bytes).map_err(|actual| ImageError::DigestMismatch {
-        what: format!("{what}, file {}", blob_name(digest)),
-        expected: digest.to_string(),
-        actual: actual.to_string(),
-    })?;
+    digest
+        .check(&bytes)
+        .map_err(|actual| ImageError::DigestMismatch {
+            what: format!("{what}, file {}", blob_name(digest)),
+            expected: digest.to_string(),
+            actual: actual.to_string(),
+        })?;
     Ok(bytes)
 }
 
@@ -249,8 +274,11 @@ struct SavedImage {
 
 fn docker_images(source: &Source, inner: &Inner) -> Result<Vec<Found>, ImageError> {
     let bytes = source.read("manifest.json", MAX_MANIFEST)?;
-    let saved: Vec<SavedImage> = serde_json::from_slice(&bytes)
-        .map_err(|error| source.bad(format!("its manifest.json is not one of `docker save`: {error}")))?;
+    let saved: Vec<SavedImage> = serde_json::from_slice(&bytes).map_err(|error| {
+        source.bad(format!(
+            "its manifest.json is not one of `docker save`: {error}"
+        ))
+    })?;
     let mut images: HashMap<Digest, Found> = HashMap::new();
     let mut order = Vec::new();
     for saved in saved {
@@ -273,7 +301,11 @@ fn docker_images(source: &Source, inner: &Inner) -> Result<Vec<Found>, ImageErro
             top: None,
             documents: Vec::new(),
             config,
-            layers: saved.layers.into_iter().map(|layer| (layer, None)).collect(),
+            layers: saved
+                .layers
+                .into_iter()
+                .map(|layer| (layer, None))
+                .collect(),
             diff_ids,
             id,
             more_names: Vec::new(),

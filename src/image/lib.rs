@@ -28,6 +28,10 @@ mod registry;
 mod state;
 mod store;
 mod tarball;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod transfer;
 mod trees;
 mod unpack;

@@ -171,6 +171,14 @@ impl Layer<'_> {
         };
         let parent_path = &path[..path.len() - name.len()];
         let parent_path = parent_path.strip_suffix(b"/").unwrap_or(parent_path);
+        for part in parent_path.split(|byte| *byte == b'/') {
+            if part.starts_with(WHITEOUT_META) {
+                return Ok(());
+            }
+            if part.starts_with(WHITEOUT) {
+                return Err(refuse("it is below a whiteout, which is no directory"));
+            }
+        }
         if name == OPAQUE {
             let parent = self.parent(parent_path)?;
             return set_opaque(&reopen(&parent)?);

@@ -51,7 +51,11 @@ impl Source {
             _ => fail(error),
         })?;
         if metadata.is_dir() {
-            return Ok(Self { path: path.to_path_buf(), files: Files::Directory, _staging: None });
+            return Ok(Self {
+                path: path.to_path_buf(),
+                files: Files::Directory,
+                _staging: None,
+            });
         }
         let file = File::open(path).map_err(fail)?;
         let content = Decompressor::new(&file).map_err(fail)?;
@@ -67,8 +71,15 @@ impl Source {
             path: path.to_path_buf(),
             reason,
         })?;
-        let files = Files::Archive { file: Arc::new(file), members };
-        Ok(Self { path: path.to_path_buf(), files, _staging: held })
+        let files = Files::Archive {
+            file: Arc::new(file),
+            members,
+        };
+        Ok(Self {
+            path: path.to_path_buf(),
+            files,
+            _staging: held,
+        })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -76,7 +87,10 @@ impl Source {
     }
 
     pub(super) fn bad(&self, reason: impl Into<String>) -> ImageError {
-        ImageError::BadArchive { path: self.path.clone(), reason: reason.into() }
+        ImageError::BadArchive {
+            path: self.path.clone(),
+            reason: reason.into(),
+        }
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -91,13 +105,15 @@ impl Source {
                 match fs::metadata(&path) {
                     Ok(metadata) if metadata.is_file() => Ok(metadata.len()),
                     Ok(_) => Err(self.bad(format!("{name:?} is no file"))),
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => Err(self.missing(name)),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        Err(self.missing(name))
+                    }
                     Err(error) => Err(ImageError::io("read", &path, error)),
                 }
             }
-            Files::Archive { members, .. } => {
-                find(members, name).map(|(_, size)| size).ok_or_else(|| self.missing(name))
-            }
+            Files::Archive { members, .. } => find(members, name)
+                .map(|(_, size)| size)
+                .ok_or_else(|| self.missing(name)),
         }
     }
 
@@ -122,12 +138,17 @@ impl Source {
         match &self.files {
             Files::Directory => {
                 let path = self.inside(name)?;
-                let file = File::open(&path).map_err(|error| ImageError::io("open", &path, error))?;
+                let file =
+                    File::open(&path).map_err(|error| ImageError::io("open", &path, error))?;
                 Ok(Box::new(file))
             }
             Files::Archive { file, members } => {
                 let (offset, left) = find(members, name).ok_or_else(|| self.missing(name))?;
-                Ok(Box::new(Slice { file: Arc::clone(file), offset, left }))
+                Ok(Box::new(Slice {
+                    file: Arc::clone(file),
+                    offset,
+                    left,
+                }))
             }
         }
     }
@@ -139,7 +160,10 @@ impl Source {
     /// The names come from the file itself; they must not lead out of it.
     fn inside(&self, name: &str) -> Result<PathBuf, ImageError> {
         let relative = Path::new(name);
-        if relative.components().all(|part| matches!(part, Component::Normal(_))) {
+        if relative
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+        {
             return Ok(self.path.join(relative));
         }
         Err(self.bad(format!("it names a file outside of it: {name:?}")))
@@ -155,7 +179,9 @@ struct Slice {
 
 impl Read for Slice {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let want = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let want = usize::try_from(self.left)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
         let got = self.file.read_at(&mut buffer[..want], self.offset)?;
         self.offset += got as u64;
         self.left -= got as u64;
@@ -163,8 +189,13 @@ impl Read for Slice {
     }
 }
 
-fn uncompress(mut content: impl Read, path: &Path, staging: &Path) -> Result<(File, Staging), ImageError> {
-    let dir = Staging::new(staging, "import").map_err(|e| ImageError::io("make a directory in", staging, e))?;
+fn uncompress(
+    mut content: impl Read,
+    path: &Path,
+    staging: &Path,
+) -> Result<(File, Staging), ImageError> {
+    let dir = Staging::new(staging, "import")
+        .map_err(|e| ImageError::io("make a directory in", staging, e))?;
     let copy = dir.path().join("archive.tar");
     let mut file = File::options()
         .read(true)
@@ -174,14 +205,17 @@ fn uncompress(mut content: impl Read, path: &Path, staging: &Path) -> Result<(Fi
         .map_err(|error| ImageError::io("create", &copy, error))?;
     let mut buffer = vec![0; 256 * 1024];
     loop {
-        let got = content.read(&mut buffer).map_err(|error| ImageError::BadArchive {
-            path: path.to_path_buf(),
-            reason: format!("it can't be uncompressed: {error}"),
-        })?;
+        let got = content
+            .read(&mut buffer)
+            .map_err(|error| ImageError::BadArchive {
+                path: path.to_path_buf(),
+                reason: format!("it can't be uncompressed: {error}"),
+            })?;
         if got == 0 {
             return Ok((file, dir));
         }
-        io::Write::write_all(&mut file, &buffer[..got]).map_err(|error| ImageError::io("write", &copy, error))?;
+        io::Write::write_all(&mut file, &buffer[..got])
+            .map_err(|error| ImageError::io("write", &copy, error))?;
     }
 }
 
@@ -189,10 +223,16 @@ fn uncompress(mut content: impl Read, path: &Path, staging: &Path) -> Result<(Fi
 fn members(file: &File) -> Result<HashMap<String, Member>, String> {
     let mut reader = TarReader::new(BufReader::with_capacity(64 * 1024, file));
     let mut members = HashMap::new();
-    while let Some(entry) = reader.next().map_err(|error| format!("it is no tar archive: {error}"))? {
+    while let Some(entry) = reader
+        .next()
+        .map_err(|error| format!("it is no tar archive: {error}"))?
+    {
         let name = normal(&String::from_utf8_lossy(&entry.name), "");
         let member = match &entry.kind {
-            Kind::Regular if entry.segments.is_none() => Member::Data { offset: reader.offset(), size: entry.size },
+            Kind::Regular if entry.segments.is_none() => Member::Data {
+                offset: reader.offset(),
+                size: entry.size,
+            },
             // Relative to the archive, or to the link's own directory.
             Kind::HardLink(target) => Member::Link(normal(&String::from_utf8_lossy(target), "")),
             Kind::Symlink(target) => {
@@ -203,7 +243,9 @@ fn members(file: &File) -> Result<HashMap<String, Member>, String> {
         };
         members.insert(name, member);
         if members.len() > MAX_FILES {
-            return Err(format!("it holds more than {MAX_FILES} files, so it is no image"));
+            return Err(format!(
+                "it holds more than {MAX_FILES} files, so it is no image"
+            ));
         }
     }
     Ok(members)
