@@ -25,13 +25,13 @@ mod progress;
 mod pull;
 mod reference;
 mod registry;
+#[cfg(test)]
+mod scenarios;
 mod state;
 mod store;
 mod tarball;
 #[cfg(test)]
 mod testing;
-#[cfg(test)]
-mod tests;
 mod transfer;
 mod trees;
 mod unpack;
