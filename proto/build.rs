@@ -1,10 +1,11 @@
-//! Compiles the two `.proto` files with protox: no `protoc` is needed to build Slipway.
+//! Compiles the `.proto` files with protox: no `protoc` is needed to build Slipway.
 use std::error::Error;
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=api.proto");
     println!("cargo:rerun-if-changed=keeper.proto");
+    println!("cargo:rerun-if-changed=admin.proto");
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
 
     let cri = protox::compile(["api.proto"], ["."])?;
@@ -19,5 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_client(false)
         .build_server(false)
         .compile_fds(keeper)?;
+
+    let admin = protox::compile(["admin.proto"], ["."])?;
+    tonic_prost_build::configure().compile_fds(admin)?;
     Ok(())
 }

@@ -1,1 +1,19 @@
-//! Slipway: the daemon and the command line.
+//! Slipway's daemon: pods and containers for the kubelet.
+//!
+//! ```text
+//! cri (gRPC in and out) ─► pod (life cycle, records, recovery) ─► slipway-runtime's client ─► keepers
+//!                              ├─► slipway-image    what containers are made of
+//!                              ├─► slipway-network  CNI, DNS files
+//!                              └─► slipway-spec, slipway-seccomp  what confines them
+//! ```
+#![deny(unsafe_code)]
+
+pub mod admin;
+pub mod cri;
+pub mod logging;
+pub mod pod;
+mod run_root;
+pub mod serve;
+
+/// Slipway's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

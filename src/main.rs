@@ -1,2 +1,151 @@
-//! The `slipway` binary.
-fn main() {}
+//! The `slipway` command: the daemon, its administration, and a small CRI client.
+#![forbid(unsafe_code)]
+
+mod import;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use slipway::serve::{Settings, serve};
+use slipway_config::Config;
+use slipway_runtime::client::Keepers;
+use slipway_runtime::zygote::ZYGOTE_COMMAND;
+
+/// A Kubernetes container runtime that creates containers in-process
+#[derive(Debug, Parser)]
+#[command(name = "slipway", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: slipway_client::Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon
+    Serve(Settings),
+    /// Work with the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Work with the images of the daemon on this machine
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Print the version
+    Version,
+    /// Print a completion script for a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    #[command(flatten)]
+    Client(slipway_client::Command),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Print the default configuration, every key explained
+    Default,
+    /// Check the configuration as the daemon would read it
+    Check {
+        /// Configuration file; drop-ins are read from config.d beside it
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// Import an OCI layout or archive, or a docker-archive
+    Import {
+        /// The file or directory
+        path: PathBuf,
+        /// Name for an image that has none in there
+        #[arg(long, short, value_name = "NAME")]
+        tag: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    // The zygote takes no options and must not grow by a parser's memory.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|arg| arg == ZYGOTE_COMMAND)
+    {
+        slipway_runtime::zygote::main();
+    }
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Client(command) => return slipway_client::run(command, &cli.global),
+        Command::Serve(settings) => daemon(&settings),
+        Command::Config(ConfigCommand::Default) => default_config(),
+        Command::Config(ConfigCommand::Check { config }) => check_config(config),
+        Command::Image(ImageCommand::Import { path, tag }) => {
+            import::import(&cli.global, &path, tag.as_deref())
+        }
+        Command::Version => {
+            println!("slipway {}", slipway::VERSION);
+            Ok(())
+        }
+        Command::Completion { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "slipway",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("slipway: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn daemon(settings: &Settings) -> anyhow::Result<()> {
+    // Before any thread, and before configuration or credentials are in memory: keepers are forked from it.
+    let keepers = Keepers::launch()?;
+    serve(settings, keepers)
+}
+
+fn default_config() -> anyhow::Result<()> {
+    print!("{}", Config::default().to_toml_with_docs()?);
+    Ok(())
+}
+
+fn check_config(config: Option<PathBuf>) -> anyhow::Result<()> {
+    let (_, files) = Settings {
+        config,
+        ..Settings::default()
+    }
+    .load()?;
+    if files.is_empty() {
+        println!("no configuration file: the defaults apply");
+    }
+    for file in files {
+        println!("{}: ok", file.display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+        let cli =
+            Cli::try_parse_from(["slipway", "serve", "--log-level", "debug", "--listen", "/x"]);
+        let Command::Serve(settings) = cli.unwrap().command else {
+            panic!("not serve")
+        };
+        assert_eq!(settings.log_level, Some(slipway_config::LogLevel::Debug));
+        assert!(Cli::try_parse_from(["slipway", "serve", "--log-level", "loud"]).is_err());
+    }
+}

@@ -32,5 +32,11 @@ pub mod keeper {
     tonic::include_proto!("slipway.keeper.v1");
 }
 
+/// What the command line asks of a running daemon beyond the CRI (`slipway.admin.v1`).
+#[allow(missing_docs, clippy::all)]
+pub mod admin {
+    tonic::include_proto!("slipway.admin.v1");
+}
+
 /// The compiled CRI descriptor set (`google.protobuf.FileDescriptorSet`), for reflection and tests.
 pub const CRI_DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cri.binpb"));

@@ -1,0 +1,161 @@
+//! Containers: CreateContainer, StartContainer, StopContainer, RemoveContainer, ContainerStatus,
+//! ListContainers.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use slipway_proto::cri;
+
+use super::filter::{container_fits, container_state};
+use super::signal;
+use crate::pod::{Container, Node, PodError};
+
+pub async fn create(
+    node: &Arc<Node>,
+    request: cri::CreateContainerRequest,
+) -> Result<cri::CreateContainerResponse, PodError> {
+    let container_id = node.create_container(request).await?;
+    Ok(cri::CreateContainerResponse { container_id })
+}
+
+pub async fn start(
+    node: &Arc<Node>,
+    request: cri::StartContainerRequest,
+) -> Result<cri::StartContainerResponse, PodError> {
+    node.start_container(&request.container_id).await?;
+    Ok(cri::StartContainerResponse {})
+}
+
+pub async fn stop(
+    node: &Arc<Node>,
+    request: cri::StopContainerRequest,
+) -> Result<cri::StopContainerResponse, PodError> {
+    node.stop_container(&request.container_id, request.timeout)
+        .await?;
+    Ok(cri::StopContainerResponse {})
+}
+
+pub async fn remove(
+    node: &Arc<Node>,
+    request: cri::RemoveContainerRequest,
+) -> Result<cri::RemoveContainerResponse, PodError> {
+    node.remove_container(&request.container_id).await?;
+    Ok(cri::RemoveContainerResponse {})
+}
+
+pub fn list(node: &Node, request: &cri::ListContainersRequest) -> cri::ListContainersResponse {
+    let filter = request.filter.as_ref();
+    let containers = node
+        .containers
+        .all()
+        .iter()
+        .filter(|c| {
+            container_fits(
+                filter,
+                c.id(),
+                &c.record.pod_id,
+                c.stage(),
+                &c.record.config.labels,
+            )
+        })
+        .map(|c| cri::Container {
+            id: c.id().to_owned(),
+            pod_sandbox_id: c.record.pod_id.clone(),
+            metadata: Some(c.metadata()),
+            image: c.record.config.image.clone(),
+            image_ref: c.record.image_ref.clone(),
+            state: container_state(c.stage()) as i32,
+            created_at: c.status().created_at,
+            labels: c.record.config.labels.clone(),
+            annotations: c.record.config.annotations.clone(),
+            image_id: c.record.image_id.clone(),
+        })
+        .collect();
+    cri::ListContainersResponse { containers }
+}
+
+pub fn status(
+    node: &Node,
+    request: &cri::ContainerStatusRequest,
+) -> Result<cri::ContainerStatusResponse, PodError> {
+    let container = node.container(&request.container_id)?;
+    let info = if request.verbose {
+        info(node, &container)
+    } else {
+        HashMap::new()
+    };
+    Ok(cri::ContainerStatusResponse {
+        status: Some(container_status(&container)),
+        info,
+    })
+}
+
+fn container_status(container: &Container) -> cri::ContainerStatus {
+    let (record, status) = (&container.record, container.status());
+    let image = record.config.image.clone().unwrap_or_default();
+    cri::ContainerStatus {
+        id: container.id().to_owned(),
+        metadata: Some(container.metadata()),
+        state: container_state(status.stage) as i32,
+        created_at: status.created_at,
+        started_at: status.started_at,
+        finished_at: status.finished_at,
+        exit_code: status.exit_code,
+        image: Some(cri::ImageSpec {
+            image: record.image_name.clone(),
+            ..image
+        }),
+        image_ref: record.image_ref.clone(),
+        reason: status.reason().to_owned(),
+        message: status.message,
+        labels: record.config.labels.clone(),
+        annotations: record.config.annotations.clone(),
+        mounts: record.mounts.clone(),
+        log_path: record.log_path.clone(),
+        resources: Some(cri::ContainerResources {
+            linux: Some(record.resources.clone()),
+            windows: None,
+        }),
+        image_id: record.image_id.clone(),
+        user: Some(cri::ContainerUser {
+            linux: Some(cri::LinuxContainerUser {
+                uid: record.uid.into(),
+                gid: record.gid.into(),
+                supplemental_groups: record.groups.iter().map(|gid| i64::from(*gid)).collect(),
+            }),
+        }),
+        stop_signal: signal::on_wire(record.stop_signal) as i32,
+    }
+}
+
+/// What `crictl inspect` shows beside the status.
+fn info(node: &Node, container: &Container) -> HashMap<String, String> {
+    let record = &container.record;
+    let spec: Value = std::fs::read(container.dir.join("config.json"))
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok())
+        .unwrap_or_default();
+    let info = json!({
+        "sandboxID": record.pod_id,
+        "pid": container.status().pid,
+        "cgroup": record.cgroup,
+        "directory": container.dir,
+        "image": record.image_id,
+        "runtimeSpec": spec,
+    });
+    // The start's own steps are told apart from the creation's by the method's name.
+    let mut phases = record.phases.clone();
+    for trace in node.traces.of_container(container.id()) {
+        if trace.method != "CreateContainer" {
+            phases.extend(trace.phases.into_iter().map(|mut phase| {
+                phase.name = format!("{}.{}", trace.method, phase.name);
+                phase
+            }));
+        }
+    }
+    HashMap::from([
+        ("info".to_owned(), info.to_string()),
+        ("phases".to_owned(), json!(phases).to_string()),
+    ])
+}

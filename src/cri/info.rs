@@ -1,0 +1,118 @@
+//! The node: Version, Status, RuntimeConfig, UpdateRuntimeConfig.
+
+use std::collections::HashMap;
+
+use serde_json::json;
+use slipway_config::CgroupDriver;
+use slipway_network::NetworkStatus;
+use slipway_proto::cri;
+
+use crate::pod::{Node, PodError};
+
+/// Version of the CRI that is served.
+const API_VERSION: &str = "v1";
+/// Version of the kubelet's own protocol; the same in every runtime.
+const KUBE_API_VERSION: &str = "0.1.0";
+
+pub fn version() -> cri::VersionResponse {
+    cri::VersionResponse {
+        version: KUBE_API_VERSION.to_owned(),
+        runtime_name: "slipway".to_owned(),
+        runtime_version: crate::VERSION.to_owned(),
+        runtime_api_version: API_VERSION.to_owned(),
+    }
+}
+
+pub fn status(node: &Node, request: &cri::StatusRequest) -> cri::StatusResponse {
+    let condition = |kind: &str, problem: Option<(String, String)>| {
+        let status = problem.is_none();
+        let (reason, message) = problem.unwrap_or_default();
+        cri::RuntimeCondition {
+            r#type: kind.to_owned(),
+            status,
+            reason,
+            message,
+        }
+    };
+    let network = match node.cni.status() {
+        NetworkStatus::Ready { .. } => None,
+        NetworkStatus::NotReady { reason, message } => Some((reason, message)),
+    };
+    let runtime_handlers = node
+        .runtimes()
+        .list()
+        .into_iter()
+        .map(|(name, handler)| cri::RuntimeHandler {
+            name,
+            features: Some(cri::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: handler.features.recursive_read_only_mounts,
+                user_namespaces: handler.features.user_namespaces,
+            }),
+        })
+        .collect();
+    cri::StatusResponse {
+        status: Some(cri::RuntimeStatus {
+            conditions: vec![
+                condition("RuntimeReady", None),
+                condition("NetworkReady", network),
+            ],
+        }),
+        info: if request.verbose {
+            info(node)
+        } else {
+            HashMap::new()
+        },
+        runtime_handlers,
+        features: Some(cri::RuntimeFeatures {
+            supplemental_groups_policy: true,
+            ..cri::RuntimeFeatures::default()
+        }),
+    }
+}
+
+/// What `crictl info` shows beside the conditions.
+fn info(node: &Node) -> HashMap<String, String> {
+    let config = node.config();
+    let network = match node.cni.status() {
+        NetworkStatus::Ready { network } => json!({ "ready": true, "network": network }),
+        NetworkStatus::NotReady { message, .. } => json!({ "ready": false, "message": message }),
+    };
+    let mut shown = json!(*config);
+    // Where other programs look for what is on this node's disks.
+    shown["stateDir"] = json!(config.state_root);
+    let text = |value: serde_json::Value| value.to_string();
+    HashMap::from([
+        ("config".to_owned(), text(shown)),
+        ("network".to_owned(), text(network)),
+        ("podCidr".to_owned(), text(json!(*node.pod_cidr.read()))),
+        ("version".to_owned(), text(json!(crate::VERSION))),
+    ])
+}
+
+pub fn runtime_config(node: &Node) -> cri::RuntimeConfigResponse {
+    let cgroup_driver = match node.config().cgroup.driver {
+        CgroupDriver::Systemd => cri::CgroupDriver::Systemd,
+        CgroupDriver::Cgroupfs => cri::CgroupDriver::Cgroupfs,
+    };
+    cri::RuntimeConfigResponse {
+        linux: Some(cri::LinuxRuntimeConfiguration {
+            cgroup_driver: cgroup_driver as i32,
+        }),
+    }
+}
+
+/// Pod addresses are CNI's matter; the range is only kept for the operator.
+pub fn update_runtime_config(
+    node: &Node,
+    request: cri::UpdateRuntimeConfigRequest,
+) -> Result<cri::UpdateRuntimeConfigResponse, PodError> {
+    let network = request.runtime_config.and_then(|c| c.network_config);
+    if let Some(network) = network {
+        tracing::info!(
+            pod_cidr = network.pod_cidr,
+            "pod network range as the kubelet says"
+        );
+        *node.pod_cidr.write() = network.pod_cidr;
+    }
+    Ok(cri::UpdateRuntimeConfigResponse {})
+}

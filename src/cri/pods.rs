@@ -1,0 +1,153 @@
+//! Pod sandboxes: RunPodSandbox, StopPodSandbox, RemovePodSandbox, PodSandboxStatus, ListPodSandbox.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde_json::json;
+use slipway_proto::cri;
+
+use super::filter::{pod_fits, pod_state};
+use crate::pod::state::PodStage;
+use crate::pod::{Node, Pod, PodError, now};
+
+/// What a request calls its pod, for the log.
+pub fn full_name(request: &cri::RunPodSandboxRequest) -> String {
+    let metadata = request.config.as_ref().and_then(|c| c.metadata.as_ref());
+    metadata
+        .map(|m| format!("{}/{}", m.namespace, m.name))
+        .unwrap_or_default()
+}
+
+pub async fn run(
+    node: &Arc<Node>,
+    request: cri::RunPodSandboxRequest,
+) -> Result<cri::RunPodSandboxResponse, PodError> {
+    let pod_sandbox_id = node.run_pod(request).await?;
+    Ok(cri::RunPodSandboxResponse { pod_sandbox_id })
+}
+
+pub async fn stop(
+    node: &Arc<Node>,
+    request: cri::StopPodSandboxRequest,
+) -> Result<cri::StopPodSandboxResponse, PodError> {
+    node.stop_pod(&request.pod_sandbox_id).await?;
+    Ok(cri::StopPodSandboxResponse {})
+}
+
+pub async fn remove(
+    node: &Arc<Node>,
+    request: cri::RemovePodSandboxRequest,
+) -> Result<cri::RemovePodSandboxResponse, PodError> {
+    node.remove_pod(&request.pod_sandbox_id).await?;
+    Ok(cri::RemovePodSandboxResponse {})
+}
+
+pub fn list(node: &Node, request: &cri::ListPodSandboxRequest) -> cri::ListPodSandboxResponse {
+    let filter = request.filter.as_ref();
+    let items = node
+        .pods
+        .all()
+        .iter()
+        .filter(|pod| pod_fits(filter, pod.id(), pod.stage(), &pod.record.config.labels))
+        .map(|pod| cri::PodSandbox {
+            id: pod.id().to_owned(),
+            metadata: Some(pod.metadata()),
+            state: pod_state(pod.stage()) as i32,
+            created_at: pod.record.created_at,
+            labels: pod.record.config.labels.clone(),
+            annotations: pod.record.config.annotations.clone(),
+            runtime_handler: pod.record.handler.clone(),
+        })
+        .collect();
+    cri::ListPodSandboxResponse { items }
+}
+
+pub async fn status(
+    node: &Node,
+    request: &cri::PodSandboxStatusRequest,
+) -> Result<cri::PodSandboxStatusResponse, PodError> {
+    let pod = node.pod(&request.pod_sandbox_id)?;
+    let info = if request.verbose {
+        info(node, &pod).await
+    } else {
+        HashMap::new()
+    };
+    Ok(cri::PodSandboxStatusResponse {
+        status: Some(pod_status(&pod)),
+        info,
+        // For the evented PLEG, which a later issue brings.
+        containers_statuses: Vec::new(),
+        timestamp: now(),
+    })
+}
+
+fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
+    let config = &pod.record.config;
+    let security = config
+        .linux
+        .as_ref()
+        .and_then(|l| l.security_context.as_ref());
+    let options = security
+        .and_then(|s| s.namespace_options.clone())
+        .unwrap_or_default();
+    // A stopped pod has given its addresses back; they may be another's by now.
+    let ips = if pod.stage() == PodStage::Ready {
+        pod.record.ips.as_slice()
+    } else {
+        &[]
+    };
+    let (ip, additional_ips) = match ips.split_first() {
+        Some((first, more)) => (
+            first.to_string(),
+            more.iter()
+                .map(|ip| cri::PodIp { ip: ip.to_string() })
+                .collect(),
+        ),
+        None => (String::new(), Vec::new()),
+    };
+    cri::PodSandboxStatus {
+        id: pod.id().to_owned(),
+        metadata: Some(pod.metadata()),
+        state: pod_state(pod.stage()) as i32,
+        created_at: pod.record.created_at,
+        network: Some(cri::PodSandboxNetworkStatus { ip, additional_ips }),
+        linux: Some(cri::LinuxPodSandboxStatus {
+            namespaces: Some(cri::Namespace {
+                options: Some(options),
+            }),
+        }),
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        runtime_handler: pod.record.handler.clone(),
+    }
+}
+
+/// What `crictl inspectp` shows beside the status.
+async fn info(node: &Node, pod: &Pod) -> HashMap<String, String> {
+    let record = &pod.record;
+    let networks: Vec<_> = node
+        .cni
+        .cached(pod.id())
+        .map(|result| result.networks)
+        .unwrap_or_default()
+        .iter()
+        .map(|at| {
+            let result = at.result.to_version(at.result.version());
+            json!({ "network": at.network, "ifname": at.ifname, "result": result })
+        })
+        .collect();
+    let info = json!({
+        "runtime": record.runtime,
+        "bootId": record.boot_id,
+        "stage": pod.stage().as_str(),
+        "directory": pod.dir,
+        "keeperPid": pod.keeper_pid().await,
+        "cgroup": record.cgroup,
+        "namespaces": record.namespaces,
+        "cniResult": networks,
+    });
+    HashMap::from([
+        ("info".to_owned(), info.to_string()),
+        ("phases".to_owned(), json!(record.phases).to_string()),
+    ])
+}

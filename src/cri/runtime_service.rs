@@ -1,0 +1,387 @@
+//! The RuntimeService: which call is answered where.
+
+use std::sync::Arc;
+
+use slipway_proto::cri;
+use slipway_proto::cri::runtime_service_server::RuntimeService;
+use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
+
+use super::call::{Kind, call, container_span, node_span, pod_span};
+use super::unimplemented::{Nothing, later};
+use super::{containers, exec, info, pods};
+use crate::pod::Node;
+
+/// The RuntimeService.
+#[derive(Clone)]
+pub struct Runtime(pub Arc<Node>);
+
+#[tonic::async_trait]
+impl RuntimeService for Runtime {
+    async fn version(
+        &self,
+        _: Request<cri::VersionRequest>,
+    ) -> Result<Response<cri::VersionResponse>, Status> {
+        let span = node_span("Version");
+        call(Kind::Look, async move { Ok(info::version()) })
+            .instrument(span)
+            .await
+    }
+
+    async fn status(
+        &self,
+        request: Request<cri::StatusRequest>,
+    ) -> Result<Response<cri::StatusResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = node_span("Status");
+        call(Kind::Look, async move { Ok(info::status(node, &r)) })
+            .instrument(span)
+            .await
+    }
+
+    async fn runtime_config(
+        &self,
+        _: Request<cri::RuntimeConfigRequest>,
+    ) -> Result<Response<cri::RuntimeConfigResponse>, Status> {
+        let node = &self.0;
+        let span = node_span("RuntimeConfig");
+        call(Kind::Look, async move { Ok(info::runtime_config(node)) })
+            .instrument(span)
+            .await
+    }
+
+    async fn update_runtime_config(
+        &self,
+        request: Request<cri::UpdateRuntimeConfigRequest>,
+    ) -> Result<Response<cri::UpdateRuntimeConfigResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = node_span("UpdateRuntimeConfig");
+        call(
+            Kind::Change,
+            async move { info::update_runtime_config(node, r) },
+        )
+        .instrument(span)
+        .await
+    }
+
+    async fn run_pod_sandbox(
+        &self,
+        request: Request<cri::RunPodSandboxRequest>,
+    ) -> Result<Response<cri::RunPodSandboxResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("RunPodSandbox", &pods::full_name(&r));
+        call(Kind::Change, async move { pods::run(node, r).await })
+            .instrument(span)
+            .await
+    }
+
+    async fn stop_pod_sandbox(
+        &self,
+        request: Request<cri::StopPodSandboxRequest>,
+    ) -> Result<Response<cri::StopPodSandboxResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("StopPodSandbox", &r.pod_sandbox_id);
+        call(Kind::Change, async move { pods::stop(node, r).await })
+            .instrument(span)
+            .await
+    }
+
+    async fn remove_pod_sandbox(
+        &self,
+        request: Request<cri::RemovePodSandboxRequest>,
+    ) -> Result<Response<cri::RemovePodSandboxResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("RemovePodSandbox", &r.pod_sandbox_id);
+        call(Kind::Change, async move { pods::remove(node, r).await })
+            .instrument(span)
+            .await
+    }
+
+    async fn pod_sandbox_status(
+        &self,
+        request: Request<cri::PodSandboxStatusRequest>,
+    ) -> Result<Response<cri::PodSandboxStatusResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("PodSandboxStatus", &r.pod_sandbox_id);
+        call(Kind::Look, async move { pods::status(node, &r).await })
+            .instrument(span)
+            .await
+    }
+
+    async fn list_pod_sandbox(
+        &self,
+        request: Request<cri::ListPodSandboxRequest>,
+    ) -> Result<Response<cri::ListPodSandboxResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = node_span("ListPodSandbox");
+        call(Kind::Look, async move { Ok(pods::list(node, &r)) })
+            .instrument(span)
+            .await
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<cri::CreateContainerRequest>,
+    ) -> Result<Response<cri::CreateContainerResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("CreateContainer", &r.pod_sandbox_id);
+        call(
+            Kind::Change,
+            async move { containers::create(node, r).await },
+        )
+        .instrument(span)
+        .await
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<cri::StartContainerRequest>,
+    ) -> Result<Response<cri::StartContainerResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("StartContainer", &r.container_id);
+        call(
+            Kind::Change,
+            async move { containers::start(node, r).await },
+        )
+        .instrument(span)
+        .await
+    }
+
+    async fn stop_container(
+        &self,
+        request: Request<cri::StopContainerRequest>,
+    ) -> Result<Response<cri::StopContainerResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("StopContainer", &r.container_id);
+        call(Kind::Change, async move { containers::stop(node, r).await })
+            .instrument(span)
+            .await
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<cri::RemoveContainerRequest>,
+    ) -> Result<Response<cri::RemoveContainerResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("RemoveContainer", &r.container_id);
+        call(
+            Kind::Change,
+            async move { containers::remove(node, r).await },
+        )
+        .instrument(span)
+        .await
+    }
+
+    async fn list_containers(
+        &self,
+        request: Request<cri::ListContainersRequest>,
+    ) -> Result<Response<cri::ListContainersResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = node_span("ListContainers");
+        call(Kind::Look, async move { Ok(containers::list(node, &r)) })
+            .instrument(span)
+            .await
+    }
+
+    async fn container_status(
+        &self,
+        request: Request<cri::ContainerStatusRequest>,
+    ) -> Result<Response<cri::ContainerStatusResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("ContainerStatus", &r.container_id);
+        call(Kind::Look, async move { containers::status(node, &r) })
+            .instrument(span)
+            .await
+    }
+
+    async fn reopen_container_log(
+        &self,
+        request: Request<cri::ReopenContainerLogRequest>,
+    ) -> Result<Response<cri::ReopenContainerLogResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("ReopenContainerLog", &r.container_id);
+        call(Kind::Look, async move { exec::reopen_log(node, r).await })
+            .instrument(span)
+            .await
+    }
+
+    async fn exec_sync(
+        &self,
+        request: Request<cri::ExecSyncRequest>,
+    ) -> Result<Response<cri::ExecSyncResponse>, Status> {
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("ExecSync", &r.container_id);
+        call(Kind::Look, async move { exec::sync(node, r).await })
+            .instrument(span)
+            .await
+    }
+
+    // What later issues bring.
+
+    async fn update_container_resources(
+        &self,
+        _: Request<cri::UpdateContainerResourcesRequest>,
+    ) -> Result<Response<cri::UpdateContainerResourcesResponse>, Status> {
+        later("UpdateContainerResources")
+    }
+
+    async fn exec(
+        &self,
+        _: Request<cri::ExecRequest>,
+    ) -> Result<Response<cri::ExecResponse>, Status> {
+        later("Exec")
+    }
+
+    async fn attach(
+        &self,
+        _: Request<cri::AttachRequest>,
+    ) -> Result<Response<cri::AttachResponse>, Status> {
+        later("Attach")
+    }
+
+    async fn port_forward(
+        &self,
+        _: Request<cri::PortForwardRequest>,
+    ) -> Result<Response<cri::PortForwardResponse>, Status> {
+        later("PortForward")
+    }
+
+    async fn container_stats(
+        &self,
+        _: Request<cri::ContainerStatsRequest>,
+    ) -> Result<Response<cri::ContainerStatsResponse>, Status> {
+        later("ContainerStats")
+    }
+
+    async fn list_container_stats(
+        &self,
+        _: Request<cri::ListContainerStatsRequest>,
+    ) -> Result<Response<cri::ListContainerStatsResponse>, Status> {
+        later("ListContainerStats")
+    }
+
+    async fn pod_sandbox_stats(
+        &self,
+        _: Request<cri::PodSandboxStatsRequest>,
+    ) -> Result<Response<cri::PodSandboxStatsResponse>, Status> {
+        later("PodSandboxStats")
+    }
+
+    async fn list_pod_sandbox_stats(
+        &self,
+        _: Request<cri::ListPodSandboxStatsRequest>,
+    ) -> Result<Response<cri::ListPodSandboxStatsResponse>, Status> {
+        later("ListPodSandboxStats")
+    }
+
+    async fn checkpoint_container(
+        &self,
+        _: Request<cri::CheckpointContainerRequest>,
+    ) -> Result<Response<cri::CheckpointContainerResponse>, Status> {
+        later("CheckpointContainer")
+    }
+
+    async fn checkpoint_pod(
+        &self,
+        _: Request<cri::CheckpointPodRequest>,
+    ) -> Result<Response<cri::CheckpointPodResponse>, Status> {
+        later("CheckpointPod")
+    }
+
+    async fn restore_pod(
+        &self,
+        _: Request<cri::RestorePodRequest>,
+    ) -> Result<Response<cri::RestorePodResponse>, Status> {
+        later("RestorePod")
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<cri::ListMetricDescriptorsRequest>,
+    ) -> Result<Response<cri::ListMetricDescriptorsResponse>, Status> {
+        later("ListMetricDescriptors")
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::ListPodSandboxMetricsRequest>,
+    ) -> Result<Response<cri::ListPodSandboxMetricsResponse>, Status> {
+        later("ListPodSandboxMetrics")
+    }
+
+    async fn update_pod_sandbox_resources(
+        &self,
+        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+    ) -> Result<Response<cri::UpdatePodSandboxResourcesResponse>, Status> {
+        later("UpdatePodSandboxResources")
+    }
+
+    type StreamPodSandboxesStream = Nothing<cri::StreamPodSandboxesResponse>;
+
+    async fn stream_pod_sandboxes(
+        &self,
+        _: Request<cri::StreamPodSandboxesRequest>,
+    ) -> Result<Response<Self::StreamPodSandboxesStream>, Status> {
+        later("StreamPodSandboxes")
+    }
+
+    type StreamContainersStream = Nothing<cri::StreamContainersResponse>;
+
+    async fn stream_containers(
+        &self,
+        _: Request<cri::StreamContainersRequest>,
+    ) -> Result<Response<Self::StreamContainersStream>, Status> {
+        later("StreamContainers")
+    }
+
+    type StreamContainerStatsStream = Nothing<cri::StreamContainerStatsResponse>;
+
+    async fn stream_container_stats(
+        &self,
+        _: Request<cri::StreamContainerStatsRequest>,
+    ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
+        later("StreamContainerStats")
+    }
+
+    type StreamPodSandboxStatsStream = Nothing<cri::StreamPodSandboxStatsResponse>;
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        _: Request<cri::StreamPodSandboxStatsRequest>,
+    ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
+        later("StreamPodSandboxStats")
+    }
+
+    type GetContainerEventsStream = Nothing<cri::ContainerEventResponse>;
+
+    async fn get_container_events(
+        &self,
+        _: Request<cri::GetEventsRequest>,
+    ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
+        later("GetContainerEvents")
+    }
+
+    type StreamPodSandboxMetricsStream = Nothing<cri::StreamPodSandboxMetricsResponse>;
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::StreamPodSandboxMetricsRequest>,
+    ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
+        later("StreamPodSandboxMetrics")
+    }
+}

@@ -1,0 +1,145 @@
+//! From the kubelet's configuration to what a keeper needs: the daemon's settings and the pod's state go
+//! to `slipway-spec`, the chosen seccomp profile to `slipway-seccomp`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use slipway_config::{Config, MissingMountSource};
+use slipway_image::Image;
+use slipway_proto::{cri, keeper};
+use slipway_seccomp::Source;
+use slipway_spec::{
+    ContainerInput, ContainerPlan, PodFiles, SandboxPlan, SeccompChoice, SpecOptions,
+};
+
+use super::error::PodError;
+use super::files::{HOSTNAME, HOSTS, RESOLV_CONF};
+use super::node::Node;
+use super::sandbox::Pod;
+
+/// A container, ready for its keeper but for its root file system.
+pub struct Assembled {
+    /// The call.
+    pub create: keeper::CreateContainer,
+    /// Everything else that was decided.
+    pub plan: ContainerPlan,
+    /// Its cgroup, absolute in the hierarchy.
+    pub cgroup: String,
+}
+
+/// Checks a pod's configuration.
+///
+/// # Errors
+/// [`PodError::Spec`], naming the field.
+pub fn pod(node: &Node, id: &str, config: &cri::PodSandboxConfig) -> Result<SandboxPlan, PodError> {
+    let options = options(&node.config());
+    let plan = slipway_spec::sandbox(config, id, &options, &node.host).map_err(|source| {
+        PodError::Spec {
+            what: format!("pod sandbox {id}"),
+            source,
+        }
+    })?;
+    for warning in &plan.warnings {
+        tracing::warn!(pod = id, warning);
+    }
+    Ok(plan)
+}
+
+/// Checks a container's configuration, translates it and compiles its seccomp filter. Looks at the mounts'
+/// sources, so it blocks for as long as a dead network file system does.
+///
+/// # Errors
+/// [`PodError::Spec`], naming the field; [`PodError::Seccomp`].
+pub fn container(
+    node: &Node,
+    pod: &Pod,
+    id: &str,
+    config: &cri::ContainerConfig,
+    image: &Arc<Image>,
+) -> Result<Assembled, PodError> {
+    let failed = |source| PodError::Spec {
+        what: format!("container {id}"),
+        source,
+    };
+    let options = options(&node.config());
+    let sources = slipway_spec::survey(config, &options).map_err(failed)?;
+    let names = &pod.record.namespaces;
+    let namespaces = keeper::SetupSandboxResult {
+        network: names.network.clone(),
+        ipc: names.ipc.clone(),
+        uts: names.uts.clone(),
+        pid: names.pid.clone(),
+        made_cgroup: pod.record.made_cgroup,
+    };
+    let plan = slipway_spec::container(&ContainerInput {
+        id,
+        pod_id: pod.id(),
+        sandbox_config: &pod.record.config,
+        namespaces: &namespaces,
+        config,
+        image: &image.config,
+        image_name: config.image.as_ref().map_or("", |image| &image.image),
+        container_dir: &pod.container_dir(id),
+        files: &pod_files(&pod.dir),
+        sources: &sources,
+        options: &options,
+        host: &node.host,
+    })
+    .map_err(failed)?;
+    for warning in &plan.warnings {
+        tracing::warn!(pod = pod.id(), container = id, warning);
+    }
+    let mut create = plan.create.clone();
+    create.seccomp = seccomp(node, id, &plan)?;
+    let linux = plan.spec.linux().as_ref();
+    let cgroup = linux.and_then(|l| l.cgroups_path().as_ref());
+    let cgroup = cgroup
+        .map(|path| path.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    Ok(Assembled {
+        create,
+        plan,
+        cgroup,
+    })
+}
+
+fn seccomp(node: &Node, id: &str, plan: &ContainerPlan) -> Result<Vec<u8>, PodError> {
+    let (source, profile) = match &plan.seccomp {
+        SeccompChoice::Unconfined => return Ok(Vec::new()),
+        SeccompChoice::RuntimeDefault => (Source::RuntimeDefault, "RuntimeDefault".to_owned()),
+        SeccompChoice::Localhost { path, json } => {
+            (Source::Localhost(json), path.display().to_string())
+        }
+    };
+    let filter = node
+        .seccomp
+        .get(source, &plan.bounding)
+        .map_err(|source| PodError::Seccomp {
+            id: id.to_owned(),
+            profile,
+            source,
+        })?;
+    Ok(filter.to_bytes())
+}
+
+fn pod_files(dir: &Path) -> PodFiles {
+    PodFiles {
+        resolv_conf: Some(dir.join(RESOLV_CONF)),
+        hosts: Some(dir.join(HOSTS)),
+        hostname: Some(dir.join(HOSTNAME)),
+        shm: Some(dir.join("shm")),
+    }
+}
+
+fn options(config: &Config) -> SpecOptions {
+    SpecOptions {
+        run_root: config.run_root.clone(),
+        default_sysctls: config.pod.default_sysctls.clone(),
+        default_capabilities: config.pod.default_capabilities.clone(),
+        pids_limit: config.pod.pids_limit,
+        shm_bytes: config.pod.shm_size.bytes(),
+        create_missing_sources: config.pod.missing_mount_source == MissingMountSource::Create,
+        seccomp_profile: config.pod.seccomp_profile.clone(),
+        seccomp_dir: config.pod.seccomp_dir.clone(),
+    }
+}

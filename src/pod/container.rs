@@ -1,0 +1,101 @@
+//! A container: what is known of it, readable without waiting.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use slipway_image::ImageLease;
+use slipway_proto::cri;
+use slipway_runtime::client::Keeper;
+
+use super::names::container_name;
+use super::record::ContainerRecord;
+use super::sandbox::Cell;
+use super::state::{Stage, Status};
+
+/// A container.
+pub struct Container {
+    /// What does not change.
+    pub record: ContainerRecord,
+    /// Its directory under its pod's.
+    pub dir: PathBuf,
+    /// Its pod's supervisor.
+    pub keeper: Keeper,
+    cell: Arc<Cell>,
+    /// Starting and removing take turns; nothing else waits here.
+    pub turn: tokio::sync::Mutex<()>,
+    stop_signalled: AtomicBool,
+    /// Keeps the image's layers.
+    lease: Mutex<Option<ImageLease>>,
+}
+
+impl Container {
+    /// A container as its record describes it.
+    pub fn new(
+        record: ContainerRecord,
+        dir: PathBuf,
+        keeper: Keeper,
+        cell: Arc<Cell>,
+        lease: Option<ImageLease>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            record,
+            dir,
+            keeper,
+            cell,
+            turn: tokio::sync::Mutex::new(()),
+            stop_signalled: AtomicBool::new(false),
+            lease: Mutex::new(lease),
+        })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.record.id
+    }
+
+    /// Its identity as the kubelet gave it.
+    pub fn metadata(&self) -> cri::ContainerMetadata {
+        self.record.config.metadata.clone().unwrap_or_default()
+    }
+
+    /// The name that it holds.
+    pub fn name(&self) -> String {
+        let m = self.metadata();
+        container_name(&self.record.pod_id, &m.name, m.attempt)
+    }
+
+    /// Its state now.
+    pub fn status(&self) -> Status {
+        self.cell.status.borrow().clone()
+    }
+
+    /// Where it is in its life.
+    pub fn stage(&self) -> Stage {
+        self.cell.status.borrow().stage
+    }
+
+    /// Changes its state; `change` says whether it did.
+    pub fn update(&self, change: impl FnOnce(&mut Status) -> bool) {
+        self.cell.status.send_if_modified(change);
+    }
+
+    /// Waits until it has exited, but not longer than `patience`. Returns whether it has.
+    pub async fn exited_within(&self, patience: Duration) -> bool {
+        let mut status = self.cell.status.subscribe();
+        let exited = status.wait_for(|status| status.stage == Stage::Exited);
+        matches!(tokio::time::timeout(patience, exited).await, Ok(Ok(_)))
+    }
+
+    /// Whether the caller is the first to ask it to stop, and so the one to send the signal.
+    pub fn first_to_stop(&self) -> bool {
+        !self.stop_signalled.swap(true, Ordering::Relaxed)
+    }
+
+    /// The image's layers are not needed any more.
+    pub fn release_image(&self) {
+        self.lease.lock().take();
+    }
+}

@@ -1,0 +1,303 @@
+//! CreateContainer: from the kubelet's configuration to an init that waits for the start.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use slipway_image::{Image, ImageLease};
+use slipway_proto::{cri, keeper};
+
+use super::assemble::{self, Assembled};
+use super::container::Container;
+use super::error::{PodError, chain, file};
+use super::events;
+use super::leftovers;
+use super::lifecycle::not_ready;
+use super::names::container_name;
+use super::node::{Node, new_id, now};
+use super::phases::{Phases, Trace, describe};
+use super::record::{self, ContainerRecord, PodRecord};
+use super::sandbox::{Cell, Pod};
+use super::state::{PodStage, Status};
+
+impl Node {
+    /// Creates a container and returns its id. Goes on to its end if the caller gives up; the same request
+    /// then gets the finished container.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or which step failed; nothing is left of the container then.
+    pub async fn create_container(
+        self: &Arc<Self>,
+        mut request: cri::CreateContainerRequest,
+    ) -> Result<String, PodError> {
+        let missing = |what: &str| PodError::Invalid(format!("CreateContainer needs {what}"));
+        let pod = self.pod(&request.pod_sandbox_id)?;
+        pod.id().clone_into(&mut request.pod_sandbox_id);
+        let config = request.config.as_ref().ok_or_else(|| missing("a config"))?;
+        let metadata = config
+            .metadata
+            .as_ref()
+            .ok_or_else(|| missing("config.metadata"))?;
+        if metadata.name.is_empty() {
+            return Err(missing("config.metadata with a name"));
+        }
+        if config
+            .image
+            .as_ref()
+            .is_none_or(|image| image.image.is_empty())
+        {
+            return Err(missing("config.image"));
+        }
+        let name = container_name(pod.id(), &metadata.name, metadata.attempt);
+        let make = self.clone().make_container(pod, request.clone());
+        self.container_names.make(&name, request, make).await
+    }
+
+    async fn make_container(
+        self: Arc<Self>,
+        pod: Arc<Pod>,
+        request: cri::CreateContainerRequest,
+    ) -> Result<String, PodError> {
+        let phases = Phases::start();
+        let _order = pod.shared().await;
+        if pod.stage() != PodStage::Ready {
+            return Err(not_ready(&pod));
+        }
+        let config = request.config.unwrap_or_default();
+        let asked = config.image.clone().unwrap_or_default();
+        let lease = self
+            .images
+            .lease(&asked.image)
+            .map_err(|source| PodError::Image {
+                action: "use",
+                image: asked.image.clone(),
+                source,
+            })?;
+        let id = new_id()?;
+        let ready = self.assemble(&pod, &id, &config, lease.image()).await?;
+        // Known to the event stream and to a stop of the pod from here on, but to no list.
+        let cell = pod.add_cell(&id, &ready.cgroup, Status::created(now(), 0));
+        match self
+            .build(&pod, &id, config, ready, lease, cell.clone(), phases)
+            .await
+        {
+            Ok(container) => {
+                let laps = container.record.phases.clone();
+                tracing::info!(
+                    pod = pod.id(),
+                    container = id,
+                    image = container.record.image_name,
+                    phases = describe(&laps),
+                    "container created"
+                );
+                self.containers.insert(&id, container);
+                self.traces.add(Trace {
+                    method: "CreateContainer",
+                    pod_id: pod.id().to_owned(),
+                    container_id: id.clone(),
+                    ended_at: now(),
+                    phases: laps,
+                });
+                Ok(id)
+            }
+            Err(error) => {
+                self.undo_container(&pod, &id, &cell).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Off the runtime's threads, and with a deadline: a mount's source may be on a dead file system.
+    async fn assemble(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        id: &str,
+        config: &cri::ContainerConfig,
+        image: &Arc<Image>,
+    ) -> Result<Assembled, PodError> {
+        let timeout = self.config().limits.create_timeout;
+        let (node, pod, image) = (self.clone(), pod.clone(), image.clone());
+        let (own_id, config) = (id.to_owned(), config.clone());
+        let work = tokio::task::spawn_blocking(move || {
+            assemble::container(&node, &pod, &own_id, &config, &image)
+        });
+        match tokio::time::timeout(timeout, work).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(PodError::Lost {
+                what: "assembling the container",
+            }),
+            Err(_) => Err(PodError::Hung {
+                id: id.to_owned(),
+                timeout,
+            }),
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)] // One call; a struct for it would only name them twice.
+    async fn build(
+        &self,
+        pod: &Arc<Pod>,
+        id: &str,
+        config: cri::ContainerConfig,
+        ready: Assembled,
+        lease: ImageLease,
+        cell: Arc<Cell>,
+        mut phases: Phases,
+    ) -> Result<Arc<Container>, PodError> {
+        phases.mark("spec");
+        let dir = pod.container_dir(id);
+        let layers = self.layers_dir().join(id);
+        let Assembled {
+            mut create,
+            plan,
+            cgroup,
+        } = ready;
+        make_dirs(&dir, &layers, plan.log_path.as_deref()).await?;
+        phases.mark("prepare");
+        let image = lease.image().clone();
+        create.overlay = Some(keeper::Overlay {
+            // The keeper wants the topmost first, images are described base first.
+            lower: image
+                .layers
+                .iter()
+                .rev()
+                .map(|l| l.path.to_string_lossy().into_owned())
+                .collect(),
+            upper: layers.join("upper").to_string_lossy().into_owned(),
+            work: layers.join("work").to_string_lossy().into_owned(),
+        });
+        let timeout = self.config().limits.create_timeout;
+        let made = pod
+            .keeper
+            .create(create, timeout)
+            .await
+            .map_err(|source| PodError::Keeper {
+                action: "create",
+                what: format!("container {id}"),
+                source,
+            })?;
+        phases.mark("create");
+        let created_at = cell.status.borrow().created_at;
+        cell.status.send_if_modified(|status| {
+            status.pid = if status.finished_at == 0 { made.pid } else { 0 };
+            true
+        });
+        let asked = config.image.clone().unwrap_or_default();
+        let mut record = ContainerRecord {
+            schema: PodRecord::SCHEMA,
+            id: id.to_owned(),
+            pod_id: pod.id().to_owned(),
+            created_at,
+            image_id: image.id.clone(),
+            image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
+            image_name: image_name(&asked, &image),
+            uid: made.uid,
+            gid: made.gid,
+            groups: made.groups,
+            pid: made.pid,
+            log_path: plan
+                .log_path
+                .map(|p| p.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            stop_signal: plan.stop_signal,
+            cgroup,
+            mounts: plan.mounts,
+            resources: plan.resources,
+            phases: phases.laps().to_vec(),
+            config,
+        };
+        record::write(&dir, &record)?;
+        phases.mark("record");
+        record.phases = phases.finish();
+        Ok(Container::new(
+            record,
+            dir,
+            pod.keeper.clone(),
+            cell,
+            Some(lease),
+        ))
+    }
+
+    /// Leaves nothing of a container that could not be made. Every step is tried; what fails is logged.
+    async fn undo_container(&self, pod: &Arc<Pod>, id: &str, cell: &Cell) {
+        let mut problems = Vec::new();
+        if let Err(e) = pod
+            .keeper
+            .delete(id, self.config().limits.delete_timeout)
+            .await
+        {
+            problems.push(chain(&e));
+            problems.extend(
+                events::kill_cgroup(cell.cgroup.clone())
+                    .await
+                    .err()
+                    .unwrap_or_default(),
+            );
+        }
+        pod.remove_cell(id);
+        let (dir, layers) = (pod.container_dir(id), self.layers_dir().join(id));
+        let exit = pod.dir.join("exits").join(format!("{id}.json"));
+        let sweep = tokio::task::spawn_blocking(move || {
+            let _ = std::fs::remove_file(exit);
+            let mut problems = leftovers::remove_tree(&dir);
+            problems.extend(leftovers::remove_tree(&layers));
+            problems
+        });
+        problems.extend(sweep.await.unwrap_or_else(|e| vec![e.to_string()]));
+        if !problems.is_empty() {
+            tracing::error!(
+                pod = pod.id(),
+                container = id,
+                problems = problems.join("; "),
+                "a failed container left something behind"
+            );
+        }
+    }
+}
+
+/// The name of the image for people: what they wrote, or a tag of it when the kubelet gave only the id.
+fn image_name(asked: &cri::ImageSpec, image: &Image) -> String {
+    if !asked.user_specified_image.is_empty() {
+        return asked.user_specified_image.clone();
+    }
+    let hex = image.id.strip_prefix("sha256:").unwrap_or(&image.id);
+    let by_id = asked.image.starts_with("sha256:") || hex.starts_with(&asked.image);
+    match image.repo_tags.first().or(image.repo_digests.first()) {
+        Some(name) if by_id => name.clone(),
+        _ => asked.image.clone(),
+    }
+}
+
+/// The writable layer is on a disk, which may make us wait; so this is off the runtime's threads.
+async fn make_dirs(dir: &Path, layers: &Path, log_path: Option<&Path>) -> Result<(), PodError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let (dir, layers) = (dir.to_owned(), layers.to_owned());
+    let log_dir = log_path.and_then(Path::parent).map(Path::to_owned);
+    let work = move || {
+        let mut private = std::fs::DirBuilder::new();
+        private.mode(0o711);
+        private.create(&dir).map_err(file("create", &dir))?;
+        private.create(&layers).map_err(file("create", &layers))?;
+        let work = layers.join("work");
+        private.create(&work).map_err(file("create", &work))?;
+        // This one is the container's "/": the overlay takes its mode from here.
+        let upper = layers.join("upper");
+        std::fs::DirBuilder::new()
+            .mode(0o755)
+            .create(&upper)
+            .map_err(file("create", &upper))?;
+        if let Some(log_dir) = log_dir.filter(|dir| !dir.as_os_str().is_empty()) {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(&log_dir)
+                .map_err(file("create the log directory", &log_dir))?;
+        }
+        Ok(())
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(_) => Err(PodError::Lost {
+            what: "making the container's directories",
+        }),
+    }
+}

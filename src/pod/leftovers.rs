@@ -1,0 +1,223 @@
+//! What is left of a pod or container whose keeper is gone or stuck: processes, cgroups, mounts. Found
+//! through the kernel, not through anybody's memory, and removed without anybody's help.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long killed processes get to leave their cgroup.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two looks at a dying cgroup: v1 tells nobody that it became empty.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Kills every process in the cgroup (absolute path in each hierarchy) and below, then removes it. Blocks
+/// for up to a few seconds. One that is not there is no error.
+///
+/// # Errors
+/// Every hierarchy in which it could not be removed.
+pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
+    let Some(relative) = plain(cgroup) else {
+        return Ok(());
+    };
+    let mut problems = Vec::new();
+    for root in hierarchies() {
+        let dir = root.join(relative);
+        if dir.is_dir()
+            && let Err(e) = empty_and_remove(&dir)
+        {
+            problems.push(format!("cgroup {}: {e}", dir.display()));
+        }
+    }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(problems)
+    }
+}
+
+/// The path below a hierarchy's root; `None` for the root itself, where every process of the machine is,
+/// and for paths that climb.
+fn plain(cgroup: &str) -> Option<&str> {
+    let relative = cgroup.trim_start_matches('/');
+    let part = |part: &str| !part.is_empty() && part != "." && part != "..";
+    (!relative.is_empty() && relative.split('/').all(part)).then_some(relative)
+}
+
+fn empty_and_remove(dir: &Path) -> io::Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        // v2 does it in one write, whatever forks meanwhile.
+        if std::fs::write(dir.join("cgroup.kill"), "1").is_err() {
+            each_below(dir, &mut |d| {
+                for pid in processes(d) {
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                }
+            });
+        }
+        let mut result = Ok(());
+        each_below(dir, &mut |d| match std::fs::remove_dir(d) {
+            Err(e) if e.kind() != ErrorKind::NotFound => result = Err(e),
+            _ => {}
+        });
+        match result {
+            Err(e) if e.kind() == ErrorKind::ResourceBusy && Instant::now() < until => {
+                std::thread::sleep(LOOK);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Calls `visit` for every directory below `dir` and then for itself.
+fn each_below(dir: &Path, visit: &mut impl FnMut(&Path)) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            each_below(&entry.path(), visit);
+        }
+    }
+    visit(dir);
+}
+
+fn processes(dir: &Path) -> Vec<i32> {
+    let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    // 0 stands for a process outside of our PID namespace; kill(0) would hit ourselves.
+    text.lines()
+        .filter_map(|line| line.parse().ok())
+        .filter(|pid| *pid > 1)
+        .collect()
+}
+
+/// Mount points of all cgroup hierarchies, v1 and v2.
+fn hierarchies() -> Vec<PathBuf> {
+    mounts()
+        .into_iter()
+        .filter(|m| m.kind.starts_with("cgroup"))
+        .map(|m| m.point)
+        .collect()
+}
+
+/// Detaches everything mounted below `dir`, deepest first, but not `dir` itself.
+///
+/// # Errors
+/// Every mount point that could not be detached.
+pub fn unmount_below(dir: &Path) -> Result<(), Vec<String>> {
+    let mut problems = Vec::new();
+    for mount in mounts().into_iter().rev() {
+        if mount.point != dir
+            && mount.point.starts_with(dir)
+            && let Err(e) = umount2(
+                &mount.point,
+                MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
+            )
+        {
+            problems.push(format!("mount {}: {e}", mount.point.display()));
+        }
+    }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(problems)
+    }
+}
+
+/// Whether a file system is mounted at exactly this (canonical) path.
+pub fn is_mount_point(path: &Path) -> bool {
+    mounts().iter().any(|m| m.point == path)
+}
+
+/// Removes a cgroup (absolute path in each hierarchy) in which nobody is. One in use, or not there, is left.
+pub fn remove_empty_cgroup(cgroup: &str) {
+    if let Some(relative) = plain(cgroup) {
+        for root in hierarchies() {
+            let _ = std::fs::remove_dir(root.join(relative));
+        }
+    }
+}
+
+/// Removes a directory with everything in it; what is mounted in there is detached first. One that is not
+/// there is no error.
+pub fn remove_tree(dir: &Path) -> Vec<String> {
+    let gone = |result: io::Result<()>| match result {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    };
+    // A mount in there must never be emptied, and it makes the removal fail; so it is looked for first.
+    let mut problems = unmount_below(dir).err().unwrap_or_default();
+    if problems.is_empty()
+        && let Err(e) = gone(std::fs::remove_dir_all(dir))
+    {
+        problems.push(format!("{}: {e}", dir.display()));
+    }
+    problems
+}
+
+struct MountEntry {
+    point: PathBuf,
+    kind: String,
+}
+
+fn mounts() -> Vec<MountEntry> {
+    use std::os::unix::ffi::OsStringExt as _;
+    let text = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    text.split(|b| *b == b'\n')
+        .filter_map(|line| {
+            let mut fields = line.split(|b| *b == b' ');
+            let point = unescape(fields.nth(4)?);
+            let kind = fields.skip_while(|f| *f != b"-").nth(1)?;
+            Some(MountEntry {
+                point: std::ffi::OsString::from_vec(point).into(),
+                kind: String::from_utf8_lossy(kind).into_owned(),
+            })
+        })
+        .collect()
+}
+
+/// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let octal = tail
+            .get(..3)
+            .filter(|d| *first == b'\\' && d.iter().all(|c| (b'0'..b'8').contains(c)));
+        match octal {
+            Some(d) => {
+                out.push(
+                    d.iter()
+                        .fold(0u8, |n, c| n.wrapping_mul(8).wrapping_add(c - b'0')),
+                );
+                rest = &tail[3..];
+            }
+            None => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        assert_eq!(unescape(br"/a\040b\134c"), b"/a b\\c");
+        assert_eq!(unescape(br"/a\04"), br"/a\04");
+        assert!(is_mount_point(Path::new("/proc")));
+        assert!(!is_mount_point(Path::new("/proc/self")));
+    }
+
+    #[test]
+    fn the_root_cgroup_and_climbing_paths_are_left_alone() {
+        for path in ["", "/", "//", "/a/../..", "/a//b/.."] {
+            kill_cgroup(path).unwrap();
+        }
+        kill_cgroup("/slipway-test-that-is-not-there").unwrap();
+    }
+}

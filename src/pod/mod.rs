@@ -1,0 +1,33 @@
+//! Pods and containers: their life, their records, what becomes of them when the daemon ends.
+//!
+//! [`Node`] has them all. What is asked is answered from memory; what changes something runs to its end in
+//! a task of its own, ordered per pod ([`sandbox::Pod::shared`], [`sandbox::Pod::exclusive`]) and per
+//! container ([`container::Container::turn`]). A stop that waits holds neither.
+
+mod assemble;
+pub mod container;
+mod create;
+pub mod error;
+mod events;
+mod exec;
+mod files;
+pub mod handlers;
+mod leftovers;
+mod lifecycle;
+pub mod names;
+mod node;
+pub mod phases;
+mod probe;
+pub mod record;
+mod recovery;
+mod run;
+pub mod sandbox;
+pub mod state;
+mod stop;
+pub mod store;
+
+pub use container::Container;
+pub use error::{Class, PodError};
+pub use leftovers::is_mount_point;
+pub use node::{Node, now};
+pub use sandbox::Pod;

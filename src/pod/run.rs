@@ -1,0 +1,268 @@
+//! RunPodSandbox: from the kubelet's configuration to a READY pod.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use slipway_network::{Bandwidth, DnsConfig, PodNetwork, PortMapping, Protocol};
+use slipway_proto::{cri, keeper};
+use slipway_runtime::client::{Events, Keeper};
+use slipway_spec::SandboxPlan;
+
+use super::assemble;
+use super::error::{PodError, file};
+use super::events;
+use super::files::Files;
+use super::leftovers;
+use super::names::pod_name;
+use super::node::{Node, new_id, now};
+use super::phases::{Phases, Trace, describe};
+use super::record::{self, Namespaces, PodRecord};
+use super::sandbox::Pod;
+use super::state::PodStage;
+
+impl Node {
+    /// Runs a pod sandbox and returns its id. Goes on to its end if the caller gives up; the same
+    /// request then gets the finished pod.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or which step failed; nothing is left of the pod then.
+    pub async fn run_pod(
+        self: &Arc<Self>,
+        request: cri::RunPodSandboxRequest,
+    ) -> Result<String, PodError> {
+        let missing = |what: &str| PodError::Invalid(format!("RunPodSandbox needs {what}"));
+        let config = request.config.as_ref().ok_or_else(|| missing("a config"))?;
+        let metadata = config
+            .metadata
+            .as_ref()
+            .ok_or_else(|| missing("config.metadata"))?;
+        if metadata.name.is_empty() || metadata.namespace.is_empty() {
+            return Err(missing("config.metadata with name and namespace"));
+        }
+        let name = pod_name(
+            &metadata.name,
+            &metadata.namespace,
+            &metadata.uid,
+            metadata.attempt,
+        );
+        let make = self.clone().make_pod(request.clone());
+        self.pod_names.make(&name, request, make).await
+    }
+
+    async fn make_pod(
+        self: Arc<Self>,
+        request: cri::RunPodSandboxRequest,
+    ) -> Result<String, PodError> {
+        let phases = Phases::start();
+        let config = request.config.unwrap_or_default();
+        let (runtime, _) = self.runtimes().resolve(&request.runtime_handler)?;
+        let id = new_id()?;
+        let plan = assemble::pod(&self, &id, &config)?;
+        let wishes = Wishes::new(&config, &plan)?;
+        let dir = self.pods_dir().join(&id);
+        let draft = PodRecord {
+            schema: PodRecord::SCHEMA,
+            id: id.clone(),
+            boot_id: self.boot_id.clone(),
+            created_at: 0,
+            runtime,
+            handler: request.runtime_handler,
+            config,
+            namespaces: Namespaces::default(),
+            cgroup: plan.setup.cgroup.clone(),
+            made_cgroup: false,
+            ips: Vec::new(),
+            stopped: false,
+            phases: Vec::new(),
+        };
+        match self.bring_up(draft, plan, wishes, &dir, phases).await {
+            Ok((pod, follow)) => {
+                let laps = pod.record.phases.clone();
+                tracing::info!(pod = id, phases = describe(&laps), "pod sandbox runs");
+                self.pods.insert(&id, pod.clone());
+                events::follow(pod, follow);
+                self.traces.add(Trace {
+                    method: "RunPodSandbox",
+                    pod_id: id.clone(),
+                    container_id: String::new(),
+                    ended_at: now(),
+                    phases: laps,
+                });
+                Ok(id)
+            }
+            Err(error) => {
+                self.undo_pod(&id, &dir).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn bring_up(
+        &self,
+        mut record: PodRecord,
+        plan: SandboxPlan,
+        wishes: Wishes,
+        dir: &Path,
+        mut phases: Phases,
+    ) -> Result<(Arc<Pod>, Events), PodError> {
+        let failed = |action| {
+            let what = format!("pod sandbox {}", record.id);
+            move |source| PodError::Keeper {
+                action,
+                what,
+                source,
+            }
+        };
+        let (spawn_failed, setup_failed, follow_failed) = (
+            failed("start the keeper of"),
+            failed("make the namespaces of"),
+            failed("follow"),
+        );
+        make_dirs(dir, plan.log_directory.as_deref())?;
+        phases.mark("prepare");
+        let keeper = self
+            .keepers
+            .spawn(&record.id, dir)
+            .await
+            .map_err(spawn_failed)?;
+        phases.mark("keeper");
+        let timeout = self.config().limits.sandbox_timeout;
+        let made = keeper
+            .setup_sandbox(plan.setup, timeout)
+            .await
+            .map_err(setup_failed)?;
+        let follow = keeper.subscribe().await.map_err(follow_failed)?;
+        record.made_cgroup = made.made_cgroup;
+        record.namespaces = namespaces(made);
+        phases.mark("namespaces");
+        if !record.namespaces.network.is_empty() {
+            record.ips = self.attach(&record, &wishes).await?;
+            phases.mark("network");
+        }
+        wishes.files.write(dir, &record.ips)?;
+        phases.mark("files");
+        record.created_at = now();
+        record.phases = phases.laps().to_vec();
+        record::write(dir, &record)?;
+        phases.mark("record");
+        record.phases = phases.finish();
+        Ok((Pod::new(record, dir, PodStage::Ready), follow))
+    }
+
+    async fn attach(&self, record: &PodRecord, wishes: &Wishes) -> Result<Vec<IpAddr>, PodError> {
+        let metadata = record.config.metadata.clone().unwrap_or_default();
+        let netns = record.namespaces.network.as_str();
+        let mut pod = PodNetwork::new(
+            &record.id,
+            metadata.namespace,
+            metadata.name,
+            metadata.uid,
+            netns,
+        );
+        pod.port_mappings.clone_from(&wishes.port_mappings);
+        pod.dns.clone_from(&wishes.dns);
+        pod.bandwidth = wishes.bandwidth;
+        pod.cgroup_path = Some(record.cgroup.clone());
+        let result = self
+            .cni
+            .add(&pod)
+            .await
+            .map_err(|source| PodError::Network {
+                action: "set up",
+                id: record.id.clone(),
+                source,
+            })?;
+        Ok(result.ips)
+    }
+
+    /// Leaves nothing of a pod that could not be made. Every step is tried; what fails is logged.
+    async fn undo_pod(&self, id: &str, dir: &Path) {
+        let mut problems = Vec::new();
+        if let Err(e) = self.cni.del(id, None).await {
+            problems.push(super::error::chain(&e));
+        }
+        let keeper = Keeper::at(id, dir);
+        if let Err(e) = keeper.teardown(self.config().limits.delete_timeout).await {
+            problems.push(super::error::chain(&e));
+        }
+        let dir = dir.to_owned();
+        let sweep = tokio::task::spawn_blocking(move || leftovers::remove_tree(&dir));
+        match sweep.await {
+            Ok(more) => problems.extend(more),
+            Err(e) => problems.push(e.to_string()),
+        }
+        if !problems.is_empty() {
+            tracing::error!(
+                pod = id,
+                problems = problems.join("; "),
+                "a failed pod left something behind"
+            );
+        }
+    }
+}
+
+fn namespaces(made: keeper::SetupSandboxResult) -> Namespaces {
+    Namespaces {
+        network: made.network,
+        ipc: made.ipc,
+        uts: made.uts,
+        pid: made.pid,
+    }
+}
+
+/// The pod's own directories are root's alone; the log directory is everybody's to read.
+fn make_dirs(dir: &Path, log_directory: Option<&Path>) -> Result<(), PodError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let mut private = std::fs::DirBuilder::new();
+    private.mode(0o711);
+    private.create(dir).map_err(file("create", dir))?;
+    for name in ["ns", "shm", "containers", "exits"] {
+        let path = dir.join(name);
+        private.create(&path).map_err(file("create", &path))?;
+    }
+    if let Some(log_directory) = log_directory {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(log_directory)
+            .map_err(file("create the log directory", log_directory))?;
+    }
+    Ok(())
+}
+
+/// What a pod asks of its network and its files, checked before anything is made.
+struct Wishes {
+    port_mappings: Vec<PortMapping>,
+    dns: Option<DnsConfig>,
+    bandwidth: Option<Bandwidth>,
+    files: Files,
+}
+
+impl Wishes {
+    fn new(config: &cri::PodSandboxConfig, plan: &SandboxPlan) -> Result<Self, PodError> {
+        let dns = config.dns_config.as_ref().map(|d| DnsConfig {
+            servers: d.servers.clone(),
+            searches: d.searches.clone(),
+            options: d.options.clone(),
+        });
+        let port_mappings = plan.port_mappings.iter().map(|m| PortMapping {
+            host_port: m.host_port,
+            container_port: m.container_port,
+            protocol: match m.protocol {
+                cri::Protocol::Tcp => Protocol::Tcp,
+                cri::Protocol::Udp => Protocol::Udp,
+                cri::Protocol::Sctp => Protocol::Sctp,
+            },
+            host_ip: m.host_ip,
+        });
+        let bandwidth = Bandwidth::from_annotations(&config.annotations)
+            .map_err(|e| PodError::Invalid(super::error::chain(&e)))?;
+        Ok(Self {
+            port_mappings: port_mappings.collect(),
+            files: Files::new(dns.as_ref(), &plan.hostname, plan.host_network)?,
+            dns,
+            bandwidth,
+        })
+    }
+}
