@@ -4,6 +4,7 @@
 //! comes through the CRI, the container's log file and, for memory measurements, `/proc`.
 #![deny(unsafe_code)]
 
+mod bench;
 mod connection;
 mod error;
 mod exec;
@@ -87,12 +88,20 @@ pub enum Command {
     Stopp(remove::StopPodArgs),
     /// Remove pods
     Rmp(remove::RemoveArgs),
+    /// Measure runtimes: pods, containers, memory, and the distance to the kernel's floor
+    Bench(Box<bench::BenchArgs>),
+    /// A helper process of bench
+    #[command(name = "bench-helper", hide = true)]
+    BenchHelper(bench::HelperArgs),
 }
 
 /// Runs a command to its end and says how it went: 0, the container's or exec's exit code, or 1.
 ///
 /// Starts its own single-threaded tokio runtime: call it from a thread that has none.
 pub fn run(command: Command, global: &Global) -> ExitCode {
+    if let Command::BenchHelper(args) = command {
+        return finish(bench::helper(&args).map(|()| 0));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -123,6 +132,8 @@ async fn dispatch(command: Command, global: &Global) -> Result<u8, ClientError> 
         Command::Rm(args) => remove::remove(&args, global, false).await?,
         Command::Stopp(args) => remove::stop_pods(&args, global).await?,
         Command::Rmp(args) => remove::remove(&args, global, true).await?,
+        Command::Bench(args) => bench::bench(&args, global).await?,
+        Command::BenchHelper(args) => bench::helper(&args)?,
     }
     Ok(0)
 }

@@ -419,7 +419,7 @@ impl Session {
             true => "the node's".to_owned(),
             false => addresses.join(", "),
         };
-        eprint!("{}pod address: {addresses}\n", self.timings.render());
+        eprintln!("{}pod address: {addresses}", self.timings.render());
         Ok(())
     }
 

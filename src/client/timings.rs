@@ -2,7 +2,7 @@
 //! tells in its verbose status.
 //!
 //! The daemon's phases stand under `phases`, in its own right or inside a JSON value of `info`: an
-//! object `{"name": µs}` or a list of `{"name": "…", "us": µs}` in order.
+//! object `{"name": µs}` or a list of `{"name": "…", "micros": µs}` in order.
 use std::collections::HashMap;
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -95,10 +95,8 @@ pub fn phases(info: &HashMap<String, String>) -> Vec<(String, f64)> {
         Some(Value::Array(list)) => list
             .iter()
             .filter_map(|item| {
-                Some((
-                    item.get("name")?.as_str()?.to_owned(),
-                    micros(item.get("us")?)?,
-                ))
+                let took = item.get("micros").or_else(|| item.get("us"))?;
+                Some((item.get("name")?.as_str()?.to_owned(), micros(took)?))
             })
             .collect(),
         _ => Vec::new(),
@@ -113,7 +111,8 @@ mod tests {
     fn phases_in_all_forms() {
         let info = |key: &str, text: &str| [(key.to_owned(), text.to_owned())].into();
         let expected = vec![("keeper".to_owned(), 400.0), ("cni".to_owned(), 20.5)];
-        let list = r#"[{"name": "keeper", "us": 400}, {"name": "cni", "us": 20.5}, {"name": 1}]"#;
+        let list =
+            r#"[{"name": "keeper", "micros": 400}, {"name": "cni", "us": 20.5}, {"name": 1}]"#;
         assert_eq!(phases(&info("phases", list)), expected);
         assert_eq!(
             phases(&info("info", &format!(r#"{{"phases": {list}}}"#))),

@@ -1,0 +1,226 @@
+//! A bare OCI runtime: `run` of a bundle with the namespaces and mounts of a pod's container, to the exit
+//! of its command.
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+
+use crate::error::ClientError;
+
+/// Where the v2 side of a hybrid cgroup layout is mounted.
+const UNIFIED: &str = "/sys/fs/cgroup/unified";
+
+/// A runtime with its two bundles (the node's network, a network of its own).
+#[derive(Debug)]
+pub struct Oci {
+    binary: String,
+    scratch: PathBuf,
+    starts: u64,
+}
+
+impl Oci {
+    /// Writes the bundles and prepares this process's mounts for the runtime.
+    ///
+    /// # Errors
+    /// [`ClientError::File`] or [`ClientError::System`].
+    pub fn new(
+        binary: &str,
+        rootfs: &Path,
+        command: &str,
+        seccomp: Option<&Path>,
+    ) -> Result<Oci, ClientError> {
+        hide_unified()?;
+        let seccomp = seccomp.map(read_json).transpose()?;
+        let name = format!("slipway-bench-oci-{}", std::process::id());
+        let scratch = std::env::temp_dir().join(name);
+        let oci = Oci {
+            binary: binary.to_owned(),
+            scratch,
+            starts: 0,
+        };
+        for (network, host) in [("host", true), ("new", false)] {
+            let bundle = oci.scratch.join(network);
+            let failed = |source| ClientError::File {
+                what: "cannot write the bundle",
+                path: bundle.clone(),
+                source,
+            };
+            std::fs::create_dir_all(&bundle).map_err(failed)?;
+            let config = config(rootfs, command, host, seccomp.as_ref());
+            std::fs::write(bundle.join("config.json"), config.to_string()).map_err(failed)?;
+        }
+        Ok(oci)
+    }
+
+    /// One `run`, from the start of the runtime's process to its end.
+    ///
+    /// # Errors
+    /// [`ClientError::Helper`] with the runtime's own words.
+    pub fn once(&mut self, host_network: bool) -> Result<Duration, ClientError> {
+        self.starts += 1;
+        let id = format!("slipway-bench-{}-{}", std::process::id(), self.starts);
+        let failed = |message: String| ClientError::Helper {
+            what: self.binary.clone(),
+            message,
+        };
+        let mut command = Command::new(&self.binary);
+        command
+            .arg("--root")
+            .arg(self.scratch.join("state"))
+            .args(["run", "--bundle"])
+            .arg(self.scratch.join(if host_network { "host" } else { "new" }))
+            .arg(id)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let began = Instant::now();
+        let child = command.spawn().map_err(|e| failed(e.to_string()))?;
+        let output = child
+            .wait_with_output()
+            .map_err(|e| failed(e.to_string()))?;
+        let took = began.elapsed();
+        if output.status.success() {
+            Ok(took)
+        } else {
+            let text = String::from_utf8_lossy(&output.stderr);
+            Err(failed(format!("{}: {}", output.status, text.trim())))
+        }
+    }
+}
+
+impl Drop for Oci {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.scratch);
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value, ClientError> {
+    let failed = |source: std::io::Error| ClientError::File {
+        what: "cannot read the seccomp profile",
+        path: path.to_owned(),
+        source,
+    };
+    let text = std::fs::read(path).map_err(failed)?;
+    serde_json::from_slice(&text).map_err(|e| failed(e.into()))
+}
+
+/// crun refuses a hybrid layout in which a controller sits on the v2 side. In a mount namespace of our
+/// own it doesn't see that side.
+fn hide_unified() -> Result<(), ClientError> {
+    let controllers = std::fs::read_to_string(Path::new(UNIFIED).join("cgroup.controllers"));
+    if !controllers.is_ok_and(|text| !text.trim().is_empty()) {
+        return Ok(());
+    }
+    let failed = |e: nix::Error| ClientError::System {
+        what: "cannot hide the v2 side of the hybrid cgroup layout from the OCI runtime",
+        source: e.into(),
+    };
+    unshare(CloneFlags::CLONE_NEWNS).map_err(failed)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).map_err(failed)?;
+    umount2(UNIFIED, MntFlags::MNT_DETACH).map_err(failed)
+}
+
+fn config(rootfs: &Path, command: &str, host_network: bool, seccomp: Option<&Value>) -> Value {
+    let capabilities = [
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_KILL",
+        "CAP_AUDIT_WRITE",
+    ];
+    let mut namespaces = vec![
+        json!({"type": "pid"}),
+        json!({"type": "ipc"}),
+        json!({"type": "uts"}),
+        json!({"type": "mount"}),
+    ];
+    if !host_network {
+        namespaces.push(json!({"type": "network"}));
+    }
+    let mount = |to: &str, kind: &str, options: &str| {
+        let options: Vec<&str> = options.split(',').collect();
+        json!({"destination": to, "type": kind, "source": kind, "options": options})
+    };
+    let mut linux = json!({
+        "namespaces": namespaces,
+        "cgroupsPath": format!("/slipway-bench-oci-{}", std::process::id()),
+        "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+        "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+            "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware"],
+        "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+    });
+    if let Some(seccomp) = seccomp {
+        linux["seccomp"] = seccomp.clone();
+    }
+    json!({
+        "ociVersion": "1.0.2",
+        "hostname": "bench",
+        "root": {"path": rootfs, "readonly": false},
+        "process": {
+            "terminal": false,
+            "user": {"uid": 0, "gid": 0},
+            "args": [command],
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "cwd": "/",
+            "capabilities": {
+                "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
+            },
+            "noNewPrivileges": false,
+        },
+        "mounts": [
+            mount("/proc", "proc", "nosuid,noexec,nodev"),
+            mount("/dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),
+            mount("/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
+            mount("/dev/shm", "tmpfs", "nosuid,noexec,nodev,mode=1777,size=65536k"),
+            mount("/dev/mqueue", "mqueue", "nosuid,noexec,nodev"),
+            mount("/sys", "sysfs", "nosuid,noexec,nodev,ro"),
+        ],
+        "linux": linux,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bundles_differ_in_the_network_only() {
+        let host = config(Path::new("/r"), "/bin/true", true, None);
+        let mut new = config(Path::new("/r"), "/bin/true", false, None);
+        assert_ne!(host, new);
+        new["linux"]["namespaces"].as_array_mut().unwrap().pop();
+        assert_eq!(host, new);
+        let filtered = config(Path::new("/r"), "/bin/true", true, Some(&json!({"a": 1})));
+        assert_eq!(filtered["linux"]["seccomp"]["a"], 1);
+    }
+
+    #[test]
+    fn a_runtime_that_fails_is_quoted() {
+        let dir = tempfile::tempdir().unwrap();
+        let binary = dir.path().join("runtime");
+        std::fs::write(&binary, "#!/bin/sh\necho sorry >&2\nexit 3\n").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&binary, mode).unwrap();
+        let scratch = dir.path().join("scratch");
+        let mut oci = Oci {
+            binary: binary.to_string_lossy().into_owned(),
+            scratch,
+            starts: 0,
+        };
+        let text = crate::report(&oci.once(true).unwrap_err());
+        assert!(text.contains("sorry") && text.contains('3'), "{text}");
+    }
+}
