@@ -10,6 +10,8 @@
 //! | mount(2) and its family, setns, unshare, umount, quotactl, `clone` and `clone3` with new namespaces | with CAP_SYS_ADMIN only; `clone3` gets `ENOSYS` so that libraries try `clone`, whose flags a filter can see | allowed, left to the kernel's own checks |
 //! | reboot | with CAP_SYS_BOOT | allowed |
 //! | syslog | with CAP_SYSLOG or CAP_SYS_ADMIN | allowed |
+//! | pidfd_getfd; `get_mempolicy`, `mbind`, `set_mempolicy` | with CAP_SYS_PTRACE; CAP_SYS_NICE | older ones: allowed |
+//! | sigaction, signal, sigpending, sigsuspend, readdir, query_module on i386 | refused | allowed |
 //! | keyctl, pivot_root | refused | allowed |
 //! | ptrace and `process_vm_*` | on kernels since 4.8 | newer ones: with CAP_SYS_PTRACE |
 //! | `socket(AF_VSOCK)`, `socket(AF_ALG)` | refused | allowed |

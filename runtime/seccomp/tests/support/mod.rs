@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod oracle;
+pub mod peer;
 
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompArg};
 use slipway_seccomp::{Abi, X32_BIT, numbers};
