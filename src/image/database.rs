@@ -241,7 +241,7 @@ mod tests {
         }
         for _ in 0..2 {
             let (_, contents) = Database::open(&path).unwrap();
-            assert_eq!(contents.images, [record.clone()]);
+            assert_eq!(contents.images, std::slice::from_ref(&record));
             assert_eq!(contents.layers.len(), 1);
             assert_eq!(contents.set_aside, 1);
         }

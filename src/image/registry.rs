@@ -78,9 +78,10 @@ pub(crate) struct Fetched {
 impl Registry {
     /// Makes the client; reads certificate authorities.
     pub(crate) fn new(config: RegistryConfig, progress: Duration) -> Result<Self, ImageError> {
+        let tls = tls(&config)?;
         let client = |proxies: bool| -> Result<Client, ImageError> {
             let builder = Client::builder()
-                .tls_backend_preconfigured(tls(&config)?)
+                .tls_backend_preconfigured(tls.clone())
                 .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
                 .connect_timeout(config.connect_timeout)
                 .read_timeout(progress)

@@ -12,8 +12,10 @@ use crate::testing::{Tar, TestImage, gzip, noise, platform};
 use crate::{ErrorKind, Image, ImageError, ImageStore, LayerStatus, RegistryConfig, StoreConfig};
 
 mod auth;
+mod disaster;
 mod lifecycle;
 mod lying;
+mod real;
 
 /// A store in a directory of its own.
 struct Fixture {
@@ -98,14 +100,19 @@ fn open(root: &Path, change: impl FnOnce(&mut StoreConfig)) -> ImageStore {
     ImageStore::open(config).unwrap()
 }
 
-/// Three layers in all compressions, with a megabyte that doesn't compress.
+/// A layer with a megabyte that doesn't compress.
+fn large_layer(seed: u64) -> Vec<u8> {
+    Tar::default()
+        .dir("d", 0o755)
+        .file("d/noise", &noise(1 << 20, seed))
+        .file(&format!("f{seed}"), b"x")
+        .finish()
+}
+
+/// Three large layers, in all compressions.
 fn large_image() -> TestImage {
-    let layer = |seed| {
-        Tar::default()
-            .dir("d", 0o755)
-            .file("d/noise", &noise(1 << 20, seed))
-            .file(&format!("f{seed}"), b"x")
-            .finish()
-    };
-    TestImage::new(&[layer(1), layer(2), layer(3)], "1003:group")
+    TestImage::new(
+        &[large_layer(1), large_layer(2), large_layer(3)],
+        "1003:group",
+    )
 }

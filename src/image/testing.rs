@@ -209,3 +209,38 @@ pub(crate) fn platform() -> crate::Platform {
         variant: None,
     }
 }
+
+/// Writes an OCI image layout with images under their `org.opencontainers.image.ref.name`.
+pub(crate) fn write_layout(dir: &std::path::Path, images: &[(&str, &TestImage)]) {
+    for (name, bytes) in layout_files(images) {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+}
+
+/// The files of an OCI image layout, by name.
+pub(crate) fn layout_files(images: &[(&str, &TestImage)]) -> Vec<(String, Vec<u8>)> {
+    let mut files = vec![(
+        "oci-layout".to_owned(),
+        br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec(),
+    )];
+    let mut entries = Vec::new();
+    for (name, image) in images {
+        for blob in image.layers.iter().chain([&image.config, &image.manifest]) {
+            files.push((
+                format!("blobs/sha256/{}", Digest::of(blob).hex()),
+                blob.clone(),
+            ));
+        }
+        entries.push(serde_json::json!({
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": image.digest(),
+            "size": image.manifest.len(),
+            "annotations": { "org.opencontainers.image.ref.name": name },
+        }));
+    }
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": entries });
+    files.push(("index.json".to_owned(), index.to_string().into_bytes()));
+    files
+}

@@ -17,7 +17,7 @@ async fn an_image_is_pulled_listed_and_removed() {
         .unwrap();
     let repository = reference.trim_end_matches(":test");
     assert_eq!(pulled.id, image.id());
-    assert_eq!(pulled.repo_tags, [reference.clone()]);
+    assert_eq!(pulled.repo_tags, std::slice::from_ref(&reference));
     assert_eq!(
         pulled.repo_digests,
         [format!("{repository}@{}", image.digest())]
@@ -88,7 +88,7 @@ async fn digests_and_short_names() {
     let fixture = Fixture::new();
     let pulled = fixture.pull(&by_digest).await.unwrap();
     assert!(pulled.repo_tags.is_empty());
-    assert_eq!(pulled.repo_digests, [by_digest.clone()]);
+    assert_eq!(pulled.repo_digests, std::slice::from_ref(&by_digest));
     fixture.store.remove(&by_digest).await.unwrap();
     // A tag beside a digest is decoration.
     let pulled = fixture
@@ -376,7 +376,7 @@ async fn mirrors_are_asked_first() {
         .pull(&name, Some(credentials), None)
         .await
         .unwrap();
-    assert_eq!(pulled.repo_tags, [name.clone()]);
+    assert_eq!(pulled.repo_tags, std::slice::from_ref(&name));
     assert!(origin.requests().is_empty());
     let asked = mirror.requests();
     assert!(

@@ -271,7 +271,7 @@ async fn broken_transfers_are_resumed() {
             _ => ranged(request, blob),
         };
         let from = blob.len() - if index == 1 { 0 } else { reply.body.len() };
-        if index == 2 && from > 0 && counted.load(Ordering::Relaxed) % 2 == 0 {
+        if index == 2 && from > 0 && counted.load(Ordering::Relaxed).is_multiple_of(2) {
             return Some(Reply::new(502, "bad gateway"));
         }
         // Each time 400 kB further; then the connection is cut.
