@@ -9,42 +9,36 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod capabilities;
+mod cgroup;
+mod container;
+mod devices;
 mod error;
 mod host;
 mod input;
+mod logpath;
 mod mounts;
+mod namespaces;
 mod options;
 mod paths;
 mod plan;
+mod process;
+mod resources;
+mod sandbox;
 mod seccomp;
+mod security;
+mod signal;
 mod sources;
+mod sysctl;
 
+#[cfg(test)]
+mod tests;
+
+pub use container::container;
 pub use error::{SpecError, SpecErrorKind};
 pub use host::HostFacts;
 pub use input::{ContainerInput, PodFiles};
 pub use options::SpecOptions;
 pub use plan::{ContainerPlan, PortMapping, SandboxPlan, SeccompChoice};
+pub use sandbox::sandbox;
 pub use sources::{HostDevice, MountSource, Propagation, Sources, survey};
-
-use slipway_proto::cri;
-
-/// Checks a pod's configuration and says what its keeper has to make.
-///
-/// # Errors
-/// [`SpecError`] naming the field.
-pub fn sandbox(
-    _config: &cri::PodSandboxConfig,
-    _id: &str,
-    _options: &SpecOptions,
-    _host: &HostFacts,
-) -> Result<SandboxPlan, SpecError> {
-    Err(SpecError::unsupported("config", "not written yet"))
-}
-
-/// Checks a container's configuration and translates it.
-///
-/// # Errors
-/// [`SpecError`] naming the field.
-pub fn container(_input: &ContainerInput<'_>) -> Result<ContainerPlan, SpecError> {
-    Err(SpecError::unsupported("config", "not written yet"))
-}

@@ -1,0 +1,219 @@
+//! Containers.
+
+use crate::cgroup::PodCgroup;
+use crate::error::{Result, SpecError};
+use crate::mounts::Circumstances;
+use crate::sandbox::is_privileged;
+use crate::sources::security;
+use crate::{
+    ContainerInput, ContainerPlan, capabilities, devices, logpath, mounts, namespaces, process,
+    resources, security as lsm, signal,
+};
+use oci_spec::runtime::{Linux, LinuxCapabilities, Process, Root, Spec, User};
+use slipway_proto::cri::{self, NamespaceMode};
+use slipway_proto::keeper;
+use std::collections::HashMap;
+use std::path::Path;
+
+/// The specification's version: nothing newer is used in it.
+const OCI_VERSION: &str = "1.0.2";
+
+/// Checks a container's configuration and translates it.
+///
+/// # Errors
+/// [`SpecError`] naming the field.
+pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
+    let (config, image, host) = (input.config, input.image, input.host);
+    supported(config)?;
+    let name = config
+        .metadata
+        .as_ref()
+        .map(|m| m.name.as_str())
+        .unwrap_or_default();
+    if name.is_empty() {
+        return Err(SpecError::invalid(
+            "metadata.name",
+            "a container must have a name",
+        ));
+    }
+    let security = security(config);
+    let privileged = security.is_some_and(|s| s.privileged);
+    if privileged && !is_privileged(input.sandbox_config) {
+        let what = "the pod was not made to have privileged containers; make it with \
+                    linux.security_context.privileged";
+        return Err(SpecError::invalid(
+            "linux.security_context.privileged",
+            what,
+        ));
+    }
+    let mut warnings = Vec::new();
+    let pod = namespaces::of_pod(input.sandbox_config)?;
+    // Hides the host's tree; on v1, and for privileged containers, the peers don't.
+    let own_cgroup = host.cgroup_v2 && !privileged;
+    let namespaces = namespaces::of_container(security, pod, input.namespaces, own_cgroup)?;
+    let linux = config.linux.as_ref();
+    let pids = input.options.pids_limit;
+    let limits = resources::of_container(
+        linux.and_then(|l| l.resources.as_ref()),
+        pids,
+        host,
+        &mut warnings,
+    )?;
+    let capabilities = capabilities::of_container(
+        security,
+        &input.options.default_capabilities,
+        &host.capabilities,
+        &mut warnings,
+    )?;
+    let all_devices = privileged.then_some(input.sources.all_devices.as_slice());
+    let devices = devices::of_container(&config.devices, &input.sources.devices, all_devices)?;
+    let readonly_rootfs = security.is_some_and(|s| s.readonly_rootfs);
+    let at = Circumstances {
+        privileged,
+        readonly_rootfs,
+        host_ipc: pod.ipc == NamespaceMode::Node,
+    };
+    let mut mounts = mounts::of_container(input, at)?;
+    mounts.list.extend(devices.mounts);
+    let (masked, readonly) = lsm::hidden(security)?;
+    let labels = lsm::selinux(security, input.sandbox_config, host)?;
+    let hostname = match input.sandbox_config.hostname.as_str() {
+        "" => &host.hostname,
+        name => name,
+    };
+    let env = process::environment(config, image, hostname, &mut warnings)?;
+    let working_dir = process::working_dir(config, image)?;
+
+    let mut oci_process = Process::default();
+    oci_process
+        .set_terminal(None)
+        // The creator resolves the user in the root file system.
+        .set_user(User::default())
+        .set_args(Some(process::arguments(config, image)?))
+        .set_env(Some(
+            env.iter()
+                .filter_map(|e| String::from_utf8(e.clone()).ok())
+                .collect(),
+        ))
+        .set_cwd(working_dir.clone().into())
+        .set_capabilities(Some(capabilities.clone()))
+        .set_rlimits(None)
+        .set_no_new_privileges(Some(security.is_some_and(|s| s.no_new_privs)))
+        .set_apparmor_profile(lsm::apparmor(security, host, &mut warnings)?)
+        .set_selinux_label(labels.as_ref().map(|(process, _)| process.clone()))
+        // The keeper's, who knows what the kernel lets it set.
+        .set_oom_score_adj(None);
+
+    let mut oci_resources = limits.oci;
+    oci_resources.set_devices(Some(devices.rules));
+    let pod_cgroup = input
+        .sandbox_config
+        .linux
+        .as_ref()
+        .map(|l| l.cgroup_parent.as_str());
+    let pod_cgroup = PodCgroup::new(pod_cgroup.unwrap_or_default(), input.pod_id)?;
+    let mut oci_linux = Linux::default();
+    oci_linux
+        .set_namespaces(Some(namespaces.list))
+        .set_cgroups_path(Some(pod_cgroup.container(input.id).into()))
+        .set_resources(Some(oci_resources))
+        .set_devices((!devices.nodes.is_empty()).then_some(devices.nodes))
+        .set_seccomp(None)
+        .set_rootfs_propagation(mounts.rootfs_propagation.map(str::to_owned))
+        .set_masked_paths((!masked.is_empty()).then_some(masked))
+        .set_readonly_paths((!readonly.is_empty()).then_some(readonly))
+        .set_mount_label(labels.map(|(_, mount)| mount));
+
+    let mut root = Root::default();
+    root.set_path(input.container_dir.join("rootfs"))
+        .set_readonly(Some(readonly_rootfs));
+    let mut spec = Spec::default();
+    spec.set_version(OCI_VERSION.to_owned())
+        .set_root(Some(root))
+        .set_mounts(Some(mounts.list))
+        .set_process(Some(oci_process))
+        .set_hostname(None)
+        .set_domainname(None)
+        .set_hooks(None)
+        .set_annotations(Some(annotations(input, name)))
+        .set_linux(Some(oci_linux));
+
+    let log_directory = &input.sandbox_config.log_directory;
+    let log_path = logpath::file(log_directory, &config.log_path, &mut warnings)?;
+    let image_signal = image.stop_signal().as_deref();
+    let stop_signal = signal::stop(config.stop_signal, image_signal, &mut warnings)?;
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let json = serde_json::to_vec(&spec).map_err(|e| {
+        SpecError::invalid(
+            "config",
+            format!("can't be written as an OCI specification: {e}"),
+        )
+    })?;
+    let create = keeper::CreateContainer {
+        id: input.id.to_owned(),
+        dir: text(input.container_dir),
+        spec: json,
+        overlay: None,
+        user: Some(process::user(security, image)?),
+        env,
+        seccomp: Vec::new(),
+        log_path: log_path.as_deref().map(text).unwrap_or_default(),
+        pid_target: namespaces.pid_target,
+        oom_score_adj: limits.oom_score_adj,
+        working_dir,
+        recursive_read_only: mounts.recursive_read_only,
+    };
+    Ok(ContainerPlan {
+        create,
+        spec,
+        seccomp: input.sources.seccomp.clone(),
+        bounding: bounding(&capabilities),
+        stop_signal,
+        resources: limits.effective,
+        mounts: config.mounts.clone(),
+        log_path,
+        warnings,
+    })
+}
+
+/// Refuses what a later version brings.
+fn supported(config: &cri::ContainerConfig) -> Result<()> {
+    let streams = "an open standard input and terminals are not there yet in this version; set it to \
+                   false";
+    let wanted = [
+        ("stdin", config.stdin, streams),
+        ("stdin_once", config.stdin_once, streams),
+        ("tty", config.tty, streams),
+        (
+            "CDI_devices",
+            !config.cdi_devices.is_empty(),
+            "CDI devices are not there yet in this version; use devices",
+        ),
+    ];
+    match wanted.into_iter().find(|(_, set, _)| *set) {
+        Some((field, _, what)) => Err(SpecError::unsupported(field, what)),
+        None => Ok(()),
+    }
+}
+
+fn bounding(capabilities: &LinuxCapabilities) -> oci_spec::runtime::Capabilities {
+    capabilities.bounding().clone().unwrap_or_default()
+}
+
+/// Who this is, in the words that tools know from containerd. The CRI's own annotations are not for the
+/// runtime: some change what it does.
+fn annotations(input: &ContainerInput<'_>, name: &str) -> HashMap<String, String> {
+    let pod = input.sandbox_config.metadata.clone().unwrap_or_default();
+    [
+        ("container-type", "container"),
+        ("container-name", name),
+        ("image-name", input.image_name),
+        ("sandbox-id", input.pod_id),
+        ("sandbox-name", &pod.name),
+        ("sandbox-namespace", &pod.namespace),
+        ("sandbox-uid", &pod.uid),
+    ]
+    .into_iter()
+    .map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned()))
+    .collect()
+}

@@ -1,0 +1,642 @@
+//! Whole containers: what the parts make together, and the mounts.
+
+use crate::{
+    ContainerInput, ContainerPlan, HostFacts, MountSource, PodFiles, Propagation, SeccompChoice,
+    Sources, SpecError, SpecErrorKind, SpecOptions, container,
+};
+use oci_spec::runtime::{Capability, LinuxNamespaceType, Mount, Spec};
+use slipway_proto::cri::{self, MountPropagation, NamespaceMode};
+use slipway_proto::keeper::SetupSandboxResult;
+use std::path::{Path, PathBuf};
+
+/// A container in its pod on a host, to be bent by each test.
+struct Case {
+    pod: cri::PodSandboxConfig,
+    config: cri::ContainerConfig,
+    image: oci_spec::image::Config,
+    made: SetupSandboxResult,
+    files: PodFiles,
+    sources: Sources,
+    options: SpecOptions,
+    host: HostFacts,
+}
+
+impl Case {
+    fn new() -> Self {
+        let metadata = cri::PodSandboxMetadata {
+            name: "web".into(),
+            uid: "u-1".into(),
+            namespace: "shop".into(),
+            attempt: 0,
+        };
+        let pod = cri::PodSandboxConfig {
+            metadata: Some(metadata),
+            log_directory: "/var/log/pods/web".into(),
+            ..Default::default()
+        };
+        let config = cri::ContainerConfig {
+            metadata: Some(cri::ContainerMetadata {
+                name: "main".into(),
+                attempt: 0,
+            }),
+            command: vec!["/bin/sh".into()],
+            log_path: "main/0.log".into(),
+            ..Default::default()
+        };
+        let path = |name: &str| Some(PathBuf::from(format!("/run/slipway/pods/p/{name}")));
+        Self {
+            pod,
+            config,
+            image: oci_spec::image::Config::default(),
+            made: SetupSandboxResult {
+                network: "/ns/net".into(),
+                ipc: "/ns/ipc".into(),
+                uts: "/ns/uts".into(),
+                pid: "/ns/pid".into(),
+                made_cgroup: true,
+            },
+            files: PodFiles {
+                resolv_conf: path("resolv.conf"),
+                hosts: path("hosts"),
+                hostname: path("hostname"),
+                shm: path("shm"),
+            },
+            sources: Sources {
+                mounts: vec![],
+                devices: vec![],
+                all_devices: vec![],
+                seccomp: SeccompChoice::Unconfined,
+            },
+            options: SpecOptions::default(),
+            host: HostFacts {
+                capabilities: [Capability::Chown, Capability::Kill, Capability::SysAdmin].into(),
+                cgroup_v2: true,
+                swap_accounting: true,
+                hugetlb: true,
+                hugepage_sizes: Default::default(),
+                kernel: (6, 1),
+                recursive_read_only: true,
+                apparmor: false,
+                selinux: false,
+                hostname: "node".into(),
+            },
+        }
+    }
+
+    fn plan(&self) -> Result<ContainerPlan, SpecError> {
+        container(&ContainerInput {
+            id: "c1",
+            pod_id: "p1",
+            sandbox_config: &self.pod,
+            namespaces: &self.made,
+            config: &self.config,
+            image: &self.image,
+            image_name: "registry.test/app:1",
+            container_dir: Path::new("/run/slipway/pods/p1/containers/c1"),
+            files: &self.files,
+            sources: &self.sources,
+            options: &self.options,
+            host: &self.host,
+        })
+    }
+
+    fn good(&self) -> ContainerPlan {
+        self.plan().expect("a good configuration")
+    }
+
+    fn bad(&self) -> (SpecErrorKind, String) {
+        let error = self.plan().expect_err("a bad configuration");
+        (error.kind(), error.field().to_owned())
+    }
+
+    fn security(&mut self) -> &mut cri::LinuxContainerSecurityContext {
+        let linux = self.config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default()
+    }
+
+    fn pod_security(&mut self) -> &mut cri::LinuxSandboxSecurityContext {
+        let linux = self.pod.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default()
+    }
+
+    fn mount(&mut self, place: &str, source: &str) -> &mut cri::Mount {
+        self.sources.mounts.push(MountSource {
+            path: source.into(),
+            procfs: false,
+            propagation: Propagation::Shared,
+        });
+        self.config.mounts.push(cri::Mount {
+            container_path: place.into(),
+            host_path: source.into(),
+            ..Default::default()
+        });
+        self.config.mounts.last_mut().expect("just pushed")
+    }
+}
+
+fn mounts(spec: &Spec) -> Vec<String> {
+    let place = |m: &Mount| m.destination().display().to_string();
+    spec.mounts().iter().flatten().map(place).collect()
+}
+
+fn find<'a>(spec: &'a Spec, place: &str) -> &'a Mount {
+    let mut all = spec.mounts().iter().flatten();
+    all.find(|m| m.destination() == Path::new(place))
+        .expect("mounted")
+}
+
+fn options(spec: &Spec, place: &str) -> Vec<String> {
+    find(spec, place).options().clone().unwrap_or_default()
+}
+
+fn has(spec: &Spec, place: &str, option: &str) -> bool {
+    options(spec, place).iter().any(|o| o == option)
+}
+
+#[test]
+fn a_plain_container() {
+    let plan = Case::new().good();
+    let spec = &plan.spec;
+    assert_eq!(spec.version(), "1.0.2");
+    let root = spec.root().clone().expect("root");
+    assert_eq!(
+        root.path(),
+        Path::new("/run/slipway/pods/p1/containers/c1/rootfs")
+    );
+    assert_eq!(root.readonly(), Some(false));
+    let process = spec.process().clone().expect("process");
+    assert_eq!(
+        process.args().as_deref(),
+        Some(["/bin/sh".to_owned()].as_slice())
+    );
+    assert_eq!(process.no_new_privileges(), Some(false));
+    assert_eq!(process.cwd(), Path::new("/"));
+    let capabilities = process.capabilities().clone().expect("capabilities");
+    assert_eq!(capabilities.bounding().as_ref(), Some(&plan.bounding));
+    assert_eq!(plan.bounding, [Capability::Chown, Capability::Kill].into());
+    let linux = spec.linux().clone().expect("linux");
+    assert_eq!(linux.seccomp(), &None);
+    assert_eq!(
+        linux.cgroups_path().as_deref(),
+        Some(Path::new("/slipway/p1/c1"))
+    );
+    assert_eq!(linux.rootfs_propagation(), &None);
+    assert_eq!(spec.hostname(), &None);
+    let standard = [
+        "/proc",
+        "/dev",
+        "/dev/pts",
+        "/dev/mqueue",
+        "/sys",
+        "/sys/fs/cgroup",
+    ];
+    let files = [
+        "/etc/hostname",
+        "/etc/hosts",
+        "/etc/resolv.conf",
+        "/dev/shm",
+    ];
+    assert_eq!(
+        mounts(spec),
+        [standard.as_slice(), files.as_slice()].concat()
+    );
+    assert!(has(spec, "/sys", "ro") && has(spec, "/sys/fs/cgroup", "ro"));
+    assert!(has(spec, "/etc/hosts", "rw"));
+    assert_eq!(plan.create.id, "c1");
+    assert_eq!(plan.create.log_path, "/var/log/pods/web/main/0.log");
+    assert_eq!(plan.create.working_dir, "/");
+    assert!(plan.create.env.contains(&b"HOSTNAME=node".to_vec()));
+    assert_eq!(plan.stop_signal, 15);
+    // Three of the usual fourteen is all that this host has.
+    assert_eq!(plan.warnings.len(), 1);
+}
+
+#[test]
+fn the_json_is_the_specification() {
+    let plan = Case::new().good();
+    let back: Spec = serde_json::from_slice(&plan.create.spec).expect("JSON");
+    assert_eq!(back, plan.spec);
+    let json: serde_json::Value = serde_json::from_slice(&plan.create.spec).expect("JSON");
+    assert_eq!(json["ociVersion"], "1.0.2");
+    assert!(json["linux"].get("seccomp").is_none());
+    assert!(json["process"].get("oomScoreAdj").is_none());
+    let annotations = &json["annotations"];
+    for (key, value) in [
+        ("container-type", "container"),
+        ("container-name", "main"),
+        ("image-name", "registry.test/app:1"),
+        ("sandbox-id", "p1"),
+        ("sandbox-name", "web"),
+        ("sandbox-namespace", "shop"),
+    ] {
+        assert_eq!(annotations[format!("io.kubernetes.cri.{key}")], value);
+    }
+}
+
+#[test]
+fn annotations_of_the_request_do_not_reach_the_runtime() {
+    let mut case = Case::new();
+    let evil = ("run.oci.keep_original_groups".to_owned(), "1".to_owned());
+    case.config.annotations.extend([evil.clone()]);
+    case.pod.annotations.extend([evil.clone()]);
+    let annotations = case.good().spec.annotations().clone().expect("annotations");
+    assert!(!annotations.contains_key(&evil.0));
+}
+
+#[test]
+fn what_is_for_later_is_refused() {
+    type Bend = fn(&mut Case);
+    let cases: [(&str, Bend); 9] = [
+        ("stdin", |c| c.config.stdin = true),
+        ("stdin_once", |c| c.config.stdin_once = true),
+        ("tty", |c| c.config.tty = true),
+        ("CDI_devices", |c| {
+            c.config.cdi_devices.push(cri::CdiDevice::default())
+        }),
+        ("mounts[0].image", |c| {
+            c.mount("/x", "/y").image = Some(cri::ImageSpec::default())
+        }),
+        ("mounts[0].image", |c| {
+            c.mount("/x", "/y").image_sub_path = "a".into()
+        }),
+        ("mounts[0].mount_options", |c| {
+            c.mount("/x", "/y").mount_options = vec!["noexec".into()]
+        }),
+        ("mounts[0].uidMappings", |c| {
+            c.mount("/x", "/y").uid_mappings = vec![cri::IdMapping::default()];
+        }),
+        ("mounts[0].container_path", |c| {
+            c.mount("/dev", "/dev").readonly = true
+        }),
+    ];
+    for (field, bend) in cases {
+        let mut case = Case::new();
+        bend(&mut case);
+        assert_eq!(case.bad(), (SpecErrorKind::Unsupported, field.to_owned()));
+    }
+}
+
+#[test]
+fn privileged() {
+    let mut case = Case::new();
+    case.security().privileged = true;
+    let field = "linux.security_context.privileged".to_owned();
+    assert_eq!(case.bad(), (SpecErrorKind::Invalid, field));
+    case.pod_security().privileged = true;
+    case.security().masked_paths = vec!["/proc/kcore".into()];
+    let plan = case.good();
+    assert_eq!(plan.bounding, case.host.capabilities);
+    assert!(has(&plan.spec, "/sys", "rw") && has(&plan.spec, "/sys/fs/cgroup", "rw"));
+    let linux = plan.spec.linux().clone().expect("linux");
+    assert_eq!(
+        (linux.masked_paths(), linux.readonly_paths()),
+        (&None, &None)
+    );
+    let kinds: Vec<_> = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .map(|n| n.typ())
+        .collect();
+    assert!(!kinds.contains(&LinuxNamespaceType::Cgroup));
+    let rules = linux
+        .resources()
+        .clone()
+        .and_then(|r| r.devices().clone())
+        .expect("rules");
+    assert_eq!(
+        rules.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["a *:* rwm"]
+    );
+    assert!(rules[0].allow());
+}
+
+#[test]
+fn the_cgroup_namespace_is_for_v2() {
+    let of = |v2| {
+        let mut case = Case::new();
+        case.host.cgroup_v2 = v2;
+        let linux = case.good().spec.linux().clone().expect("linux");
+        let kinds: Vec<_> = linux
+            .namespaces()
+            .iter()
+            .flatten()
+            .map(|n| n.typ())
+            .collect();
+        kinds.contains(&LinuxNamespaceType::Cgroup)
+    };
+    assert!(of(true) && !of(false));
+}
+
+#[test]
+fn security_settings_arrive() {
+    let mut case = Case::new();
+    let security = case.security();
+    security.no_new_privs = true;
+    security.readonly_rootfs = true;
+    security.masked_paths = vec!["/bin/ls".into()];
+    security.readonly_paths = vec!["/tmp".into()];
+    security.run_as_user = Some(cri::Int64Value { value: 1000 });
+    security.supplemental_groups = vec![5];
+    case.image.set_user(Some("app".into()));
+    case.sources.seccomp = SeccompChoice::RuntimeDefault;
+    let plan = case.good();
+    let process = plan.spec.process().clone().expect("process");
+    assert_eq!(process.no_new_privileges(), Some(true));
+    assert_eq!(
+        plan.spec.root().clone().expect("root").readonly(),
+        Some(true)
+    );
+    let linux = plan.spec.linux().clone().expect("linux");
+    assert_eq!(
+        linux.masked_paths().as_deref(),
+        Some(["/bin/ls".to_owned()].as_slice())
+    );
+    assert_eq!(
+        linux.readonly_paths().as_deref(),
+        Some(["/tmp".to_owned()].as_slice())
+    );
+    // The pod's files are as read-only as what they lie in.
+    assert!(has(&plan.spec, "/etc/hosts", "ro") && has(&plan.spec, "/dev/shm", "rw"));
+    let user = plan.create.user.expect("user");
+    assert_eq!(
+        (user.run_as_user, user.image_user.as_str()),
+        (Some(1000), "app")
+    );
+    assert_eq!(user.supplemental_groups, [5]);
+    assert_eq!(plan.seccomp, SeccompChoice::RuntimeDefault);
+}
+
+#[test]
+fn limits_and_cgroups_arrive() {
+    let mut case = Case::new();
+    case.pod.linux.get_or_insert_default().cgroup_parent = "kubepods-podX.slice".into();
+    case.options.pids_limit = 100;
+    let limits = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 64 << 20,
+        oom_score_adj: 7,
+        ..Default::default()
+    };
+    case.config.linux.get_or_insert_default().resources = Some(limits.clone());
+    let plan = case.good();
+    let linux = plan.spec.linux().clone().expect("linux");
+    let place = "/kubepods.slice/kubepods-podX.slice/slipway-c1.scope";
+    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new(place)));
+    let resources = linux.resources().clone().expect("resources");
+    assert_eq!(resources.memory().and_then(|m| m.limit()), Some(64 << 20));
+    assert_eq!(resources.pids().map(|p| p.limit()), Some(100));
+    assert!(
+        resources
+            .devices()
+            .as_ref()
+            .is_some_and(|rules| !rules[0].allow())
+    );
+    assert_eq!(plan.create.oom_score_adj, 7);
+    assert_eq!(plan.resources, limits);
+}
+
+#[test]
+fn bytes_of_the_environment_survive() {
+    let mut case = Case::new();
+    case.config.envs = vec![
+        cri::KeyValue {
+            key: "RAW".into(),
+            value: vec![0xff, 0xfe],
+        },
+        cri::KeyValue {
+            key: "TEXT".into(),
+            value: b"x".to_vec(),
+        },
+    ];
+    case.pod.hostname = "web-0".into();
+    let plan = case.good();
+    assert!(plan.create.env.contains(&b"RAW=\xff\xfe".to_vec()));
+    assert!(plan.create.env.contains(&b"HOSTNAME=web-0".to_vec()));
+    let process = plan.spec.process().clone().expect("process");
+    let text = process.env().clone().expect("environment");
+    assert!(text.contains(&"TEXT=x".to_owned()) && !text.iter().any(|e| e.starts_with("RAW")));
+    assert!(
+        !text.iter().any(|e| e.starts_with("HOME")),
+        "the creator's to find out"
+    );
+}
+
+#[test]
+fn mounts_nearer_to_the_root_come_first() {
+    let mut case = Case::new();
+    case.mount("/data/a/b", "/1");
+    case.mount("/data", "/2");
+    case.mount("/data/./a/", "/3");
+    case.mount("/etc/hosts", "/4").readonly = true;
+    let plan = case.good();
+    let found = mounts(&plan.spec);
+    let own: Vec<_> = found.iter().filter(|m| m.starts_with("/data")).collect();
+    assert_eq!(own, ["/data", "/data/a", "/data/a/b"]);
+    assert_eq!(found.iter().filter(|m| *m == "/etc/hosts").count(), 1);
+    assert_eq!(
+        find(&plan.spec, "/etc/hosts").source().as_deref(),
+        Some(Path::new("/4"))
+    );
+    assert_eq!(
+        options(&plan.spec, "/etc/hosts"),
+        ["rbind", "rprivate", "ro"]
+    );
+    assert_eq!(options(&plan.spec, "/data"), ["rbind", "rprivate", "rw"]);
+    assert_eq!(
+        plan.mounts, case.config.mounts,
+        "the status says what was asked for"
+    );
+}
+
+#[test]
+fn own_mounts_cover_the_standard_ones() {
+    let mut case = Case::new();
+    case.mount("/sys", "/host/sys");
+    case.mount("/dev/shm", "/host/shm");
+    case.mount("/dev/termination-log", "/host/log");
+    let plan = case.good();
+    let found = mounts(&plan.spec);
+    assert!(!found.contains(&"/sys/fs/cgroup".to_owned()));
+    assert_eq!(
+        found
+            .iter()
+            .filter(|m| *m == "/sys" || *m == "/dev/shm")
+            .count(),
+        2
+    );
+    assert_eq!(
+        find(&plan.spec, "/dev/shm").source().as_deref(),
+        Some(Path::new("/host/shm"))
+    );
+    assert_eq!(
+        find(&plan.spec, "/sys").source().as_deref(),
+        Some(Path::new("/host/sys"))
+    );
+}
+
+#[test]
+fn shared_memory_follows_the_ipc_namespace() {
+    let source = |case: &Case| find(&case.good().spec, "/dev/shm").source().clone();
+    let mut case = Case::new();
+    assert_eq!(
+        source(&case).as_deref(),
+        Some(Path::new("/run/slipway/pods/p/shm"))
+    );
+    let ipc = NamespaceMode::Node.into();
+    case.pod_security().namespace_options = Some(cri::NamespaceOption {
+        ipc,
+        ..Default::default()
+    });
+    assert_eq!(source(&case).as_deref(), Some(Path::new("/dev/shm")));
+}
+
+#[test]
+fn propagation() {
+    use MountPropagation::{
+        PropagationBidirectional as Both, PropagationHostToContainer as In,
+        PropagationPrivate as No,
+    };
+    use Propagation::{Private, Shared, Slave};
+    // wanted, the source's, the mount's option and the root's propagation
+    let cases = [
+        (No, Private, Some(("rprivate", None))),
+        (No, Shared, Some(("rprivate", None))),
+        (In, Private, None),
+        (In, Slave, Some(("rslave", Some("slave")))),
+        (In, Shared, Some(("rslave", Some("slave")))),
+        (Both, Private, None),
+        (Both, Slave, None),
+        (Both, Shared, Some(("rshared", Some("shared")))),
+    ];
+    for (wanted, source, expected) in cases {
+        let mut case = Case::new();
+        case.mount("/x", "/y").propagation = wanted.into();
+        case.sources.mounts[0].propagation = source;
+        let Some((option, root)) = expected else {
+            let field = "mounts[0].propagation".to_owned();
+            assert_eq!(case.bad(), (SpecErrorKind::FailedPrecondition, field));
+            continue;
+        };
+        let plan = case.good();
+        assert!(has(&plan.spec, "/x", option), "{wanted:?} from {source:?}");
+        let linux = plan.spec.linux().clone().expect("linux");
+        assert_eq!(linux.rootfs_propagation().as_deref(), root);
+    }
+    let mut case = Case::new();
+    case.mount("/a", "/a").propagation = Both.into();
+    case.mount("/b", "/b").propagation = In.into();
+    let linux = case.good().spec.linux().clone().expect("linux");
+    assert_eq!(linux.rootfs_propagation().as_deref(), Some("shared"));
+    case.config.mounts[0].propagation = 9;
+    assert_eq!(case.bad().0, SpecErrorKind::Invalid);
+}
+
+#[test]
+fn recursive_read_only() {
+    let mut case = Case::new();
+    let mount = case.mount("/x", "/y");
+    mount.readonly = true;
+    mount.recursive_read_only = true;
+    let plan = case.good();
+    assert!(has(&plan.spec, "/x", "ro") && has(&plan.spec, "/x", "rro"));
+    assert_eq!(plan.create.recursive_read_only, ["/x"]);
+    let field = "mounts[0].recursive_read_only".to_owned();
+    for propagation in [1, 2] {
+        case.config.mounts[0].propagation = propagation;
+        assert_eq!(case.bad().0, SpecErrorKind::Invalid);
+    }
+    case.config.mounts[0].propagation = 0;
+    case.config.mounts[0].readonly = false;
+    assert_eq!(case.bad(), (SpecErrorKind::Invalid, field.clone()));
+    case.config.mounts[0].readonly = true;
+    case.host.recursive_read_only = false;
+    assert_eq!(case.bad(), (SpecErrorKind::FailedPrecondition, field));
+}
+
+#[test]
+fn places_that_can_not_be_mounted_on() {
+    let invalid = [
+        "",
+        "relative",
+        "/",
+        "/.",
+        "/a/../b",
+        "/a\nb",
+        "/a\0",
+        "/proc",
+        "/proc/",
+        "/proc/1/mem",
+        "/proc/sys",
+        "/proc/self/attr/exec",
+    ];
+    for place in invalid {
+        let mut case = Case::new();
+        case.mount(place, "/y");
+        let field = "mounts[0].container_path".to_owned();
+        assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{place:?}");
+    }
+    for place in ["/dev", "/dev/", "/dev/null", "/dev/./ptmx", "/dev/fd"] {
+        let mut case = Case::new();
+        case.mount(place, "/y");
+        assert_eq!(case.bad().0, SpecErrorKind::Unsupported, "{place:?}");
+    }
+    for place in [
+        "/proc/cpuinfo",
+        "/proc/uptime",
+        "/process",
+        "/dev/x",
+        "/dev/shm",
+    ] {
+        let mut case = Case::new();
+        case.mount(place, "/y");
+        assert!(case.plan().is_ok(), "{place:?}");
+    }
+    let mut case = Case::new();
+    case.mount("/proc", "/proc");
+    case.sources.mounts[0].procfs = true;
+    assert!(
+        !case
+            .good()
+            .spec
+            .mounts()
+            .iter()
+            .flatten()
+            .any(|m| m.typ().as_deref() == Some("proc"))
+    );
+    let mut case = Case::new();
+    case.mount("/x", "/y");
+    case.mount("//x/", "/z");
+    assert_eq!(
+        case.bad(),
+        (
+            SpecErrorKind::Invalid,
+            "mounts[1].container_path".to_owned()
+        )
+    );
+    case.sources.mounts.clear();
+    assert_eq!(
+        case.bad().0,
+        SpecErrorKind::Invalid,
+        "sources of something else"
+    );
+}
+
+#[test]
+fn a_name_is_needed() {
+    let mut case = Case::new();
+    case.config.metadata = None;
+    assert_eq!(
+        case.bad(),
+        (SpecErrorKind::Invalid, "metadata.name".to_owned())
+    );
+}
+
+#[test]
+fn selinux_relabelling_is_refused_where_it_would_matter() {
+    let mut case = Case::new();
+    case.mount("/x", "/y").selinux_relabel = true;
+    case.good();
+    case.host.selinux = true;
+    let field = "mounts[0].selinux_relabel".to_owned();
+    assert_eq!(case.bad(), (SpecErrorKind::Unsupported, field));
+}
