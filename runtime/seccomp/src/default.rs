@@ -45,7 +45,7 @@ pub fn default_profile(
 
     // The families that are neither AF_ALG nor AF_VSOCK, as three ranges: two conditions on one argument
     // would be alternatives.
-    debug_assert!(AF_ALG + 2 == AF_VSOCK);
+    const { assert!(AF_ALG + 2 == AF_VSOCK) };
     calls.push(allow_if("socket", &[arg(0, Op::ScmpCmpLt, AF_ALG, None)]));
     calls.push(allow_if(
         "socket",

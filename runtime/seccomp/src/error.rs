@@ -44,10 +44,10 @@ pub enum SeccompError {
 
     /// The program is longer than the kernel takes (`BPF_MAXINSNS`).
     #[error(
-        "the seccomp profile compiles to {instructions} BPF instructions and the kernel takes 4096; use fewer argument conditions"
+        "the seccomp profile compiles to {instructions} BPF instructions or more and the kernel takes 4096; use fewer argument conditions"
     )]
     TooLong {
-        /// Length of the program.
+        /// Length of the program, as far as it got.
         instructions: usize,
     },
 

@@ -9,7 +9,7 @@
 //!   order is libseccomp's: higher argument first, equality before ranges, the narrower range first.
 
 use crate::{
-    CompileOptions, SeccompError,
+    CompileOptions, MAX_INSTRUCTIONS, SeccompError,
     arch::{Abi, native_arch},
     numbers,
 };
@@ -139,7 +139,7 @@ impl Plan {
                 }
                 for conditions in &alternatives {
                     if let Some(n) = number {
-                        abi.add(n, conditions, ret);
+                        abi.add(n, conditions, ret)?;
                     }
                     if let Some((mux, call)) = multiplexed {
                         // The multiplexer takes the real arguments from memory, where no filter can look:
@@ -155,7 +155,7 @@ impl Plan {
                                 mask: u64::MAX,
                             },
                         );
-                        abi.add(mux, &c, ret);
+                        abi.add(mux, &c, ret)?;
                     }
                 }
             }
@@ -168,7 +168,7 @@ impl Plan {
 }
 
 impl AbiRules {
-    fn add(&mut self, number: u32, conditions: &[Condition], ret: u32) {
+    fn add(&mut self, number: u32, conditions: &[Condition], ret: u32) -> Result<(), SeccompError> {
         let conditions: Vec<_> = conditions
             .iter()
             .map(|c| c.narrowed(self.abi))
@@ -185,10 +185,17 @@ impl AbiRules {
             Decision::Checks(rules) => {
                 let rule = Rule { conditions, ret };
                 if !rules.contains(&rule) {
+                    // Each takes an instruction at least.
+                    if rules.len() == MAX_INSTRUCTIONS {
+                        return Err(SeccompError::TooLong {
+                            instructions: rules.len() + 1,
+                        });
+                    }
                     rules.push(rule);
                 }
             }
         }
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! Filters in the kernel: loaded by forked children, which then try what they may and may not do.
 //!
 //! Children of a threaded process: until they exit they make system calls only, and allocate nothing.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use oci_spec::runtime::{Arch, Capabilities, LinuxSeccomp};
 use slipway_seccomp::{

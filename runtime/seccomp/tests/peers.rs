@@ -8,6 +8,7 @@
 //! - calls that the peer's libseccomp has no name for, found out by asking it ([`Known`]);
 //! - the answer to numbers beyond the newest call named: `ENOSYS` or the default;
 //! - where the *profiles* differ on purpose, the calls listed with the reason.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod support;
 

@@ -1,5 +1,6 @@
 //! The compiled program decides as the profile says: on random profiles, on RuntimeDefault, and with
 //! `seccompiler` as a second opinion.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod support;
 

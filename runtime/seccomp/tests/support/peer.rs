@@ -209,7 +209,12 @@ fn read_filter(pid: libc::pid_t) -> io::Result<Vec<Instruction>> {
             count
         ];
         checked(libc::ptrace(GET_FILTER, pid, null, program.as_mut_ptr()))?;
-        let second = libc::ptrace(GET_FILTER, pid, 1 as *mut libc::c_void, null);
+        let second = libc::ptrace(
+            GET_FILTER,
+            pid,
+            std::ptr::without_provenance_mut::<libc::c_void>(1),
+            null,
+        );
         checked(libc::ptrace(libc::PTRACE_DETACH, pid, null, null))?;
         if second >= 0 {
             return Err(io::Error::other("it has more than one filter"));
