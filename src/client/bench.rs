@@ -176,7 +176,18 @@ pub async fn bench(args: &BenchArgs, global: &Global) -> Result<(), ClientError>
     if args.memory.is_some() {
         memory::stand_apart()?;
     }
-    let mut interrupts = Interrupts::new()?;
+    bench_interruptible(args, global, &mut Interrupts::new()?).await
+}
+
+/// The same, with signals from elsewhere.
+///
+/// # Errors
+/// As [`bench`].
+pub async fn bench_interruptible(
+    args: &BenchArgs,
+    global: &Global,
+    interrupts: &mut Interrupts,
+) -> Result<(), ClientError> {
     let logs = Scratch::new()?;
     let mut report = Report::new();
     let mut targets = targets(args, global, &logs.path, &mut report).await?;

@@ -25,6 +25,11 @@ mod table;
 mod timings;
 mod wait;
 
+#[cfg(test)]
+mod behaviour;
+#[cfg(test)]
+mod fake;
+
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -118,21 +123,22 @@ pub fn run(command: Command, global: &Global) -> ExitCode {
 }
 
 async fn dispatch(command: Command, global: &Global) -> Result<u8, ClientError> {
+    // Boxed, so that the largest command's state is not on the stack of each.
     match command {
-        Command::Run(args) => return run::run(&args, global).await,
-        Command::Exec(args) => return exec::exec(&args, global).await,
-        Command::Pull(args) => images::pull(&args, global).await?,
-        Command::Images(args) => images::list(&args, global).await?,
-        Command::Rmi(args) => images::remove(&args, global).await?,
-        Command::Pods(args) => list::pods(&args, global).await?,
-        Command::Ps(args) => list::containers(&args, global).await?,
-        Command::Logs(args) => logs::logs(&args, global).await?,
-        Command::Inspect(args) => inspect::inspect(&args, global).await?,
-        Command::Stop(args) => remove::stop(&args, global).await?,
-        Command::Rm(args) => remove::remove(&args, global, false).await?,
-        Command::Stopp(args) => remove::stop_pods(&args, global).await?,
-        Command::Rmp(args) => remove::remove(&args, global, true).await?,
-        Command::Bench(args) => bench::bench(&args, global).await?,
+        Command::Run(args) => return Box::pin(run::run(&args, global)).await,
+        Command::Exec(args) => return Box::pin(exec::exec(&args, global)).await,
+        Command::Pull(args) => Box::pin(images::pull(&args, global)).await?,
+        Command::Images(args) => Box::pin(images::list(&args, global)).await?,
+        Command::Rmi(args) => Box::pin(images::remove(&args, global)).await?,
+        Command::Pods(args) => Box::pin(list::pods(&args, global)).await?,
+        Command::Ps(args) => Box::pin(list::containers(&args, global)).await?,
+        Command::Logs(args) => Box::pin(logs::logs(&args, global)).await?,
+        Command::Inspect(args) => Box::pin(inspect::inspect(&args, global)).await?,
+        Command::Stop(args) => Box::pin(remove::stop(&args, global)).await?,
+        Command::Rm(args) => Box::pin(remove::remove(&args, global, false)).await?,
+        Command::Stopp(args) => Box::pin(remove::stop_pods(&args, global)).await?,
+        Command::Rmp(args) => Box::pin(remove::remove(&args, global, true)).await?,
+        Command::Bench(args) => Box::pin(bench::bench(&args, global)).await?,
         Command::BenchHelper(args) => bench::helper(&args)?,
     }
     Ok(0)

@@ -234,8 +234,19 @@ struct Session {
 /// # Errors
 /// What the runtime answers, or [`ClientError::Interrupted`]; everything is removed by then.
 pub async fn run(args: &RunArgs, global: &Global) -> Result<u8, ClientError> {
+    run_interruptible(args, global, &mut Interrupts::new()?).await
+}
+
+/// The same, with signals from elsewhere.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_interruptible(
+    args: &RunArgs,
+    global: &Global,
+    interrupts: &mut Interrupts,
+) -> Result<u8, ClientError> {
     let mut plan = args.plan()?;
-    let mut interrupts = Interrupts::new()?;
     let cri = Cri::connect(global).await?;
     let image = tokio::select! {
         image = resolve_image(&cri, args) => image?,
@@ -253,7 +264,7 @@ pub async fn run(args: &RunArgs, global: &Global) -> Result<u8, ClientError> {
         asked: false,
         timings: Timings::default(),
     };
-    let result = session.live(args, &mut interrupts).await;
+    let result = session.live(args, interrupts).await;
     if args.detach && result.is_ok() {
         return result;
     }
