@@ -20,6 +20,7 @@ struct V1 {
     mount: PathBuf,
     cpuset: bool,
     memory: bool,
+    devices: bool,
 }
 
 impl Hierarchies {
@@ -55,6 +56,7 @@ impl Hierarchies {
                     found.v1.push(V1 {
                         cpuset: has("cpuset"),
                         memory: has("memory"),
+                        devices: has("devices"),
                         mount,
                     });
                 }
@@ -69,10 +71,36 @@ impl Hierarchies {
         self.v1.is_empty() && self.v2.is_some()
     }
 
+    /// Whether there is no hierarchy at all.
+    pub fn is_empty(&self) -> bool {
+        self.v1.is_empty() && self.v2.is_none()
+    }
+
+    /// Mount points of all hierarchies.
+    pub fn mount_points(&self) -> impl Iterator<Item = &Path> {
+        self.v1
+            .iter()
+            .map(|v| &v.mount)
+            .chain(&self.v2)
+            .map(PathBuf::as_path)
+    }
+
+    /// A cgroup's directory in the v2 hierarchy.
+    pub fn v2_dir(&self, cgroup: &Path) -> Option<PathBuf> {
+        self.v2.as_ref().map(|m| inside(m, cgroup))
+    }
+
+    /// A cgroup's directory in the v1 hierarchy that has the devices controller.
+    pub fn devices_dir(&self, cgroup: &Path) -> Option<PathBuf> {
+        self.v1
+            .iter()
+            .find(|v| v.devices)
+            .map(|v| inside(&v.mount, cgroup))
+    }
+
     /// The directories of a cgroup, one in each hierarchy.
     fn dirs<'a>(&'a self, cgroup: &'a Path) -> impl Iterator<Item = PathBuf> + 'a {
-        let mounts = self.v1.iter().map(|v| &v.mount).chain(&self.v2);
-        mounts.map(|m| inside(m, cgroup))
+        self.mount_points().map(|m| inside(m, cgroup))
     }
 
     /// Makes a cgroup in every hierarchy; true when it was not there.
@@ -90,22 +118,36 @@ impl Hierarchies {
         for v1 in self.v1.iter().filter(|v| v.cpuset) {
             inherit_cpuset(&v1.mount, cgroup)?;
         }
+        if let (true, Some(v2)) = (self.unified(), &self.v2) {
+            delegate(v2, cgroup)?;
+        }
         Ok(made)
     }
 
     /// Moves the calling process into a cgroup, in the v1 hierarchies only (in v2 a process is born where
-    /// it belongs).
+    /// it belongs). Through `tasks`, not `cgroup.procs`: a single-threaded process that moves itself needs
+    /// no lock against forks, and so does not wait for an RCU grace period.
     ///
     /// # Errors
     /// What the cgroup file system says; hierarchies in which the cgroup does not exist are skipped.
     pub fn join_v1(&self, cgroup: &Path) -> io::Result<()> {
         for v1 in &self.v1 {
-            match fs::write(inside(&v1.mount, cgroup).join("cgroup.procs"), "0") {
+            match fs::write(inside(&v1.mount, cgroup).join("tasks"), "0") {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 other => other?,
             }
         }
         Ok(())
+    }
+
+    /// Opens a cgroup in the v2 hierarchy for `CLONE_INTO_CGROUP`; `None` without v2.
+    ///
+    /// # Errors
+    /// What the cgroup file system says.
+    pub fn open_v2(&self, cgroup: &Path) -> io::Result<Option<OwnedFd>> {
+        self.v2_dir(cgroup)
+            .map(|dir| Ok(fs::File::open(dir)?.into()))
+            .transpose()
     }
 
     /// Makes a child cgroup in the v2 hierarchy and opens it for `CLONE_INTO_CGROUP`; `None` without v2.
@@ -201,7 +243,7 @@ impl Hierarchies {
 }
 
 /// A cgroup path (absolute in its hierarchy) below a mount point.
-fn inside(mount: &Path, cgroup: &Path) -> PathBuf {
+pub(crate) fn inside(mount: &Path, cgroup: &Path) -> PathBuf {
     mount.join(cgroup.strip_prefix("/").unwrap_or(cgroup))
 }
 
@@ -259,6 +301,31 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
         }
         Ok(()) => Ok(()),
     }
+}
+
+/// Gives every cgroup above this one the controllers that its own parent has to give (v2). What can't be
+/// delegated is left out: a limit that needs it fails by name.
+fn delegate(mount: &Path, cgroup: &Path) -> io::Result<()> {
+    let mut dir = mount.to_owned();
+    let parts: Vec<_> = cgroup
+        .strip_prefix("/")
+        .unwrap_or(cgroup)
+        .components()
+        .collect();
+    for part in parts {
+        let words = |file: &str| -> io::Result<Vec<String>> {
+            let text = fs::read_to_string(dir.join(file))?;
+            Ok(text.split_whitespace().map(str::to_owned).collect())
+        };
+        let given = words("cgroup.subtree_control")?;
+        for controller in words("cgroup.controllers")? {
+            if !given.contains(&controller) {
+                let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+            }
+        }
+        dir.push(part);
+    }
+    Ok(())
 }
 
 /// A new v1 cpuset has no CPUs and no memory nodes, and no task can enter it: it gets its parent's.

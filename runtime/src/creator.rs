@@ -13,16 +13,16 @@ use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{
-    LinuxNamespaceType, LinuxResources, PosixRlimit, Process, Spec, UserBuilder,
-};
+use oci_spec::runtime::{LinuxNamespaceType, PosixRlimit, Process, Spec, UserBuilder};
 use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 use slipway_seccomp::Filter;
 
+use crate::cgroup::Hierarchies;
 use crate::confine::{Confinement, chain};
+use crate::limits::{self, LimitError};
 use crate::rootfs::{self, RootfsError};
-use crate::sys;
 use crate::user::{self, UserError};
+use crate::{cgroup_view, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -57,6 +57,20 @@ pub enum CreateError {
         #[source]
         source: io::Error,
     },
+    /// The cgroup.
+    #[error("can't {step} cgroup {}", cgroup.display())]
+    Cgroup {
+        /// What was attempted.
+        step: &'static str,
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The limits.
+    #[error(transparent)]
+    Limits(#[from] LimitError),
     /// libcontainer failed.
     #[error("{0}")]
     Libcontainer(String),
@@ -69,7 +83,7 @@ impl CreateError {
             Self::User(_) | Self::Spec(_) | Self::Incomplete(_) | Self::Seccomp(_) => {
                 ErrorKind::Invalid
             }
-            Self::Rootfs(RootfsError::WorkingDir { .. }) => ErrorKind::Invalid,
+            Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
             _ => ErrorKind::Internal,
         }
     }
@@ -79,6 +93,10 @@ impl CreateError {
 pub struct Inherited<'a> {
     /// The call.
     pub create: &'a CreateContainer,
+    /// The host's cgroups; the container's own exists, and in v2 the creator was born in it.
+    pub cgroups: &'a Hierarchies,
+    /// The container's cgroup.
+    pub cgroup: &'a Path,
     /// Write ends of the container's output pipes.
     pub stdout: OwnedFd,
     /// Likewise.
@@ -96,6 +114,8 @@ pub struct Inherited<'a> {
 pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateError> {
     let Inherited {
         create,
+        cgroups,
+        cgroup,
         stdout,
         stderr,
         start_pipe,
@@ -104,6 +124,17 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let mut spec: Spec = serde_json::from_slice(&create.spec).map_err(CreateError::Spec)?;
     let dir = Path::new(&create.dir);
     let target = dir.join("rootfs");
+    let in_cgroup = |step| {
+        move |source| CreateError::Cgroup {
+            step,
+            cgroup: cgroup.to_owned(),
+            source,
+        }
+    };
+    if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
+        limits::apply(cgroups, cgroup, resources)?;
+    }
+    cgroups.join_v1(cgroup).map_err(in_cgroup("join"))?;
 
     // The container's own copy of the mount table: its root file system is mounted nowhere else, and goes
     // when the last process that sees it goes.
@@ -135,6 +166,8 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
 
     let args = process_args(&spec)?;
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
+    cgroup_view::hide(&mut spec, cgroups, cgroup, &dir.join("cgroup"))
+        .map_err(in_cgroup("mount the container's view of"))?;
     let config = dir.join("config.json");
     write_spec(&config, &spec)?;
 
@@ -256,9 +289,8 @@ fn for_libcontainer(
             }
         }
     }
-    if linux.resources().is_none() {
-        linux.set_resources(Some(LinuxResources::default()));
-    }
+    // Set already, see `limits`.
+    linux.set_resources(None);
     Ok(())
 }
 

@@ -8,10 +8,12 @@
 //! zygote forked and knows neither gRPC, nor images, nor CNI.
 
 pub mod cgroup;
+mod cgroup_view;
 pub mod client;
 mod confine;
 mod creator;
 mod keeper;
+mod limits;
 pub mod log;
 pub mod loopback;
 pub mod removal;

@@ -196,6 +196,7 @@ impl Pod {
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
                 {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+                {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
             ],
             "linux": {
                 "cgroupsPath": format!("{}/{id}", self.cgroup),
@@ -302,6 +303,7 @@ fn make_layer(layer: &Path) {
     std::fs::copy("/bin/busybox", layer.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "sleep", "cat", "id", "ls", "echo", "dd", "grep", "setsid", "hostname", "unshare",
+        "find", "head",
     ] {
         symlink("busybox", layer.join("bin").join(applet)).unwrap();
     }
@@ -316,7 +318,8 @@ fn make_layer(layer: &Path) {
 
 async fn a_container_runs_and_its_output_is_logged(pod: &Pod) {
     let script = "echo out; echo err >&2; hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; \
-                  pwd; echo $RAW; ulimit -n; exit 3";
+                  pwd; echo $RAW; ulimit -n; cat $(find /sys/fs/cgroup -name cgroup.procs | head -n 1); \
+                  echo x > /sys/fs/cgroup/x; exit 3";
     pod.run("c", Options::shell(script)).await;
     let state = pod.exited("c").await;
     assert_eq!(state.exit_code, 3);
@@ -325,12 +328,13 @@ async fn a_container_runs_and_its_output_is_logged(pod: &Pod) {
     let raw = std::fs::read(pod.log("c")).unwrap();
     let text = String::from_utf8_lossy(&raw).into_owned();
     assert!(text.contains(" stderr F err\n"), "{text}");
-    for line in ["out", "test-host", "7", "/made/dir", "256"] {
+    for line in ["out", "test-host", "7", "/made/dir", "256", "1"] {
         assert!(
             text.contains(&format!(" stdout F {line}\n")),
             "{line} in {text}"
         );
     }
+    assert!(text.contains("Read-only file system"), "{text}");
     assert!(
         raw.windows(3).any(|w| w == b"\xff\xfe\n"),
         "raw bytes pass through"

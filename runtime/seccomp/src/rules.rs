@@ -6,7 +6,8 @@
 //!   first counts.
 //! - Conditions of one rule must all hold. Two conditions on the *same* argument are two rules.
 //! - Rules with conditions are alternatives. Where two with different actions match one call, the
-//!   order is libseccomp's: higher argument first, equality before ranges, the narrower range first.
+//!   order is libseccomp's: higher argument first, equality before ranges, the narrower range first; a rule
+//!   that another merely narrows down beats it.
 
 use crate::{
     CompileOptions, MAX_INSTRUCTIONS, SeccompError,
@@ -17,7 +18,7 @@ use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompFilterFlag as Flag,
     LinuxSeccompOperator as Op, LinuxSyscall,
 };
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{cmp::Ordering, collections::BTreeMap};
 
 /// Linux passes at most six arguments.
 const MAX_ARGS: usize = 6;
@@ -104,9 +105,7 @@ impl Plan {
         for abi in &mut plan.abis {
             for decision in abi.calls.values_mut() {
                 if let Decision::Checks(rules) = decision {
-                    rules.sort_by_key(|r| {
-                        Reverse(r.conditions.iter().map(precedence).collect::<Vec<_>>())
-                    });
+                    rules.sort_by(in_order);
                 }
             }
         }
@@ -217,6 +216,18 @@ impl Condition {
             ..self
         }
     }
+}
+
+/// libseccomp's order of rules: by the first condition that differs; of two that begin alike, the one with
+/// fewer conditions, which covers the other.
+fn in_order(a: &Rule, b: &Rule) -> Ordering {
+    let differing = a
+        .conditions
+        .iter()
+        .zip(&b.conditions)
+        .map(|(x, y)| precedence(y).cmp(&precedence(x)));
+    let first = differing.into_iter().find(|o| o.is_ne());
+    first.unwrap_or_else(|| a.conditions.len().cmp(&b.conditions.len()))
 }
 
 /// libseccomp's order of conditions on one level of its tree; the greatest is tested first.

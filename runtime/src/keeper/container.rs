@@ -13,7 +13,7 @@ use slipway_proto::keeper::{
     Phase, response::Result as Answer,
 };
 
-use super::job::Purpose;
+use super::job::{Origin, Purpose};
 use super::{Keeper, Source, now_ns, wire_error};
 use crate::confine::{Confinement, chain};
 use crate::creator::{self, Inherited};
@@ -161,11 +161,23 @@ impl Keeper {
             err_write.as_raw_fd(),
             start_write.as_raw_fd(),
         ];
-        let job = {
+        // The creator is born in the container's cgroup (v2), so that nothing has to be migrated.
+        let born_in = self
+            .cgroups
+            .ensure(&cgroup)
+            .and_then(|_| self.cgroups.open_v2(&cgroup));
+        let job = born_in.and_then(|born_in| {
             let (create, start) = (&create, start_write.as_fd());
-            self.start_job(Purpose::Create(id.clone()), connection, &keep, move || {
+            let (cgroups, cgroup) = (self.cgroups.clone(), cgroup.as_path());
+            let origin = Origin {
+                keep: &keep,
+                cgroup: born_in.as_ref().map(AsFd::as_fd),
+            };
+            self.start_job(Purpose::Create(id.clone()), connection, origin, move || {
                 let inherited = Inherited {
                     create,
+                    cgroups: &cgroups,
+                    cgroup,
                     stdout: out_write,
                     stderr: err_write,
                     start_pipe: start,
@@ -175,13 +187,14 @@ impl Keeper {
                     .map(Answer::CreateContainer)
                     .map_err(|e| wire_error(e.kind(), chain(&e)))
             })
-        };
+        });
         let creator = match job {
             Ok(pid) => pid,
             Err(e) => {
                 self.forget(&stdout.pipe, stdout.token);
                 self.forget(&stderr.pipe, stderr.token);
-                return Err(internal("fork the creator", &e));
+                let _ = self.cgroups.remove(&cgroup);
+                return Err(internal("start the creator in the container's cgroup", &e));
             }
         };
         let container = Container {
@@ -557,7 +570,11 @@ impl Keeper {
             .map(|p| p.try_clone())
             .transpose()?;
         let keep: Vec<_> = pidfd.iter().map(AsRawFd::as_raw_fd).collect();
-        self.start_job(purpose, connection, &keep, move || {
+        let origin = Origin {
+            keep: &keep,
+            cgroup: None,
+        };
+        self.start_job(purpose, connection, origin, move || {
             let result = removal::remove_container(&cgroups, &cgroup, pidfd.as_slice(), &state_dir);
             result
                 .map(|()| Answer::Empty(Empty {}))

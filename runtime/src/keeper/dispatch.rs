@@ -8,7 +8,7 @@ use slipway_proto::keeper::{
     request::Call, response::Result as Answer,
 };
 
-use super::job::Purpose;
+use super::job::{Origin, Purpose};
 use super::{Keeper, wire_error};
 use crate::confine::chain;
 use crate::{removal, sandbox, wire};
@@ -90,7 +90,7 @@ impl Keeper {
             }
         }
         let cgroups = self.cgroups.clone();
-        let job = self.start_job(Purpose::Setup, connection, &[], move || {
+        let job = self.start_job(Purpose::Setup, connection, Origin::default(), move || {
             sandbox::make(&setup, &cgroups)
                 .map(Answer::SetupSandbox)
                 .map_err(|e| {
@@ -147,8 +147,12 @@ impl Keeper {
             .cgroup
             .clone()
             .filter(|_| self.sandbox.result.made_cgroup);
+        let origin = Origin {
+            keep: &inits,
+            cgroup: None,
+        };
         let (ns_dir, shm_dir) = (self.sandbox.ns_dir.clone(), self.sandbox.shm_dir.clone());
-        let job = self.start_job(Purpose::Teardown, connection, &inits, move || {
+        let job = self.start_job(Purpose::Teardown, connection, origin, move || {
             let mut failures = Vec::new();
             // One failure must not keep the rest of the pod.
             for (cgroup, init, state_dir) in &doomed {

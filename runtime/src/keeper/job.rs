@@ -1,7 +1,7 @@
 //! Work done in a forked child of the keeper: its answer comes back through a pipe.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::pipe::PipeFlags;
 use slipway_proto::keeper::{Error as WireError, ErrorKind, Response, response::Result as Answer};
@@ -33,22 +33,35 @@ pub(super) struct Job {
     exit: Option<i32>,
 }
 
+/// What a job starts with.
+#[derive(Default)]
+pub(super) struct Origin<'a> {
+    /// Descriptors of the keeper that it keeps.
+    pub(super) keep: &'a [RawFd],
+    /// The cgroup it is born in; `None` for the keeper's.
+    pub(super) cgroup: Option<BorrowedFd<'a>>,
+}
+
 impl Keeper {
-    /// Forks a child that runs `work` and sends its answer; of the keeper's descriptors it keeps `keep`.
+    /// Forks a child that runs `work` and sends its answer.
     pub(super) fn start_job(
         &mut self,
         purpose: Purpose,
         connection: u64,
-        keep: &[RawFd],
+        origin: Origin<'_>,
         work: impl FnOnce() -> Result<Answer, WireError>,
     ) -> io::Result<i32> {
         // Seekable memory would do as well, but a pipe tells when the answer is there. Non-blocking on
         // our side only: the flags belong to the two ends separately.
         let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         rustix::fs::fcntl_setfl(&read, rustix::fs::OFlags::NONBLOCK)?;
-        match sys::clone_process(&sys::CloneOptions::default())? {
+        let options = sys::CloneOptions {
+            cgroup: origin.cgroup,
+            ..Default::default()
+        };
+        match sys::clone_process(&options)? {
             sys::Forked::Child => {
-                let mut kept = keep.to_vec();
+                let mut kept = origin.keep.to_vec();
                 kept.push(write.as_raw_fd());
                 sys::reset_signals();
                 sys::close_all_but(&kept);
