@@ -27,10 +27,8 @@ where
     let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
     match result {
         Ok(answer) => {
-            match kind {
-                Kind::Change => tracing::info!(micros, "done"),
-                Kind::Look => tracing::debug!(micros, "done"),
-            }
+            // What a change brought about is told where it happens.
+            tracing::debug!(micros, "done");
             Ok(Response::new(answer))
         }
         Err(error) => {

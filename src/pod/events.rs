@@ -97,6 +97,13 @@ pub async fn keeper_died(pod: &Pod) {
             );
         }
     }
+    let init = pod.record.namespaces.pid.clone();
+    if !init.is_empty() {
+        let kill = move || leftovers::kill_pid_namespace(Path::new(&init));
+        if let Err(error) = tokio::task::spawn_blocking(kill).await {
+            tracing::error!(pod = pod.id(), %error, "can't kill the pod's init");
+        }
+    }
     settle(pod);
 }
 

@@ -72,6 +72,32 @@ fn empty_and_remove(dir: &Path) -> io::Result<()> {
     }
 }
 
+/// Kills every process in the PID namespace that is pinned at `path`: the init of a pod whose keeper died,
+/// and with it everything else in there.
+pub fn kill_pid_namespace(path: &Path) {
+    use std::os::unix::fs::MetadataExt as _;
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    let (Some(theirs), Some(ours)) = (identity(path), identity(Path::new("/proc/self/ns/pid")))
+    else {
+        return;
+    };
+    // A path that was unmounted is a plain file, and our own namespace is never a pod's.
+    if theirs == ours || theirs.0 != ours.0 {
+        return;
+    }
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        if let Some(pid) = pid
+            && identity(&entry.path().join("ns/pid")) == Some(theirs)
+        {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
 /// Calls `visit` for every directory below `dir` and then for itself.
 fn each_below(dir: &Path, visit: &mut impl FnMut(&Path)) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -211,6 +237,14 @@ mod tests {
         assert_eq!(unescape(br"/a\04"), br"/a\04");
         assert!(is_mount_point(Path::new("/proc")));
         assert!(!is_mount_point(Path::new("/proc/self")));
+    }
+
+    #[test]
+    fn our_own_pid_namespace_is_left_alone() {
+        kill_pid_namespace(Path::new("/proc/self/ns/pid"));
+        kill_pid_namespace(Path::new("/proc/self/ns/net"));
+        kill_pid_namespace(Path::new("/proc/self/stat"));
+        kill_pid_namespace(Path::new("/nowhere"));
     }
 
     #[test]

@@ -127,6 +127,9 @@ impl Node {
         };
         let node = self.clone();
         let grace = Duration::from_secs(u64::try_from(grace).unwrap_or(0)).min(LONGEST_GRACE);
+        if container.stage() == Stage::Exited {
+            return Ok(());
+        }
         self.complete("StopContainer", async move {
             node.stop(&container, grace).await
         })
@@ -150,6 +153,11 @@ impl Node {
                 }
             }
             if container.exited_within(grace).await {
+                tracing::info!(
+                    pod = pod.id(),
+                    container = container.id(),
+                    "container stopped"
+                );
                 return Ok(());
             }
             tracing::info!(
@@ -324,7 +332,11 @@ pub(super) fn not_ready(pod: &Pod) -> PodError {
     }
 }
 
-fn rename_if_there(from: &std::path::Path, to: &std::path::Path) -> Result<(), PodError> {
+/// Renames a directory unless it is gone already.
+pub(super) fn rename_if_there(
+    from: &std::path::Path,
+    to: &std::path::Path,
+) -> Result<(), PodError> {
     match std::fs::rename(from, to) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(file("remove", from)(e)),
         _ => Ok(()),

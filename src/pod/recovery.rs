@@ -1,7 +1,7 @@
 //! What a starting daemon finds: pods whose keepers went on without it, dead keepers, half-made things,
 //! records it can't read, and the remains of an earlier boot.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -143,7 +143,8 @@ impl Node {
         if stage == PodStage::Stopped {
             events::settle(&pod);
         } else {
-            self.ask_keeper(&pod, &adopted.set_aside).await;
+            let ids = half_made.iter().map(|(id, _)| id.clone()).collect();
+            self.ask_keeper(&pod, &adopted.set_aside, ids).await;
         }
         for (id, dir) in half_made {
             tracing::info!(
@@ -178,8 +179,14 @@ impl Node {
         self.containers.insert(&id, container);
     }
 
-    /// Learns the truth from the pod's keeper, or from what a dead one left.
-    async fn ask_keeper(self: &Arc<Self>, pod: &Arc<Pod>, unmanaged: &[String]) {
+    /// Learns the truth from the pod's keeper, or from what a dead one left. Ends the `strangers`: what was
+    /// still being created.
+    async fn ask_keeper(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        unmanaged: &[String],
+        mut strangers: BTreeSet<String>,
+    ) {
         let asked = async {
             let follow = pod.keeper.subscribe().await?;
             Ok::<_, ClientError>((pod.keeper.snapshot().await?, follow))
@@ -203,10 +210,10 @@ impl Node {
                         }
                     });
                 }
-                for id in told
-                    .into_keys()
-                    .filter(|id| pod.cell(id).is_none() && !unmanaged.contains(id))
-                {
+                let unknown = told.into_keys();
+                strangers
+                    .extend(unknown.filter(|id| pod.cell(id).is_none() && !unmanaged.contains(id)));
+                for id in strangers {
                     let timeout = self.config().limits.delete_timeout;
                     if let Err(e) = pod.keeper.delete(&id, timeout).await {
                         tracing::error!(
@@ -274,16 +281,18 @@ fn look<R: serde::de::DeserializeOwned>(dir: &Path) -> Entry<R> {
     }
 }
 
-/// Names and paths of a directory's entries.
+/// Names and paths of the directories in a directory. Files among them are nobody's of ours.
 fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>, PodError> {
     let list = std::fs::read_dir(dir).map_err(file("list", dir))?;
     Ok(list
         .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
         .collect())
 }
 
-fn names_in(dir: &Path) -> Vec<String> {
+/// The names of the directories in a directory.
+pub(super) fn names_in(dir: &Path) -> Vec<String> {
     entries(dir)
         .unwrap_or_default()
         .into_iter()

@@ -1,5 +1,6 @@
 //! StopPodSandbox and RemovePodSandbox.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -7,8 +8,10 @@ use futures_util::future::join_all;
 use super::error::{PodError, chain};
 use super::events;
 use super::leftovers;
+use super::lifecycle::rename_if_there;
 use super::node::Node;
 use super::record;
+use super::recovery::names_in;
 use super::sandbox::Pod;
 use super::state::{PodStage, Stage};
 
@@ -112,7 +115,12 @@ impl Node {
         }
         let (dir, cgroup) = (pod.dir.clone(), pod.record.cgroup.clone());
         let made_cgroup = pod.record.made_cgroup;
+        let init = pod.record.namespaces.pid.clone();
         let sweep = tokio::task::spawn_blocking(move || {
+            // Nothing, if the keeper obeyed: then the namespace is gone.
+            if !init.is_empty() {
+                leftovers::kill_pid_namespace(Path::new(&init));
+            }
             // A cgroup that the kubelet made is the kubelet's to remove.
             if made_cgroup {
                 leftovers::remove_empty_cgroup(&cgroup);
@@ -140,14 +148,16 @@ impl Node {
         for container in self.containers_of(pod.id()) {
             self.discard(pod, &container).await?;
         }
+        // Of containers whose records were set aside nobody knows more than their directory.
+        for id in names_in(&pod.containers_dir()) {
+            let layers = self.layers_dir();
+            let trash = layers.join(format!(".removed-{id}"));
+            rename_if_there(&layers.join(&id), &trash)?;
+            self.sweep_later(trash);
+        }
         // By rename: a daemon that dies here leaves no half pod that looks like a whole one.
         let trash = self.pods_dir().join(format!(".removed-{}", pod.id()));
-        match std::fs::rename(&pod.dir, &trash) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(super::error::file("remove", &pod.dir)(e));
-            }
-            _ => {}
-        }
+        rename_if_there(&pod.dir, &trash)?;
         self.pods.remove(pod.id());
         self.pod_names.release(&pod.name(), pod.id());
         self.sweep_later(trash);
