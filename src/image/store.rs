@@ -16,10 +16,10 @@
 //! Locks, in order: `commit` (blocking threads only; held over the disk operations of a change),
 //! then `state` (no I/O under it).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
 
@@ -34,11 +34,16 @@ use crate::error::ImageError;
 use crate::image::{FsInfo, Image, LayerRef};
 use crate::inflight::Inflight;
 use crate::layers::{self, Prepared};
-use crate::manifest::{ConfigFile, MAX_CONFIG};
+use crate::manifest::ConfigFile;
 use crate::reference::ImageName;
 use crate::registry::Registry;
-use crate::state::{Entry, Layer, State};
+use crate::state::{Layer, State};
 use crate::trees;
+
+mod publish;
+mod recovery;
+
+pub(crate) use publish::NewImage;
 
 /// The images of this node. Clones are handles of the same store.
 #[derive(Clone)]
@@ -77,18 +82,6 @@ enum Garbage {
 pub struct ImageLease {
     inner: Arc<Inner>,
     image: Arc<Image>,
-}
-
-/// A new version of an image, to be made visible.
-pub(crate) struct NewImage {
-    pub(crate) id: Digest,
-    pub(crate) config: Vec<u8>,
-    /// Manifests and indexes on the way to the image, with their bytes.
-    pub(crate) manifests: Vec<(Digest, Vec<u8>)>,
-    pub(crate) diff_ids: Vec<Digest>,
-    pub(crate) size_bytes: u64,
-    pub(crate) tags: Vec<String>,
-    pub(crate) digests: Vec<String>,
 }
 
 impl ImageStore {
@@ -314,100 +307,6 @@ impl Inner {
         }
     }
 
-    /// Makes memory and disk agree at the start.
-    fn recover(&self, contents: crate::database::Contents) -> Result<(), ImageError> {
-        let mut change = Change::default();
-        let mut state = self.state();
-        for (text, record) in contents.layers {
-            match Digest::parse(&text) {
-                Ok(diff_id) if self.layer_path(&diff_id).is_dir() => {
-                    let layer = Layer {
-                        record,
-                        durable: true,
-                        implied: Vec::new(),
-                    };
-                    state.layers.insert(diff_id, layer);
-                }
-                _ => {
-                    tracing::error!(layer = text, "the directory of a layer is gone");
-                    change.remove_layers.push(text);
-                }
-            }
-        }
-        for record in contents.images {
-            match self.load(&record, &state) {
-                Ok(image) => {
-                    let entry = Entry {
-                        image: Arc::new(image),
-                        record,
-                        leases: 0,
-                    };
-                    state.images.insert(entry.record.id.clone(), entry);
-                }
-                Err(error) => {
-                    tracing::error!(
-                        image = record.id,
-                        error = error.chain(),
-                        "an image is damaged and forgotten; pull it again"
-                    );
-                    change.remove_images.push(record.id);
-                }
-            }
-        }
-        // What an unreadable record refers to must not be swept.
-        let careful = contents.set_aside > 0;
-        if !careful {
-            for diff_id in state.orphans() {
-                state.layers.remove(&diff_id);
-                change.remove_layers.push(diff_id.to_string());
-            }
-        }
-        let known: HashSet<Digest> = state.layers.keys().cloned().collect();
-        let blobs = state.blobs();
-        drop(state);
-        self.database.apply(&change)?;
-        for path in list(&self.root.join("staging"))? {
-            trees::discard(&path, &self.trash())
-                .map_err(|e| ImageError::io("discard", &path, e))?;
-        }
-        if careful {
-            tracing::warn!("image records were set aside, so unused layers and blobs are kept");
-            return Ok(());
-        }
-        for algorithm in ["sha256", "sha512"] {
-            for path in list(&self.root.join("layers").join(algorithm))? {
-                let name = path
-                    .file_name()
-                    .map(|name| name.to_string_lossy().into_owned())
-                    .unwrap_or_default();
-                if !Digest::parse(&format!("{algorithm}:{name}"))
-                    .is_ok_and(|id| known.contains(&id))
-                {
-                    trees::discard(&path, &self.trash())
-                        .map_err(|e| ImageError::io("discard", &path, e))?;
-                }
-            }
-        }
-        self.blobs.sweep(&blobs)
-    }
-
-    /// Reads an image's configuration and checks that its layers are there.
-    fn load(&self, record: &ImageRecord, state: &State) -> Result<Image, ImageError> {
-        let malformed = |reason: String| ImageError::Malformed {
-            what: format!("the record of image {}", record.id),
-            reason,
-        };
-        let id = Digest::parse(&record.id).map_err(malformed)?;
-        let config = self.blobs.get(&id, MAX_CONFIG)?;
-        for text in &record.diff_ids {
-            let diff_id = Digest::parse(text).map_err(malformed)?;
-            if !state.layers.contains_key(&diff_id) {
-                return Err(malformed(format!("its layer {diff_id} is gone")));
-            }
-        }
-        self.assemble(record, &config)
-    }
-
     fn assemble(&self, record: &ImageRecord, config: &[u8]) -> Result<Image, ImageError> {
         let file = ConfigFile::parse(config, &format!("the configuration of image {}", record.id))?;
         let config = file.config.unwrap_or_default();
@@ -548,91 +447,6 @@ impl Inner {
         Ok(())
     }
 
-    /// Makes an image durable and visible, with its tags taken from whatever image had them.
-    /// Blocks for a sync of the file system. The caller holds its layers.
-    pub(crate) fn publish(&self, new: &NewImage) -> Result<Arc<Image>, ImageError> {
-        self.settle(new)?;
-        let root =
-            trees::open_dir(&self.root).map_err(|e| ImageError::io("open", &self.root, e))?;
-        rustix::fs::syncfs(&root).map_err(|e| ImageError::io("sync", &self.root, e.into()))?;
-        let _commit = self.commit();
-        let what = format!("image {}", new.id);
-        self.blobs.put(&new.id, &new.config)?;
-        for (digest, bytes) in &new.manifests {
-            self.blobs.put(digest, bytes)?;
-        }
-        self.blobs.sync()?;
-        let (change, records) = {
-            let state = self.state();
-            if let Some(missing) = new
-                .diff_ids
-                .iter()
-                .find(|id| !state.layers.contains_key(*id))
-            {
-                return Err(ImageError::Lost {
-                    what: format!("layer {missing} of {what}"),
-                });
-            }
-            plan(&state, new)
-        };
-        let mut images = Vec::with_capacity(records.len());
-        for record in records {
-            let image = if record.id == new.id.to_string() {
-                self.assemble(&record, &new.config)?
-            } else {
-                let digest = Digest::parse(&record.id).map_err(|reason| ImageError::Malformed {
-                    what: format!("the record of image {}", record.id),
-                    reason,
-                })?;
-                self.assemble(&record, &self.blobs.get(&digest, MAX_CONFIG)?)?
-            };
-            images.push((record, Arc::new(image)));
-        }
-        self.database.apply(&change)?;
-        let mut state = self.state();
-        for diff_id in &new.diff_ids {
-            if let Some(layer) = state.layers.get_mut(diff_id) {
-                layer.durable = true;
-            }
-        }
-        for (record, image) in images {
-            let leases = state.images.get(&record.id).map_or(0, |entry| entry.leases);
-            state.images.insert(
-                record.id.clone(),
-                Entry {
-                    record,
-                    image,
-                    leases,
-                },
-            );
-        }
-        let id = new.id.to_string();
-        match state.images.get(&id) {
-            Some(entry) => Ok(Arc::clone(&entry.image)),
-            None => Err(ImageError::Lost { what }),
-        }
-    }
-
-    /// Lets directories that layers implied take over the attributes they have below.
-    fn settle(&self, new: &NewImage) -> Result<(), ImageError> {
-        for (at, diff_id) in new.diff_ids.iter().enumerate() {
-            let implied = match self.state().layers.get_mut(diff_id) {
-                Some(layer) if !layer.durable => std::mem::take(&mut layer.implied),
-                _ => continue,
-            };
-            if implied.is_empty() || at == 0 {
-                continue;
-            }
-            let lower: Vec<PathBuf> = new.diff_ids[..at]
-                .iter()
-                .rev()
-                .map(|id| self.layer_path(id))
-                .collect();
-            layers::settle(&self.layer_path(diff_id), &implied, &lower)?;
-        }
-        Ok(())
-    }
-
     /// Keeps layers from being collected, present or not, until the hold is dropped.
     pub(crate) fn hold(self: &Arc<Self>, diff_ids: &[Digest]) -> Hold {
         let mut state = self.state();
@@ -679,54 +493,6 @@ impl Inner {
     }
 }
 
-/// The change that publishes an image, and the new records of every image that it touches.
-fn plan(state: &State, new: &NewImage) -> (Change, Vec<ImageRecord>) {
-    let id = new.id.to_string();
-    let mut record = match state.images.get(&id) {
-        Some(entry) => entry.record.clone(),
-        None => ImageRecord::new(id.clone()),
-    };
-    let add = |list: &mut Vec<String>, items: &[String]| {
-        list.extend_from_slice(items);
-        list.sort();
-        list.dedup();
-    };
-    add(&mut record.tags, &new.tags);
-    add(&mut record.digests, &new.digests);
-    let manifests: Vec<String> = new
-        .manifests
-        .iter()
-        .map(|(digest, _)| digest.to_string())
-        .collect();
-    add(&mut record.manifests, &manifests);
-    record.diff_ids = new.diff_ids.iter().map(ToString::to_string).collect();
-    record.size_bytes = new.size_bytes;
-    let mut records = vec![record];
-    for (other, entry) in &state.images {
-        if *other != id && entry.record.tags.iter().any(|tag| new.tags.contains(tag)) {
-            let mut record = entry.record.clone();
-            record.tags.retain(|tag| !new.tags.contains(tag));
-            records.push(record);
-        }
-    }
-    let put_layers = new
-        .diff_ids
-        .iter()
-        .filter_map(|diff_id| {
-            Some((
-                diff_id.to_string(),
-                state.layers.get(diff_id)?.record.clone(),
-            ))
-        })
-        .collect();
-    let change = Change {
-        put_images: records.clone(),
-        put_layers,
-        ..Change::default()
-    };
-    (change, records)
-}
-
 /// Layers that must stay while this is alive.
 pub(crate) struct Hold {
     inner: Arc<Inner>,
@@ -768,15 +534,6 @@ fn collect(inner: &Weak<Inner>, garbage: &mpsc::Receiver<Garbage>) {
             Garbage::Report(done) => drop(done.send(())),
         }
     }
-}
-
-fn list(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
-    let read = || {
-        fs::read_dir(dir)?
-            .map(|entry| Ok(entry?.path()))
-            .collect::<std::io::Result<Vec<_>>>()
-    };
-    read().map_err(|error| ImageError::io("list", dir, error))
 }
 
 /// Patterns name images as people write them; matching is by normalised names.

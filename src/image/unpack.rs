@@ -19,18 +19,25 @@ use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
-};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::tarball::{Entry, Kind, TarError, TarReader};
 use crate::trees;
+use crate::unpack::attributes::{owner, set_attributes, set_opaque, times};
+use crate::unpack::beneath::{
+    c_name, clean, escape, is_dir, is_whiteout, open_child, reopen, stat,
+};
+
+mod attributes;
+mod beneath;
+
+pub(crate) use beneath::open_beneath;
 
 /// The prefix of whiteout names.
 const WHITEOUT: &[u8] = b".wh.";
@@ -578,152 +585,6 @@ impl Layer<'_> {
             implied: self.implied.into_iter().collect(),
         })
     }
-}
-
-/// Opens the directory `path` below `root`; the empty path is the root itself.
-pub(crate) fn open_beneath(
-    root: BorrowedFd<'_>,
-    path: &[u8],
-    flags: OFlags,
-) -> Result<OwnedFd, Errno> {
-    let path = if path.is_empty() { b"." } else { path };
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
-    let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let mut attempts = 0;
-    loop {
-        match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
-            // A rename elsewhere on the system made the kernel unsure; it asks to try again.
-            Err(Errno::AGAIN) if attempts < 100 => attempts += 1,
-            result => return result,
-        }
-    }
-}
-
-/// The error for a directory that can't be resolved within the layer.
-fn escape(error: Errno, path: &[u8]) -> Failure {
-    let path = String::from_utf8_lossy(path);
-    match error {
-        Errno::XDEV => refuse(format!(
-            "its directory {path:?} leads out of the layer through a symbolic link"
-        )),
-        Errno::LOOP => refuse(format!(
-            "its directory {path:?} is a loop of symbolic links"
-        )),
-        other => other.into(),
-    }
-}
-
-/// The name relative to the layer's root, without empty and `.` components. A leading slash means
-/// the layer's root; `..` is refused, wherever it would lead.
-fn clean(name: &[u8]) -> Result<Vec<u8>, Failure> {
-    let mut path = Vec::with_capacity(name.len());
-    for part in name.split(|byte| *byte == b'/') {
-        match part {
-            b"" | b"." => continue,
-            b".." => return Err(refuse("its name climbs with `..`")),
-            _ if part.contains(&0) => return Err(refuse("its name holds a NUL")),
-            _ => {}
-        }
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend_from_slice(part);
-    }
-    Ok(path)
-}
-
-fn c_name(name: &[u8]) -> Result<CString, Failure> {
-    if name.is_empty() {
-        return Err(refuse("its name is empty"));
-    }
-    CString::new(name).map_err(|_| refuse("its name holds a NUL"))
-}
-
-fn stat(dir: &OwnedFd, name: &CString) -> Result<Option<Stat>, Failure> {
-    match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(Some(stat)),
-        Err(Errno::NOENT) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn is_dir(stat: &Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::Directory
-}
-
-/// Whether this is overlayfs' mark for a hidden name.
-fn is_whiteout(stat: &Stat) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
-}
-
-fn open_child(dir: &OwnedFd, name: &CString) -> Result<OwnedFd, Failure> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(dir, name, flags, Mode::empty())?)
-}
-
-/// A descriptor for attributes, from one that is only a path.
-fn reopen(dir: &OwnedFd) -> Result<OwnedFd, Failure> {
-    open_child(dir, &c_name(b".")?)
-}
-
-fn set_opaque(dir: &OwnedFd) -> Result<(), Failure> {
-    Ok(rustix::fs::fsetxattr(
-        dir,
-        "trusted.overlay.opaque",
-        b"y",
-        XattrFlags::empty(),
-    )?)
-}
-
-fn owner(entry: &Entry) -> Result<(Uid, Gid), Failure> {
-    let id = |id: u64| {
-        u32::try_from(id)
-            .ok()
-            // The highest id means "no change" to the kernel.
-            .filter(|id| *id != u32::MAX)
-            .ok_or_else(|| refuse(format!("its owner {id} is no valid id")))
-    };
-    Ok((Uid::from_raw(id(entry.uid)?), Gid::from_raw(id(entry.gid)?)))
-}
-
-fn times((seconds, nanos): (i64, u32)) -> Timestamps {
-    let time = Timespec {
-        tv_sec: seconds,
-        tv_nsec: nanos.into(),
-    };
-    Timestamps {
-        last_access: time,
-        last_modification: time,
-    }
-}
-
-/// Owner, mode and extended attributes of a file or directory, in this order: a change of owner
-/// clears setuid bits and capabilities.
-fn set_attributes(fd: BorrowedFd<'_>, entry: &Entry) -> Result<(), Failure> {
-    let (uid, gid) = owner(entry)?;
-    rustix::fs::fchown(fd, Some(uid), Some(gid))?;
-    rustix::fs::fchmod(fd, Mode::from_raw_mode(entry.mode))?;
-    for (name, value) in &entry.xattrs {
-        if !is_wanted(name) {
-            continue;
-        }
-        match rustix::fs::fsetxattr(fd, name.as_slice(), value, XattrFlags::empty()) {
-            Ok(()) => {}
-            // The store's file system has no such attributes. Only for capabilities this matters.
-            Err(Errno::OPNOTSUPP) if !name.starts_with(b"security.") => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Whether an attribute of the archive is taken over: capabilities, ACLs and users' attributes.
-/// Those that steer overlayfs or a security module of the host are not the image's to set.
-fn is_wanted(name: &[u8]) -> bool {
-    name == b"security.capability"
-        || name == b"system.posix_acl_access"
-        || name == b"system.posix_acl_default"
-        || (name.starts_with(b"user.") && !name.starts_with(b"user.overlay."))
 }
 
 #[cfg(test)]

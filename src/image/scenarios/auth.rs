@@ -141,6 +141,16 @@ async fn bearer_tokens() {
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unauthenticated);
     assert_eq!(registry.count("/token"), 3);
+    let token = Credentials {
+        registry_token: "a\r\nHost: evil".into(),
+        ..Default::default()
+    };
+    let error = fixture
+        .store
+        .pull(&name, Some(token), None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
 }
 
 #[tokio::test(flavor = "multi_thread")]

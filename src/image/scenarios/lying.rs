@@ -27,9 +27,23 @@ async fn every_lie_is_noticed() {
         other[middle] ^= 1;
         other
     };
+    // The same content, but other bytes: gzip's header holds a time that nobody looks at.
+    let gzipped = image.layers[0].clone();
+    let same_content = {
+        let mut other = gzipped.clone();
+        other[4] ^= 1;
+        other
+    };
+    let gzipped_digest = Digest::of(&gzipped).to_string();
     let config_name = Digest::of(&image.config).to_string();
     let digest = Digest::of(&layer).to_string();
     let cases: Vec<(&str, Bend, ErrorKind, String)> = vec![
+        (
+            "other bytes of the same content",
+            for_layer(&gzipped, move |_| Reply::new(200, same_content.clone())),
+            ErrorKind::DataLoss,
+            gzipped_digest,
+        ),
         (
             "a flipped bit",
             for_layer(&layer, move |_| Reply::new(200, same_size.clone())),
