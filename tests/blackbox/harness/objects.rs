@@ -1,0 +1,265 @@
+//! Pods and containers of a daemon, with the calls that tests make.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use slipway_proto::cri;
+use tonic::Status;
+
+use super::log::{self, Line};
+use super::probe::Report;
+use super::{Context, Daemon, Result, bail, config, ensure, eventually};
+
+/// A pod sandbox.
+#[derive(Clone)]
+pub struct Pod {
+    pub daemon: Daemon,
+    pub id: String,
+    pub config: cri::PodSandboxConfig,
+}
+
+/// A container.
+#[derive(Clone)]
+pub struct Container {
+    pub daemon: Daemon,
+    pub id: String,
+    pub config: cri::ContainerConfig,
+    /// Its log file.
+    pub log: PathBuf,
+}
+
+/// Output of ExecSync.
+#[derive(Debug)]
+pub struct Exec {
+    pub stdout: String,
+    pub stderr: String,
+    pub code: i32,
+}
+
+impl Daemon {
+    /// Runs a pod whose usual configuration `change` has changed.
+    pub async fn pod(&self, change: impl FnOnce(&mut cri::PodSandboxConfig)) -> Result<Pod> {
+        let mut config = config::pod(self);
+        change(&mut config);
+        self.run_pod(config).await.context("RunPodSandbox")
+    }
+
+    /// Runs a pod of exactly this configuration.
+    pub async fn run_pod(&self, config: cri::PodSandboxConfig) -> Result<Pod, Status> {
+        let request = cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+        let id = self.runtime().run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+        Ok(Pod { daemon: self.clone(), id, config })
+    }
+
+    /// A pod and a container of it that runs a command.
+    pub async fn run(&self, command: &[&str]) -> Result<Container> {
+        self.pod(|_| {}).await?.run(command, |_| {}).await
+    }
+}
+
+impl Pod {
+    /// Creates a container whose usual configuration `change` has changed.
+    pub async fn create(&self, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<Container> {
+        let mut config = config::container(&self.daemon, &self.config, command);
+        change(&mut config);
+        self.create_exactly(config).await.context("CreateContainer")
+    }
+
+    /// Creates a container of exactly this configuration.
+    pub async fn create_exactly(&self, config: cri::ContainerConfig) -> Result<Container, Status> {
+        let request = cri::CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config.clone()),
+            sandbox_config: Some(self.config.clone()),
+        };
+        let id = self.daemon.runtime().create_container(request).await?.into_inner().container_id;
+        let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
+        Ok(Container { daemon: self.daemon.clone(), id, config, log })
+    }
+
+    /// What CreateContainer says to a configuration that `change` has changed.
+    pub async fn try_create(&self, change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String, Status> {
+        let mut config = config::container(&self.daemon, &self.config, &["sleep", "1000"]);
+        change(&mut config);
+        self.create_exactly(config).await.map(|c| c.id)
+    }
+
+    /// Creates and starts.
+    pub async fn run(&self, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<Container> {
+        let container = self.create(command, change).await?;
+        container.start().await.context("StartContainer")?;
+        Ok(container)
+    }
+
+    /// One that sleeps.
+    pub async fn sleeper(&self) -> Result<Container> {
+        self.run(&["sleep", "1000"], |_| {}).await
+    }
+
+    /// What the command prints to standard output; it must end with 0.
+    pub async fn output(&self, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
+        let container = self.run(command, change).await?;
+        let status = container.exited().await?;
+        let text = container.stdout()?;
+        ensure!(status.exit_code == 0, "{command:?} ended with {}: {text}", status.exit_code);
+        Ok(text)
+    }
+
+    /// What the probe reports of itself, as a container's first process and as an exec session in that container.
+    pub async fn probes(&self, change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<[Report; 2]> {
+        let container = self.run(&["sh", "-c", "probe status; exec sleep 1000"], change).await?;
+        let init = eventually("the probe's report", Duration::from_secs(10), || async {
+            let text = container.stdout()?;
+            Ok(text.contains("\nns.uts ").then_some(text))
+        })
+        .await?;
+        let exec = container.exec(&["/bin/probe", "status"]).await?;
+        ensure!(exec.code == 0, "{exec:?}");
+        Ok([Report::new(&init), Report::new(&exec.stdout)])
+    }
+
+    /// Its status.
+    pub async fn status(&self) -> Result<cri::PodSandboxStatus, Status> {
+        let request = cri::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
+        let answer = self.daemon.runtime().pod_sandbox_status(request).await?.into_inner();
+        answer.status.ok_or_else(|| Status::internal("an answer without status"))
+    }
+
+    /// StopPodSandbox.
+    pub async fn stop(&self) -> Result<(), Status> {
+        let request = cri::StopPodSandboxRequest { pod_sandbox_id: self.id.clone() };
+        self.daemon.runtime().stop_pod_sandbox(request).await.map(drop)
+    }
+
+    /// RemovePodSandbox.
+    pub async fn remove(&self) -> Result<(), Status> {
+        let request = cri::RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() };
+        self.daemon.runtime().remove_pod_sandbox(request).await.map(drop)
+    }
+}
+
+impl Container {
+    /// StartContainer.
+    pub async fn start(&self) -> Result<(), Status> {
+        let request = cri::StartContainerRequest { container_id: self.id.clone() };
+        self.daemon.runtime().start_container(request).await.map(drop)
+    }
+
+    /// StopContainer, with seconds of grace.
+    pub async fn stop(&self, timeout: i64) -> Result<(), Status> {
+        let request = cri::StopContainerRequest { container_id: self.id.clone(), timeout };
+        self.daemon.runtime().stop_container(request).await.map(drop)
+    }
+
+    /// RemoveContainer.
+    pub async fn remove(&self) -> Result<(), Status> {
+        let request = cri::RemoveContainerRequest { container_id: self.id.clone() };
+        self.daemon.runtime().remove_container(request).await.map(drop)
+    }
+
+    /// Its status.
+    pub async fn status(&self) -> Result<cri::ContainerStatus, Status> {
+        let request = cri::ContainerStatusRequest { container_id: self.id.clone(), verbose: false };
+        let answer = self.daemon.runtime().container_status(request).await?.into_inner();
+        answer.status.ok_or_else(|| Status::internal("an answer without status"))
+    }
+
+    /// ExecSync with a limit in seconds.
+    pub async fn exec_limited(&self, command: &[&str], timeout: i64) -> Result<cri::ExecSyncResponse, Status> {
+        let cmd = command.iter().map(|w| (*w).to_owned()).collect();
+        let request = cri::ExecSyncRequest { container_id: self.id.clone(), cmd, timeout };
+        Ok(self.daemon.runtime().exec_sync(request).await?.into_inner())
+    }
+
+    /// ExecSync.
+    pub async fn exec(&self, command: &[&str]) -> Result<Exec> {
+        let answer = self.exec_limited(command, 30).await.with_context(|| format!("ExecSync {command:?}"))?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(Exec { stdout: text(&answer.stdout), stderr: text(&answer.stderr), code: answer.exit_code })
+    }
+
+    /// Standard output of a command in it, without the end of the last line; the command must end with 0.
+    pub async fn exec_output(&self, command: &[&str]) -> Result<String> {
+        let exec = self.exec(command).await?;
+        ensure!(exec.code == 0, "{command:?}: {exec:?}");
+        Ok(exec.stdout.trim_end_matches('\n').to_owned())
+    }
+
+    /// ReopenContainerLog.
+    pub async fn reopen_log(&self) -> Result<(), Status> {
+        let request = cri::ReopenContainerLogRequest { container_id: self.id.clone() };
+        self.daemon.runtime().reopen_container_log(request).await.map(drop)
+    }
+
+    /// Waits for the end of its process.
+    pub async fn exited(&self) -> Result<cri::ContainerStatus> {
+        eventually("the container's end", Duration::from_secs(30), || async {
+            let status = self.status().await?;
+            Ok((status.state() == cri::ContainerState::ContainerExited).then_some(status))
+        })
+        .await
+    }
+
+    /// Waits for a line on its standard output.
+    pub async fn says(&self, line: &str) -> Result<()> {
+        eventually(&format!("{line:?} in the log"), Duration::from_secs(20), || async {
+            Ok(self.stdout()?.lines().any(|l| l == line).then_some(()))
+        })
+        .await
+    }
+
+    /// The lines of its log, each checked to be in the CRI's form.
+    pub fn lines(&self) -> Result<Vec<Line>> {
+        log::read(&self.log)
+    }
+
+    /// What it has written to standard output.
+    pub fn stdout(&self) -> Result<String> {
+        Ok(log::text(&self.lines()?, "stdout"))
+    }
+
+    /// What it has written to standard error.
+    pub fn stderr(&self) -> Result<String> {
+        Ok(log::text(&self.lines()?, "stderr"))
+    }
+
+    /// Process id of its first process, in our PID namespace, found through its cgroup.
+    pub fn pid(&self) -> Result<i32> {
+        let processes = self.processes();
+        // The first process is the one whose parent is not among them.
+        for pid in &processes {
+            let status = super::read(format!("/proc/{pid}/status"))?;
+            let parent = status.lines().find_map(|l| l.strip_prefix("PPid:")).context("PPid")?;
+            if !processes.contains(&parent.trim().parse()?) {
+                return Ok(*pid);
+            }
+        }
+        bail!("container {} has no process", self.id)
+    }
+
+    /// All processes in its cgroup.
+    pub fn processes(&self) -> Vec<i32> {
+        let mut pids: Vec<i32> = self
+            .cgroup_dirs()
+            .iter()
+            .filter_map(|d| std::fs::read_to_string(d.join("cgroup.procs")).ok())
+            .flat_map(|t| t.lines().filter_map(|l| l.parse().ok()).collect::<Vec<_>>())
+            .collect();
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// The directories of its cgroup: those below the test's own that are named after it.
+    pub fn cgroup_dirs(&self) -> Vec<PathBuf> {
+        let tops = super::stage::cgroup_dirs(&self.daemon.env().cgroup);
+        let all = tops.iter().flat_map(|t| super::stage::tree(t));
+        all.filter(|d| d.file_name().is_some_and(|n| n.to_string_lossy().contains(&self.id))).collect()
+    }
+
+    /// A file of its cgroup, in the controller's hierarchy (v1) or the only one (v2).
+    pub fn cgroup_file(&self, name: &str) -> Result<String> {
+        let file = self.cgroup_dirs().into_iter().map(|d| d.join(name)).find(|f| f.exists());
+        super::read(file.with_context(|| format!("the container's cgroup has no {name}"))?)
+    }
+}

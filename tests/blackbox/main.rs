@@ -1,0 +1,81 @@
+//! Black-box tests: each starts a real daemon on a temporary root, talks gRPC to it, and looks at what the
+//! kernel says about the result. Only the CRI, the command line and files that an operator may rely on are
+//! used, nothing private.
+//!
+//! The program runs itself again in mount, network and process namespaces of its own (see
+//! [`harness::stage`]), so whatever happens to it, the kernel ends every process and takes down every mount
+//! and interface that came of it. Arguments are substrings of test names; `--list` and `--jobs N` work.
+#![forbid(unsafe_code)]
+// A test says what it expects, and a failed expectation is a panic.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+/// The tests of a module, by name. A test that is not listed is dead code, which clippy refuses.
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => { tests!(@ TESTS false $($name)*); };
+    // Those that measure time or load the machine run after the others, one at a time.
+    (alone: $($name:ident),* $(,)?) => { tests!(@ ALONE true $($name)*); };
+    (@ $list:ident $alone:literal $($name:ident)*) => {
+        pub const $list: &[crate::harness::Test] = &[$(crate::harness::Test {
+            name: concat!(module_path!(), "::", stringify!($name)),
+            alone: $alone,
+            run: |env| Box::pin($name(env)),
+        }),*];
+    };
+}
+
+mod harness;
+
+mod bad_images;
+mod cni;
+mod confinement;
+mod containers;
+mod devices;
+mod exec;
+mod filesystem;
+mod hygiene;
+mod idempotence;
+mod images;
+mod lifecycle;
+mod logs;
+mod mounts;
+mod names;
+mod network;
+mod operations;
+mod pods;
+mod resources;
+mod restart;
+mod seccomp;
+mod stop;
+mod sysctls;
+mod users;
+
+fn main() -> std::process::ExitCode {
+    let all: &[&[harness::Test]] = &[
+        pods::TESTS,
+        names::TESTS,
+        containers::TESTS,
+        lifecycle::TESTS,
+        users::TESTS,
+        confinement::TESTS,
+        seccomp::TESTS,
+        hygiene::TESTS,
+        exec::TESTS,
+        exec::ALONE,
+        logs::TESTS,
+        logs::ALONE,
+        stop::TESTS,
+        idempotence::TESTS,
+        sysctls::TESTS,
+        mounts::TESTS,
+        filesystem::TESTS,
+        devices::TESTS,
+        resources::TESTS,
+        network::TESTS,
+        cni::TESTS,
+        images::TESTS,
+        bad_images::TESTS,
+        restart::TESTS,
+        operations::TESTS,
+    ];
+    harness::stage::main(&all.concat())
+}
