@@ -15,6 +15,7 @@ mod container;
 mod devices;
 mod error;
 mod host;
+mod hugepages;
 mod input;
 mod logpath;
 mod mounts;

@@ -133,6 +133,14 @@ pub(crate) fn of_container(input: &ContainerInput<'_>, at: Circumstances) -> Res
             out.list.push(standard);
         }
     }
+    let shm = Path::new("/dev/shm");
+    if !taken.contains(shm) {
+        // A pod without shared memory of its own: each container for itself.
+        let size = format!("size={}", input.options.shm_bytes);
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", &size];
+        out.list
+            .push(mount(shm, "tmpfs", Path::new("shm"), &options));
+    }
     own.sort_by_key(|(place, _)| place.components().count());
     out.list.extend(own.into_iter().map(|(_, mount)| mount));
     Ok(out)
@@ -304,4 +312,237 @@ fn mount(place: &Path, kind: &str, source: &Path, options: &[&str]) -> Mount {
         .set_source(Some(source.to_owned()))
         .set_options(Some(options.iter().map(|o| (*o).to_owned()).collect()));
     mount
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::tests::{Case, find, has, mounts, options};
+    use crate::{Propagation, SpecErrorKind};
+    use slipway_proto::cri::{self, MountPropagation, NamespaceMode};
+    use std::path::Path;
+
+    #[test]
+    fn mounts_nearer_to_the_root_come_first() {
+        let mut case = Case::new();
+        case.mount("/data/a/b", "/1");
+        case.mount("/data", "/2");
+        case.mount("/data/./a/", "/3");
+        case.mount("/etc/hosts", "/4").readonly = true;
+        let plan = case.good();
+        let found = mounts(&plan.spec);
+        let own: Vec<_> = found.iter().filter(|m| m.starts_with("/data")).collect();
+        assert_eq!(own, ["/data", "/data/a", "/data/a/b"]);
+        assert_eq!(found.iter().filter(|m| *m == "/etc/hosts").count(), 1);
+        assert_eq!(
+            find(&plan.spec, "/etc/hosts").source().as_deref(),
+            Some(Path::new("/4"))
+        );
+        assert_eq!(
+            options(&plan.spec, "/etc/hosts"),
+            ["rbind", "rprivate", "ro"]
+        );
+        assert_eq!(options(&plan.spec, "/data"), ["rbind", "rprivate", "rw"]);
+        assert_eq!(
+            plan.mounts, case.config.mounts,
+            "the status says what was asked for"
+        );
+    }
+
+    #[test]
+    fn own_mounts_cover_the_standard_ones() {
+        let mut case = Case::new();
+        case.mount("/sys", "/host/sys");
+        case.mount("/dev/shm", "/host/shm");
+        case.mount("/dev/termination-log", "/host/log");
+        let plan = case.good();
+        let found = mounts(&plan.spec);
+        assert!(!found.contains(&"/sys/fs/cgroup".to_owned()));
+        assert_eq!(
+            found
+                .iter()
+                .filter(|m| *m == "/sys" || *m == "/dev/shm")
+                .count(),
+            2
+        );
+        assert_eq!(
+            find(&plan.spec, "/dev/shm").source().as_deref(),
+            Some(Path::new("/host/shm"))
+        );
+        assert_eq!(
+            find(&plan.spec, "/sys").source().as_deref(),
+            Some(Path::new("/host/sys"))
+        );
+    }
+
+    #[test]
+    fn shared_memory_follows_the_ipc_namespace() {
+        let source = |case: &Case| find(&case.good().spec, "/dev/shm").source().clone();
+        let mut case = Case::new();
+        assert_eq!(
+            source(&case).as_deref(),
+            Some(Path::new("/run/slipway/pods/p/shm"))
+        );
+        let ipc = NamespaceMode::Node.into();
+        case.pod_security().namespace_options = Some(cri::NamespaceOption {
+            ipc,
+            ..Default::default()
+        });
+        assert_eq!(source(&case).as_deref(), Some(Path::new("/dev/shm")));
+    }
+
+    #[test]
+    fn without_the_pods_shared_memory_there_is_some() {
+        let mut case = Case::new();
+        case.files.shm = None;
+        let plan = case.good();
+        let shm = find(&plan.spec, "/dev/shm");
+        assert_eq!(shm.typ().as_deref(), Some("tmpfs"));
+        assert!(has(&plan.spec, "/dev/shm", "size=67108864"));
+        case.mount("/dev/shm", "/y");
+        assert_eq!(
+            options(&case.good().spec, "/dev/shm"),
+            ["rbind", "rprivate", "rw"]
+        );
+    }
+
+    #[test]
+    fn propagation() {
+        use MountPropagation::{
+            PropagationBidirectional as Both, PropagationHostToContainer as In,
+            PropagationPrivate as No,
+        };
+        use Propagation::{Private, Shared, Slave};
+        // wanted, the source's, the mount's option and the root's propagation
+        let cases = [
+            (No, Private, Some(("rprivate", None))),
+            (No, Shared, Some(("rprivate", None))),
+            (In, Private, None),
+            (In, Slave, Some(("rslave", Some("slave")))),
+            (In, Shared, Some(("rslave", Some("slave")))),
+            (Both, Private, None),
+            (Both, Slave, None),
+            (Both, Shared, Some(("rshared", Some("shared")))),
+        ];
+        for (wanted, source, expected) in cases {
+            let mut case = Case::new();
+            case.mount("/x", "/y").propagation = wanted.into();
+            case.sources.mounts[0].propagation = source;
+            let Some((option, root)) = expected else {
+                let field = "mounts[0].propagation".to_owned();
+                assert_eq!(case.bad(), (SpecErrorKind::FailedPrecondition, field));
+                continue;
+            };
+            let plan = case.good();
+            assert!(has(&plan.spec, "/x", option), "{wanted:?} from {source:?}");
+            let linux = plan.spec.linux().clone().expect("linux");
+            assert_eq!(linux.rootfs_propagation().as_deref(), root);
+        }
+        let mut case = Case::new();
+        case.mount("/a", "/a").propagation = Both.into();
+        case.mount("/b", "/b").propagation = In.into();
+        let linux = case.good().spec.linux().clone().expect("linux");
+        assert_eq!(linux.rootfs_propagation().as_deref(), Some("shared"));
+        case.config.mounts[0].propagation = 9;
+        assert_eq!(case.bad().0, SpecErrorKind::Invalid);
+    }
+
+    #[test]
+    fn recursive_read_only() {
+        let mut case = Case::new();
+        let mount = case.mount("/x", "/y");
+        mount.readonly = true;
+        mount.recursive_read_only = true;
+        let plan = case.good();
+        assert!(has(&plan.spec, "/x", "ro") && has(&plan.spec, "/x", "rro"));
+        assert_eq!(plan.create.recursive_read_only, ["/x"]);
+        let field = "mounts[0].recursive_read_only".to_owned();
+        for propagation in [1, 2] {
+            case.config.mounts[0].propagation = propagation;
+            assert_eq!(case.bad().0, SpecErrorKind::Invalid);
+        }
+        case.config.mounts[0].propagation = 0;
+        case.config.mounts[0].readonly = false;
+        assert_eq!(case.bad(), (SpecErrorKind::Invalid, field.clone()));
+        case.config.mounts[0].readonly = true;
+        case.host.recursive_read_only = false;
+        assert_eq!(case.bad(), (SpecErrorKind::FailedPrecondition, field));
+    }
+
+    #[test]
+    fn places_that_can_not_be_mounted_on() {
+        let invalid = [
+            "",
+            "relative",
+            "/",
+            "/.",
+            "/a/../b",
+            "/a\nb",
+            "/a\0",
+            "/proc",
+            "/proc/",
+            "/proc/1/mem",
+            "/proc/sys",
+            "/proc/self/attr/exec",
+        ];
+        for place in invalid {
+            let mut case = Case::new();
+            case.mount(place, "/y");
+            let field = "mounts[0].container_path".to_owned();
+            assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{place:?}");
+        }
+        for place in ["/dev", "/dev/", "/dev/null", "/dev/./ptmx", "/dev/fd"] {
+            let mut case = Case::new();
+            case.mount(place, "/y");
+            assert_eq!(case.bad().0, SpecErrorKind::Unsupported, "{place:?}");
+        }
+        for place in [
+            "/proc/cpuinfo",
+            "/proc/uptime",
+            "/process",
+            "/dev/x",
+            "/dev/shm",
+        ] {
+            let mut case = Case::new();
+            case.mount(place, "/y");
+            assert!(case.plan().is_ok(), "{place:?}");
+        }
+        let mut case = Case::new();
+        case.mount("/proc", "/proc");
+        case.sources.mounts[0].procfs = true;
+        assert!(
+            !case
+                .good()
+                .spec
+                .mounts()
+                .iter()
+                .flatten()
+                .any(|m| m.typ().as_deref() == Some("proc"))
+        );
+        let mut case = Case::new();
+        case.mount("/x", "/y");
+        case.mount("//x/", "/z");
+        assert_eq!(
+            case.bad(),
+            (
+                SpecErrorKind::Invalid,
+                "mounts[1].container_path".to_owned()
+            )
+        );
+        case.sources.mounts.clear();
+        assert_eq!(
+            case.bad().0,
+            SpecErrorKind::Invalid,
+            "sources of something else"
+        );
+    }
+
+    #[test]
+    fn selinux_relabelling_is_refused_where_it_would_matter() {
+        let mut case = Case::new();
+        case.mount("/x", "/y").selinux_relabel = true;
+        case.good();
+        case.host.selinux = true;
+        let field = "mounts[0].selinux_relabel".to_owned();
+        assert_eq!(case.bad(), (SpecErrorKind::Unsupported, field));
+    }
 }

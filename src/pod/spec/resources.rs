@@ -1,13 +1,13 @@
 //! Resource limits.
 
-use crate::HostFacts;
 use crate::error::{Result, SpecError, quoted};
-use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxPids, LinuxResources};
+use crate::{HostFacts, hugepages};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 use slipway_proto::cri;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
-const FIELD: &str = "linux.resources";
+pub(crate) const FIELD: &str = "linux.resources";
 /// Less does not hold a process that has only just started.
 const LEAST_MEMORY: i64 = 4 << 20;
 /// The kernel's bounds (kernel/sched).
@@ -38,7 +38,7 @@ pub(crate) fn of_container(
     let mut oci = LinuxResources::default();
     oci.set_cpu(cpu(&mut effective)?);
     oci.set_memory(memory(&mut effective, host, warnings)?);
-    oci.set_hugepage_limits(hugepages(&mut effective, host, warnings)?);
+    oci.set_hugepage_limits(hugepages::of_container(&mut effective, host)?);
     oci.set_unified(unified(&effective.unified, host)?);
     if pids_limit > 0 {
         let mut pids = LinuxPids::default();
@@ -62,7 +62,7 @@ pub(crate) fn of_container(
     })
 }
 
-fn wrong(field: &str, value: impl std::fmt::Display, allowed: &str) -> SpecError {
+pub(crate) fn wrong(field: &str, value: impl std::fmt::Display, allowed: &str) -> SpecError {
     SpecError::invalid(
         format!("{FIELD}.{field}"),
         format!("{value} is not possible; it must be {allowed}"),
@@ -168,68 +168,6 @@ fn memory(
     Ok(Some(memory))
 }
 
-fn hugepages(
-    request: &mut cri::LinuxContainerResources,
-    host: &HostFacts,
-    warnings: &mut Vec<String>,
-) -> Result<Option<Vec<LinuxHugepageLimit>>> {
-    let mut limits = Vec::new();
-    let mut seen = BTreeSet::new();
-    for (i, wanted) in request.hugepage_limits.iter().enumerate() {
-        let field = format!("hugepage_limits[{i}]");
-        let size = wanted.page_size.as_str();
-        let allowed = "the size of a page such as 2MB or 1GB";
-        let name = size_name(size).ok_or_else(|| wrong(&field, quoted(size), allowed))?;
-        if !host.hugepage_sizes.contains(&name) {
-            if wanted.limit == 0 {
-                continue;
-            }
-            let known: Vec<&str> = host.hugepage_sizes.iter().map(String::as_str).collect();
-            let what = format!("this host has no huge pages of {size}, but {known:?}");
-            return Err(SpecError::invalid(format!("{FIELD}.{field}"), what));
-        }
-        let limit = i64::try_from(wanted.limit)
-            .map_err(|_| wrong(&field, wanted.limit, "less than 2^63 bytes"))?;
-        if !seen.insert(name.clone()) {
-            return Err(wrong(&field, quoted(size), "named once"));
-        }
-        let mut out = LinuxHugepageLimit::default();
-        out.set_page_size(name).set_limit(limit);
-        limits.push(out);
-    }
-    if !host.hugetlb && !limits.is_empty() {
-        if limits.iter().any(|limit| limit.limit() != 0) {
-            let what = "this host has no hugetlb cgroup controller; enable it, or drop the limits";
-            return Err(SpecError::precondition(
-                format!("{FIELD}.hugepage_limits"),
-                what,
-            ));
-        }
-        // The kubelet forbids all sizes this way on every container.
-        warnings.push("huge pages can't be limited without the hugetlb controller".to_owned());
-        request.hugepage_limits.clear();
-        return Ok(None);
-    }
-    Ok((!limits.is_empty()).then_some(limits))
-}
-
-/// `2MB` as cgroup files name it.
-fn size_name(size: &str) -> Option<String> {
-    let split = size.find(|c: char| !c.is_ascii_digit())?;
-    let (digits, unit) = size.split_at(split);
-    let count: u64 = digits
-        .parse()
-        .ok()
-        .filter(|count| (1..=1 << 20).contains(count))?;
-    let kilobytes = match unit {
-        "KB" => count,
-        "MB" => count << 10,
-        "GB" => count << 20,
-        _ => return None,
-    };
-    Some(crate::host::hugepage_name(kilobytes))
-}
-
 /// Files of cgroup v2 by name. Those of cgroup core are not limits: they move and freeze processes.
 fn unified(
     files: &HashMap<String, String>,
@@ -268,14 +206,14 @@ fn unified(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::SpecErrorKind::{FailedPrecondition, Invalid};
     use proptest::prelude::*;
 
     type Request = cri::LinuxContainerResources;
 
-    fn host() -> HostFacts {
+    pub(crate) fn host() -> HostFacts {
         HostFacts {
             capabilities: Default::default(),
             cgroup_v2: true,
@@ -290,7 +228,7 @@ mod tests {
         }
     }
 
-    fn limits(request: &Request, host: &HostFacts) -> Result<(Limits, Vec<String>)> {
+    pub(crate) fn limits(request: &Request, host: &HostFacts) -> Result<(Limits, Vec<String>)> {
         let mut warnings = Vec::new();
         of_container(Some(request), 0, host, &mut warnings).map(|limits| (limits, warnings))
     }
@@ -515,55 +453,6 @@ mod tests {
         }
     }
 
-    fn pages(limits: &[(&str, u64)]) -> Request {
-        let limit = |(size, limit): &(&str, u64)| cri::HugepageLimit {
-            page_size: (*size).to_owned(),
-            limit: *limit,
-        };
-        Request {
-            hugepage_limits: limits.iter().map(limit).collect(),
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn huge_pages() {
-        let (found, _) = limits(&pages(&[("2MB", 1 << 21), ("1024MB", 0)]), &host()).expect("good");
-        let list = found.oci.hugepage_limits().clone().expect("limits");
-        let pairs: Vec<_> = list
-            .iter()
-            .map(|l| (l.page_size().as_str(), l.limit()))
-            .collect();
-        assert_eq!(pairs, [("2MB", 1 << 21), ("1GB", 0)]);
-        // A size that there isn't needs no limit.
-        let (found, _) = limits(&pages(&[("64KB", 0)]), &host()).expect("good");
-        assert_eq!(found.oci.hugepage_limits(), &None);
-        for bad in [
-            ("64KB", 1),
-            ("2MiB", 0),
-            ("MB", 0),
-            ("2", 0),
-            ("0MB", 0),
-            ("2MB", u64::MAX),
-        ] {
-            assert_eq!(
-                limits(&pages(&[bad]), &host()).expect_err(bad.0).kind(),
-                Invalid,
-                "{bad:?}"
-            );
-        }
-        assert!(limits(&pages(&[("1GB", 0), ("1024MB", 0)]), &host()).is_err());
-        let without = HostFacts {
-            hugetlb: false,
-            ..host()
-        };
-        let (found, warnings) = limits(&pages(&[("2MB", 0)]), &without).expect("good");
-        assert_eq!((found.oci.hugepage_limits(), warnings.len()), (&None, 1));
-        assert!(found.effective.hugepage_limits.is_empty());
-        let error = limits(&pages(&[("2MB", 1 << 21)]), &without).expect_err("no controller");
-        assert_eq!(error.kind(), FailedPrecondition);
-    }
-
     #[test]
     fn unified_files() {
         let of = |name: &str, value: &str, host: &HostFacts| {
@@ -625,7 +514,8 @@ mod tests {
                 memory_swap_limit_in_bytes: n[4],
                 oom_score_adj: n[5],
                 cpuset_cpus: list,
-                ..pages(&[(&size, n[0].unsigned_abs())])
+                hugepage_limits: vec![cri::HugepageLimit { page_size: size, limit: n[0].unsigned_abs() }],
+                ..Default::default()
             };
             let _ = limits(&request, &host());
         }

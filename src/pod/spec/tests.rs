@@ -1,28 +1,28 @@
-//! Whole containers: what the parts make together, and the mounts.
+//! Whole containers: what the parts make together.
 
 use crate::{
     ContainerInput, ContainerPlan, HostFacts, MountSource, PodFiles, Propagation, SeccompChoice,
     Sources, SpecError, SpecErrorKind, SpecOptions, container,
 };
 use oci_spec::runtime::{Capability, LinuxNamespaceType, Mount, Spec};
-use slipway_proto::cri::{self, MountPropagation, NamespaceMode};
+use slipway_proto::cri;
 use slipway_proto::keeper::SetupSandboxResult;
 use std::path::{Path, PathBuf};
 
 /// A container in its pod on a host, to be bent by each test.
-struct Case {
-    pod: cri::PodSandboxConfig,
-    config: cri::ContainerConfig,
-    image: oci_spec::image::Config,
-    made: SetupSandboxResult,
-    files: PodFiles,
-    sources: Sources,
-    options: SpecOptions,
-    host: HostFacts,
+pub(crate) struct Case {
+    pub pod: cri::PodSandboxConfig,
+    pub config: cri::ContainerConfig,
+    pub image: oci_spec::image::Config,
+    pub made: SetupSandboxResult,
+    pub files: PodFiles,
+    pub sources: Sources,
+    pub options: SpecOptions,
+    pub host: HostFacts,
 }
 
 impl Case {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let metadata = cri::PodSandboxMetadata {
             name: "web".into(),
             uid: "u-1".into(),
@@ -83,7 +83,7 @@ impl Case {
         }
     }
 
-    fn plan(&self) -> Result<ContainerPlan, SpecError> {
+    pub fn plan(&self) -> Result<ContainerPlan, SpecError> {
         container(&ContainerInput {
             id: "c1",
             pod_id: "p1",
@@ -100,26 +100,26 @@ impl Case {
         })
     }
 
-    fn good(&self) -> ContainerPlan {
+    pub fn good(&self) -> ContainerPlan {
         self.plan().expect("a good configuration")
     }
 
-    fn bad(&self) -> (SpecErrorKind, String) {
+    pub fn bad(&self) -> (SpecErrorKind, String) {
         let error = self.plan().expect_err("a bad configuration");
         (error.kind(), error.field().to_owned())
     }
 
-    fn security(&mut self) -> &mut cri::LinuxContainerSecurityContext {
+    pub fn security(&mut self) -> &mut cri::LinuxContainerSecurityContext {
         let linux = self.config.linux.get_or_insert_default();
         linux.security_context.get_or_insert_default()
     }
 
-    fn pod_security(&mut self) -> &mut cri::LinuxSandboxSecurityContext {
+    pub fn pod_security(&mut self) -> &mut cri::LinuxSandboxSecurityContext {
         let linux = self.pod.linux.get_or_insert_default();
         linux.security_context.get_or_insert_default()
     }
 
-    fn mount(&mut self, place: &str, source: &str) -> &mut cri::Mount {
+    pub fn mount(&mut self, place: &str, source: &str) -> &mut cri::Mount {
         self.sources.mounts.push(MountSource {
             path: source.into(),
             procfs: false,
@@ -134,22 +134,22 @@ impl Case {
     }
 }
 
-fn mounts(spec: &Spec) -> Vec<String> {
+pub(crate) fn mounts(spec: &Spec) -> Vec<String> {
     let place = |m: &Mount| m.destination().display().to_string();
     spec.mounts().iter().flatten().map(place).collect()
 }
 
-fn find<'a>(spec: &'a Spec, place: &str) -> &'a Mount {
+pub(crate) fn find<'a>(spec: &'a Spec, place: &str) -> &'a Mount {
     let mut all = spec.mounts().iter().flatten();
     all.find(|m| m.destination() == Path::new(place))
         .expect("mounted")
 }
 
-fn options(spec: &Spec, place: &str) -> Vec<String> {
+pub(crate) fn options(spec: &Spec, place: &str) -> Vec<String> {
     find(spec, place).options().clone().unwrap_or_default()
 }
 
-fn has(spec: &Spec, place: &str, option: &str) -> bool {
+pub(crate) fn has(spec: &Spec, place: &str, option: &str) -> bool {
     options(spec, place).iter().any(|o| o == option)
 }
 
@@ -422,206 +422,6 @@ fn bytes_of_the_environment_survive() {
 }
 
 #[test]
-fn mounts_nearer_to_the_root_come_first() {
-    let mut case = Case::new();
-    case.mount("/data/a/b", "/1");
-    case.mount("/data", "/2");
-    case.mount("/data/./a/", "/3");
-    case.mount("/etc/hosts", "/4").readonly = true;
-    let plan = case.good();
-    let found = mounts(&plan.spec);
-    let own: Vec<_> = found.iter().filter(|m| m.starts_with("/data")).collect();
-    assert_eq!(own, ["/data", "/data/a", "/data/a/b"]);
-    assert_eq!(found.iter().filter(|m| *m == "/etc/hosts").count(), 1);
-    assert_eq!(
-        find(&plan.spec, "/etc/hosts").source().as_deref(),
-        Some(Path::new("/4"))
-    );
-    assert_eq!(
-        options(&plan.spec, "/etc/hosts"),
-        ["rbind", "rprivate", "ro"]
-    );
-    assert_eq!(options(&plan.spec, "/data"), ["rbind", "rprivate", "rw"]);
-    assert_eq!(
-        plan.mounts, case.config.mounts,
-        "the status says what was asked for"
-    );
-}
-
-#[test]
-fn own_mounts_cover_the_standard_ones() {
-    let mut case = Case::new();
-    case.mount("/sys", "/host/sys");
-    case.mount("/dev/shm", "/host/shm");
-    case.mount("/dev/termination-log", "/host/log");
-    let plan = case.good();
-    let found = mounts(&plan.spec);
-    assert!(!found.contains(&"/sys/fs/cgroup".to_owned()));
-    assert_eq!(
-        found
-            .iter()
-            .filter(|m| *m == "/sys" || *m == "/dev/shm")
-            .count(),
-        2
-    );
-    assert_eq!(
-        find(&plan.spec, "/dev/shm").source().as_deref(),
-        Some(Path::new("/host/shm"))
-    );
-    assert_eq!(
-        find(&plan.spec, "/sys").source().as_deref(),
-        Some(Path::new("/host/sys"))
-    );
-}
-
-#[test]
-fn shared_memory_follows_the_ipc_namespace() {
-    let source = |case: &Case| find(&case.good().spec, "/dev/shm").source().clone();
-    let mut case = Case::new();
-    assert_eq!(
-        source(&case).as_deref(),
-        Some(Path::new("/run/slipway/pods/p/shm"))
-    );
-    let ipc = NamespaceMode::Node.into();
-    case.pod_security().namespace_options = Some(cri::NamespaceOption {
-        ipc,
-        ..Default::default()
-    });
-    assert_eq!(source(&case).as_deref(), Some(Path::new("/dev/shm")));
-}
-
-#[test]
-fn propagation() {
-    use MountPropagation::{
-        PropagationBidirectional as Both, PropagationHostToContainer as In,
-        PropagationPrivate as No,
-    };
-    use Propagation::{Private, Shared, Slave};
-    // wanted, the source's, the mount's option and the root's propagation
-    let cases = [
-        (No, Private, Some(("rprivate", None))),
-        (No, Shared, Some(("rprivate", None))),
-        (In, Private, None),
-        (In, Slave, Some(("rslave", Some("slave")))),
-        (In, Shared, Some(("rslave", Some("slave")))),
-        (Both, Private, None),
-        (Both, Slave, None),
-        (Both, Shared, Some(("rshared", Some("shared")))),
-    ];
-    for (wanted, source, expected) in cases {
-        let mut case = Case::new();
-        case.mount("/x", "/y").propagation = wanted.into();
-        case.sources.mounts[0].propagation = source;
-        let Some((option, root)) = expected else {
-            let field = "mounts[0].propagation".to_owned();
-            assert_eq!(case.bad(), (SpecErrorKind::FailedPrecondition, field));
-            continue;
-        };
-        let plan = case.good();
-        assert!(has(&plan.spec, "/x", option), "{wanted:?} from {source:?}");
-        let linux = plan.spec.linux().clone().expect("linux");
-        assert_eq!(linux.rootfs_propagation().as_deref(), root);
-    }
-    let mut case = Case::new();
-    case.mount("/a", "/a").propagation = Both.into();
-    case.mount("/b", "/b").propagation = In.into();
-    let linux = case.good().spec.linux().clone().expect("linux");
-    assert_eq!(linux.rootfs_propagation().as_deref(), Some("shared"));
-    case.config.mounts[0].propagation = 9;
-    assert_eq!(case.bad().0, SpecErrorKind::Invalid);
-}
-
-#[test]
-fn recursive_read_only() {
-    let mut case = Case::new();
-    let mount = case.mount("/x", "/y");
-    mount.readonly = true;
-    mount.recursive_read_only = true;
-    let plan = case.good();
-    assert!(has(&plan.spec, "/x", "ro") && has(&plan.spec, "/x", "rro"));
-    assert_eq!(plan.create.recursive_read_only, ["/x"]);
-    let field = "mounts[0].recursive_read_only".to_owned();
-    for propagation in [1, 2] {
-        case.config.mounts[0].propagation = propagation;
-        assert_eq!(case.bad().0, SpecErrorKind::Invalid);
-    }
-    case.config.mounts[0].propagation = 0;
-    case.config.mounts[0].readonly = false;
-    assert_eq!(case.bad(), (SpecErrorKind::Invalid, field.clone()));
-    case.config.mounts[0].readonly = true;
-    case.host.recursive_read_only = false;
-    assert_eq!(case.bad(), (SpecErrorKind::FailedPrecondition, field));
-}
-
-#[test]
-fn places_that_can_not_be_mounted_on() {
-    let invalid = [
-        "",
-        "relative",
-        "/",
-        "/.",
-        "/a/../b",
-        "/a\nb",
-        "/a\0",
-        "/proc",
-        "/proc/",
-        "/proc/1/mem",
-        "/proc/sys",
-        "/proc/self/attr/exec",
-    ];
-    for place in invalid {
-        let mut case = Case::new();
-        case.mount(place, "/y");
-        let field = "mounts[0].container_path".to_owned();
-        assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{place:?}");
-    }
-    for place in ["/dev", "/dev/", "/dev/null", "/dev/./ptmx", "/dev/fd"] {
-        let mut case = Case::new();
-        case.mount(place, "/y");
-        assert_eq!(case.bad().0, SpecErrorKind::Unsupported, "{place:?}");
-    }
-    for place in [
-        "/proc/cpuinfo",
-        "/proc/uptime",
-        "/process",
-        "/dev/x",
-        "/dev/shm",
-    ] {
-        let mut case = Case::new();
-        case.mount(place, "/y");
-        assert!(case.plan().is_ok(), "{place:?}");
-    }
-    let mut case = Case::new();
-    case.mount("/proc", "/proc");
-    case.sources.mounts[0].procfs = true;
-    assert!(
-        !case
-            .good()
-            .spec
-            .mounts()
-            .iter()
-            .flatten()
-            .any(|m| m.typ().as_deref() == Some("proc"))
-    );
-    let mut case = Case::new();
-    case.mount("/x", "/y");
-    case.mount("//x/", "/z");
-    assert_eq!(
-        case.bad(),
-        (
-            SpecErrorKind::Invalid,
-            "mounts[1].container_path".to_owned()
-        )
-    );
-    case.sources.mounts.clear();
-    assert_eq!(
-        case.bad().0,
-        SpecErrorKind::Invalid,
-        "sources of something else"
-    );
-}
-
-#[test]
 fn a_name_is_needed() {
     let mut case = Case::new();
     case.config.metadata = None;
@@ -629,14 +429,4 @@ fn a_name_is_needed() {
         case.bad(),
         (SpecErrorKind::Invalid, "metadata.name".to_owned())
     );
-}
-
-#[test]
-fn selinux_relabelling_is_refused_where_it_would_matter() {
-    let mut case = Case::new();
-    case.mount("/x", "/y").selinux_relabel = true;
-    case.good();
-    case.host.selinux = true;
-    let field = "mounts[0].selinux_relabel".to_owned();
-    assert_eq!(case.bad(), (SpecErrorKind::Unsupported, field));
 }
