@@ -26,6 +26,8 @@ struct Cli {
 enum Command {
     /// Run the daemon
     Serve(Settings),
+    /// Look at what this machine offers for running pods, what is missing, and how to mend it
+    Check(CheckArgs),
     /// Work with the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -41,6 +43,34 @@ enum Command {
     },
     #[command(flatten)]
     Client(slipway_client::Command),
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// How the report is written
+    #[arg(long, short, value_name = "FORMAT", value_enum, default_value_t)]
+    output: ReportFormat,
+    /// Configuration file; drop-ins are read from config.d beside it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// As for serve
+    #[arg(long, value_name = "PATH")]
+    listen: Option<PathBuf>,
+    /// As for serve
+    #[arg(long, value_name = "DIR")]
+    run_root: Option<PathBuf>,
+    /// As for serve
+    #[arg(long, value_name = "DIR")]
+    state_root: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum ReportFormat {
+    /// Columns for people
+    #[default]
+    Table,
+    /// One JSON object for programs
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -78,6 +108,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Client(command) => return slipway_client::run(command, &cli.global),
+        Command::Check(args) => match check(args) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Command::Serve(settings) => daemon(&settings),
         Command::Config(ConfigCommand::Default) => default_config(),
         Command::Config(ConfigCommand::Check { config }) => check_config(config),
@@ -111,6 +145,21 @@ fn daemon(settings: &Settings) -> anyhow::Result<()> {
     // Before any thread, and before configuration or credentials are in memory: keepers are forked from it.
     let keepers = Keepers::launch()?;
     serve(settings, keepers)
+}
+
+/// Exits with 1 when something is missing without which pods do not run.
+fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
+    let CheckArgs { output, config, listen, run_root, state_root } = args;
+    let settings = Settings { config, listen, run_root, state_root, ..Settings::default() };
+    let (config, _) = settings.load()?;
+    let output = match output {
+        ReportFormat::Table => slipway_check::Output::Table,
+        ReportFormat::Json => slipway_check::Output::Json,
+    };
+    let (report, ok) = slipway_check::run(&config, output);
+    // Not print!: a closed pipe (| head) is no reason to panic.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), report.as_bytes());
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn default_config() -> anyhow::Result<()> {
@@ -147,5 +196,7 @@ mod tests {
         };
         assert_eq!(settings.log_level, Some(slipway_config::LogLevel::Debug));
         assert!(Cli::try_parse_from(["slipway", "serve", "--log-level", "loud"]).is_err());
+        let cli = Cli::try_parse_from(["slipway", "check", "-o", "json", "--config", "/x"]).unwrap();
+        assert!(matches!(cli.command, Command::Check(CheckArgs { output: ReportFormat::Json, .. })));
     }
 }
