@@ -314,6 +314,44 @@ async fn bench_compares_runtimes_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn an_interrupted_bench_ends_its_round_and_leaves_nothing() {
+    let fake = Fake::start(Script::default());
+    let Command::Bench(args) = parse(&["bench", "--image", "img", "--pods", "1000000"]) else {
+        panic!("not bench")
+    };
+    let (signals, mut interrupts) = Interrupts::fake();
+    let global = fake.global();
+    let bench =
+        tokio::spawn(
+            async move { bench::bench_interruptible(&args, &global, &mut interrupts).await },
+        );
+    let under_way = async {
+        while !fake.state().calls.contains(&"StartContainer") {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(fake.global().timeout, under_way)
+        .await
+        .unwrap();
+    signals.send("SIGINT").unwrap();
+    let error = bench.await.unwrap().unwrap_err();
+    assert!(
+        matches!(error, ClientError::Interrupted("SIGINT")),
+        "{error}"
+    );
+    assert!(fake.is_empty());
+    // Each pod that was begun was also taken down in order.
+    let count = |name| {
+        fake.state()
+            .calls
+            .iter()
+            .filter(|call| **call == name)
+            .count()
+    };
+    assert_eq!(count("RunPodSandbox"), count("StopContainer"));
+}
+
+#[tokio::test]
 async fn bench_reports_failures_and_leaves_nothing() {
     let fail = [("StartContainer", Code::Unavailable)];
     let fake = Fake::start(Script {

@@ -11,6 +11,7 @@ mod report;
 mod sample;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use slipway_proto::cri::VersionRequest;
@@ -29,6 +30,8 @@ use report::{Endpoint, Group, Report, TargetResult};
 
 /// Ends at once on SIGTERM, and leaves a process to be told so.
 const DEFAULT_COMMAND: [&str; 3] = ["/bin/sh", "-c", "trap 'exit 0' TERM; sleep 86400 & wait"];
+/// How long a round that was interrupted may still take.
+const ROUND_GRACE: Duration = Duration::from_secs(60);
 const DEFAULT_PULL_LIMIT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -190,14 +193,31 @@ pub async fn bench_interruptible(
 ) -> Result<(), ClientError> {
     let logs = Scratch::new()?;
     let mut report = Report::new();
-    let mut targets = targets(args, global, &logs.path, &mut report).await?;
-    let result = tokio::select! {
-        result = measure(args, &mut targets, &mut report) => result,
-        signal = interrupts.next() => Err(ClientError::Interrupted(signal)),
+    let mut targets = tokio::select! {
+        targets = targets(args, global, &logs.path, &mut report) => targets?,
+        signal = interrupts.next() => return Err(ClientError::Interrupted(signal)),
     };
-    for target in &targets {
-        if let Target::Runtime(bencher) = target {
-            bencher.sweep().await;
+    let stop = AtomicBool::new(false);
+    let result = {
+        let measured = measure(args, &mut targets, &mut report, &stop);
+        tokio::pin!(measured);
+        tokio::select! {
+            result = &mut measured => result,
+            signal = interrupts.next() => {
+                // Runtimes take it ill when a call is cut off: the round is finished first.
+                stop.store(true, Ordering::Relaxed);
+                tokio::select! {
+                    _ = tokio::time::timeout(ROUND_GRACE, &mut measured) => {}
+                    _ = interrupts.next() => {}
+                }
+                Err(ClientError::Interrupted(signal))
+            }
+        }
+    };
+    for target in targets {
+        match target {
+            Target::Runtime(bencher) => bencher.sweep().await,
+            Target::Bare(helper) => helper.end().await,
         }
     }
     result?;
@@ -265,8 +285,16 @@ async fn targets(
             cri,
         }));
     }
-    if let Some(rootfs) = &args.floor {
-        targets.push(Target::Bare(Helper::floor(rootfs, &args.floor_cmd).await?));
+    for (rootfs, cgroups) in args
+        .floor
+        .iter()
+        .flat_map(|rootfs| [(rootfs, true), (rootfs, false)])
+    {
+        targets.push(Target::Bare(Helper::floor(
+            rootfs,
+            &args.floor_cmd,
+            cgroups,
+        )?));
     }
     for (name, binary) in &args.oci {
         let rootfs = args
@@ -279,7 +307,7 @@ async fn targets(
                 )
             })?;
         let seccomp = args.oci_seccomp.as_deref();
-        let helper = Helper::oci(name, binary, rootfs, &args.floor_cmd, seccomp).await?;
+        let helper = Helper::oci(name, binary, rootfs, &args.floor_cmd, seccomp)?;
         targets.push(Target::Bare(helper));
     }
     Ok(targets)
@@ -289,18 +317,19 @@ async fn measure(
     args: &BenchArgs,
     targets: &mut [Target],
     report: &mut Report,
+    stop: &AtomicBool,
 ) -> Result<(), ClientError> {
     for host_network in args.host_networks() {
-        let group = sequential(args, targets, host_network).await?;
+        let group = sequential(args, targets, host_network, stop).await?;
         report.groups.push(group);
         if args.parallel > 1 {
-            let group = parallel(args, targets, host_network).await?;
+            let group = parallel(args, targets, host_network, stop).await?;
             report.groups.push(group);
         }
     }
     if let Some(pods) = args.memory.filter(|&pods| pods > 0) {
         let host_network = args.network != Networks::Cni;
-        for target in targets {
+        for target in targets.iter().filter(|_| !stop.load(Ordering::Relaxed)) {
             if let Target::Runtime(bencher) = target {
                 let pid = args
                     .processes
@@ -351,10 +380,14 @@ async fn sequential(
     args: &BenchArgs,
     targets: &mut [Target],
     host_network: bool,
+    stop: &AtomicBool,
 ) -> Result<Group, ClientError> {
     let mut group = Group::new(host_network, 1, results(targets));
     for round in 0..args.warmup + args.pods {
         let warm = round < args.warmup;
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
         progress("sequential", host_network, round, args.warmup + args.pods);
         for index in order(targets.len()) {
             let into = &mut group.results[index];
@@ -380,12 +413,16 @@ async fn parallel(
     args: &BenchArgs,
     targets: &mut [Target],
     host_network: bool,
+    stop: &AtomicBool,
 ) -> Result<Group, ClientError> {
     let mut group = Group::new(host_network, args.parallel, results(targets));
     let batches = args.pods.div_ceil(args.parallel);
     let warmup = args.warmup.min(1);
     for round in 0..warmup + batches {
         let warm = round < warmup;
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
         progress("parallel", host_network, round, warmup + batches);
         for index in order(targets.len()) {
             let Target::Runtime(bencher) = &targets[index] else {

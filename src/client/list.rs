@@ -236,6 +236,7 @@ pub async fn containers(args: &PsArgs, global: &Global) -> Result<(), ClientErro
         .into_iter()
         .map(|pod| (pod.id, pod.metadata.unwrap_or_default()))
         .collect();
+    name_images(&cri, &mut items).await;
     output::print(&containers_table(&items, &pods, &args.shown).render())
 }
 
@@ -270,6 +271,24 @@ fn keep(args: &PsArgs, container: &Container) -> bool {
         })
         && has_labels(&container.labels, &args.label)
         && state.is_none_or(|state| container.state() == state)
+}
+
+/// Puts the image's first tag where the runtime only tells its id.
+async fn name_images(cri: &Cri, items: &mut [Container]) {
+    // A table with ids is better than none: not a reason to fail.
+    let Ok(response) = cri.list_images(ListImagesRequest { filter: None }).await else {
+        return;
+    };
+    for container in items {
+        let id = shown_image(container);
+        let image = response.images.iter().find(|image| image.id == id);
+        if let (Some(tag), Some(spec)) = (
+            image.and_then(|image| image.repo_tags.first()),
+            container.image.as_mut(),
+        ) {
+            spec.user_specified_image.clone_from(tag);
+        }
+    }
 }
 
 fn shown_image(container: &Container) -> &str {

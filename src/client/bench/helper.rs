@@ -34,6 +34,8 @@ pub struct HelperArgs {
     binary: String,
     #[arg(long)]
     seccomp: Option<PathBuf>,
+    #[arg(long)]
+    no_cgroups: bool,
 }
 
 /// Serves starts on standard input and output until the input ends.
@@ -48,7 +50,7 @@ pub fn helper(args: &HelperArgs) -> Result<(), ClientError> {
     })?;
     match args.kind {
         Kind::Floor => {
-            let mut floor = Floor::new(&rootfs, &args.cmd)?;
+            let mut floor = Floor::new(&rootfs, &args.cmd, !args.no_cgroups)?;
             serve(|host_network| floor.once(host_network))
         }
         Kind::Oci => {
@@ -82,27 +84,30 @@ fn serve(mut once: impl FnMut(bool) -> Result<Duration, ClientError>) -> Result<
 #[derive(Debug)]
 pub struct Helper {
     name: String,
-    // Killed when dropped.
-    _child: Child,
+    // Killed when dropped without an end.
+    child: Child,
     orders: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
 }
 
 impl Helper {
-    /// A helper that starts `cmd` with bare system calls.
+    /// A helper that starts `cmd` with bare system calls, in cgroups of its own or not.
     ///
     /// # Errors
     /// [`ClientError::System`] when it can't be started.
-    pub async fn floor(rootfs: &Path, cmd: &str) -> Result<Helper, ClientError> {
+    pub fn floor(rootfs: &Path, cmd: &str, cgroups: bool) -> Result<Helper, ClientError> {
         let mut command = Self::command("floor", rootfs, cmd);
-        Helper::spawn("floor", &mut command)
+        if cgroups {
+            return Helper::spawn("floor", &mut command);
+        }
+        Helper::spawn("floor without cgroups", command.arg("--no-cgroups"))
     }
 
     /// A helper that has an OCI runtime `run` it.
     ///
     /// # Errors
     /// [`ClientError::System`] when it can't be started.
-    pub async fn oci(
+    pub fn oci(
         name: &str,
         binary: &str,
         rootfs: &Path,
@@ -136,6 +141,8 @@ impl Helper {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
+            // Ctrl-C is ours to hear: a helper cleans up when its orders end.
+            .process_group(0)
             .spawn()
             .map_err(failed)?;
         let missing = || failed(std::io::ErrorKind::BrokenPipe.into());
@@ -144,10 +151,17 @@ impl Helper {
         let answers = BufReader::new(answers).lines();
         Ok(Helper {
             name: name.to_owned(),
-            _child: child,
+            child,
             orders,
             answers,
         })
+    }
+
+    /// Lets the helper clean up and end.
+    pub async fn end(mut self) {
+        drop(self.orders);
+        // One that hangs is killed as it is dropped.
+        let _ = tokio::time::timeout(LIMIT, self.child.wait()).await;
     }
 
     /// Name in reports.
