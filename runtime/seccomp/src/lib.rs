@@ -15,6 +15,8 @@
 //! - `SCMP_CMP_MASKED_EQ` tests `(argument & value) == valueTwo`.
 //! - A rule without conditions beats those with; conditions of one entry must all hold, but two on the same
 //!   argument are alternatives; several entries for one call are alternatives.
+//! - Where such alternatives with different actions both match, libseccomp's order of tests decides
+//!   (`rules`); an unambiguous profile is always taken at its word.
 //! - i386's socket and System V calls are judged in socketcall(2) and ipc(2), too.
 //! - Names that no listed architecture knows have no effect and are reported in [`Filter::unknown`].
 //! - Calls newer than every call that the profile names fail with `ENOSYS`, whatever the default action,

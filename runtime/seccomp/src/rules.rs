@@ -102,13 +102,6 @@ impl Plan {
         for (i, entry) in profile.syscalls().iter().flatten().enumerate() {
             plan.add(entry, &format!("syscalls[{i}]"), stub)?;
         }
-        for abi in &mut plan.abis {
-            for decision in abi.calls.values_mut() {
-                if let Decision::Checks(rules) = decision {
-                    rules.sort_by(in_order);
-                }
-            }
-        }
         Ok(plan)
     }
 
@@ -190,7 +183,9 @@ impl AbiRules {
                             instructions: rules.len() + 1,
                         });
                     }
-                    rules.push(rule);
+                    let wide = self.abi.wide_arguments();
+                    let behind = rules.iter().position(|r| goes_before(&rule, r, wide));
+                    rules.insert(behind.unwrap_or(rules.len()), rule);
                 }
             }
         }
@@ -218,25 +213,45 @@ impl Condition {
     }
 }
 
-/// libseccomp's order of rules: by the first condition that differs; of two that begin alike, the one with
-/// fewer conditions, which covers the other.
-fn in_order(a: &Rule, b: &Rule) -> Ordering {
-    let differing = a
-        .conditions
-        .iter()
-        .zip(&b.conditions)
-        .map(|(x, y)| precedence(y).cmp(&precedence(x)));
-    let first = differing.into_iter().find(|o| o.is_ne());
-    first.unwrap_or_else(|| a.conditions.len().cmp(&b.conditions.len()))
+/// libseccomp's order of rules: whether `new` is tested before `old`, which came earlier. The first condition
+/// that differs decides; of two rules that begin alike, the one with fewer conditions, which covers the other.
+fn goes_before(new: &Rule, old: &Rule, wide: bool) -> bool {
+    for (n, o) in new.conditions.iter().zip(&old.conditions) {
+        // libseccomp tests the halves of an argument one after the other.
+        for shift in if wide { [32, 0].as_slice() } else { &[0] } {
+            match half(n, *shift).cmp(&half(o, *shift)) {
+                Ordering::Greater => return true,
+                Ordering::Less => return false,
+                // As important, but not the same test: who came first stays first.
+                Ordering::Equal if test(n, *shift) != test(o, *shift) => return false,
+                Ordering::Equal => {}
+            }
+        }
+    }
+    new.conditions.len() < old.conditions.len()
 }
 
-/// libseccomp's order of conditions on one level of its tree; the greatest is tested first.
-fn precedence(c: &Condition) -> (u8, u8, u64) {
+/// How early half of a condition is tested; the greatest is first.
+fn half(c: &Condition, shift: u32) -> (u8, u8, u32) {
+    let value = (c.value >> shift) as u32;
     match c.op {
-        Op::ScmpCmpEq | Op::ScmpCmpNe | Op::ScmpCmpMaskedEq => (c.arg, 3, c.value),
-        Op::ScmpCmpLt | Op::ScmpCmpLe => (c.arg, 2, !c.value),
-        Op::ScmpCmpGe | Op::ScmpCmpGt => (c.arg, 1, c.value),
+        Op::ScmpCmpEq | Op::ScmpCmpNe | Op::ScmpCmpMaskedEq => (c.arg, 3, value),
+        Op::ScmpCmpLt | Op::ScmpCmpLe => (c.arg, 2, !value),
+        Op::ScmpCmpGe | Op::ScmpCmpGt => (c.arg, 1, value),
     }
+}
+
+/// What distinguishes tests of the same value: mask and comparison.
+fn test(c: &Condition, shift: u32) -> (u32, u8) {
+    let comparison = match c.op {
+        Op::ScmpCmpMaskedEq => 0,
+        Op::ScmpCmpEq | Op::ScmpCmpNe => 1,
+        // The upper halves are compared alike.
+        _ if shift > 0 => 2,
+        Op::ScmpCmpLt | Op::ScmpCmpGe => 3,
+        Op::ScmpCmpLe | Op::ScmpCmpGt => 4,
+    };
+    ((c.mask >> shift) as u32, comparison)
 }
 
 /// The rules that one entry's arguments make: one of all conditions, or one each when two look at
