@@ -321,20 +321,18 @@ async fn an_interrupted_bench_ends_its_round_and_leaves_nothing() {
     };
     let (signals, mut interrupts) = Interrupts::fake();
     let global = fake.global();
-    let bench =
-        tokio::spawn(
-            async move { bench::bench_interruptible(&args, &global, &mut interrupts).await },
-        );
-    let under_way = async {
+    let interrupt = async {
         while !fake.state().calls.contains(&"StartContainer") {
             tokio::task::yield_now().await;
         }
+        signals.send("SIGINT").unwrap();
     };
-    tokio::time::timeout(fake.global().timeout, under_way)
+    let bench = Box::pin(bench::bench_interruptible(&args, &global, &mut interrupts));
+    let both = async { tokio::join!(bench, interrupt).0 };
+    let error = tokio::time::timeout(global.timeout, both)
         .await
-        .unwrap();
-    signals.send("SIGINT").unwrap();
-    let error = bench.await.unwrap().unwrap_err();
+        .unwrap()
+        .unwrap_err();
     assert!(
         matches!(error, ClientError::Interrupted("SIGINT")),
         "{error}"

@@ -199,8 +199,7 @@ pub async fn bench_interruptible(
     };
     let stop = AtomicBool::new(false);
     let result = {
-        let measured = measure(args, &mut targets, &mut report, &stop);
-        tokio::pin!(measured);
+        let mut measured = Box::pin(measure(args, &mut targets, &mut report, &stop));
         tokio::select! {
             result = &mut measured => result,
             signal = interrupts.next() => {

@@ -3,8 +3,10 @@
 //! Measured from the first cgroup directory to the success of `execve`, which is what a pod's start is to
 //! the kubelet: directories in every cgroup hierarchy, `clone3` with new mount, UTS, IPC and PID (and
 //! network) namespaces, the child's way into the cgroups, an overlay with `/proc`, `pivot_root`, `execve`.
-//! The way into the first cgroup waits for an RCU grace period in the kernel, some ms on an idle machine:
-//! the same without cgroups is measured beside it. There is no seccomp filter, no capability change, no log and no record: nothing of a runtime.
+//! The cgroups are entered by the ways that don't wait for an RCU grace period in the kernel, as a write to
+//! `cgroup.procs` does for some ms: v2 by `CLONE_INTO_CGROUP`, v1 by the `tasks` file. The same without
+//! cgroups is measured beside it. There is no seccomp filter, no capability change, no log and no record:
+//! nothing of a runtime.
 //!
 //! # The unsafe part
 //! `clone3` without `CLONE_VM` is a fork. The process that calls it may have threads, so that the child
@@ -23,6 +25,9 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 use crate::error::ClientError;
+
+/// From the kernel's `linux/sched.h`; libc's constant has lost its 33rd bit.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Steps of the child, by the number it sends when one fails.
 const STEPS: [&str; 9] = [
@@ -50,8 +55,8 @@ enum Root {
 pub struct Floor {
     rootfs: PathBuf,
     command: CString,
-    /// Mount points of all cgroup hierarchies.
-    hierarchies: Vec<PathBuf>,
+    /// Mount points of all cgroup hierarchies, and whether each is v2.
+    hierarchies: Vec<(PathBuf, bool)>,
     scratch: PathBuf,
     root: Root,
     starts: u64,
@@ -113,11 +118,15 @@ impl Floor {
         self.starts += 1;
         let name = format!("slipway-bench-{}-{}", std::process::id(), self.starts);
         let directory = self.scratch.join(&name);
-        let cgroups: Vec<PathBuf> = self.hierarchies.iter().map(|h| h.join(&name)).collect();
+        let cgroups: Vec<(PathBuf, bool)> = self
+            .hierarchies
+            .iter()
+            .map(|(point, v2)| (point.join(&name), *v2))
+            .collect();
         let started = self.start(&directory, &cgroups, host_network);
         let result = started.and_then(|(took, pid)| wait_for_success(pid).map(|()| took));
         let mut cleaned = Ok(());
-        for cgroup in &cgroups {
+        for (cgroup, _) in &cgroups {
             if let Err(e) = fs::remove_dir(cgroup)
                 && e.kind() != io::ErrorKind::NotFound
             {
@@ -133,14 +142,15 @@ impl Floor {
     fn start(
         &self,
         directory: &Path,
-        cgroups: &[PathBuf],
+        cgroups: &[(PathBuf, bool)],
         host_network: bool,
     ) -> Result<(Duration, libc::pid_t), ClientError> {
         // Text is made ready outside of the measured time: a runtime's text is not the kernel's work.
         let text = |path: PathBuf| c_path(&path);
-        let procs = cgroups
+        let tasks = cgroups
             .iter()
-            .map(|c| text(c.join("cgroup.procs")))
+            .filter(|(_, v2)| !v2)
+            .map(|(cgroup, _)| text(cgroup.join("tasks")))
             .collect::<Result<_, _>>()?;
         let merged = directory.join("merged");
         let path = |leaf: &str| directory.join(leaf).to_string_lossy().into_owned();
@@ -157,7 +167,7 @@ impl Floor {
             flags |= libc::CLONE_NEWNET;
         }
         let child = Child {
-            procs,
+            tasks,
             root: self.root,
             source: c_path(&self.rootfs)?,
             options: c_string(options.as_bytes())?,
@@ -168,15 +178,19 @@ impl Floor {
         };
 
         let began = Instant::now();
-        for cgroup in cgroups {
+        let mut unified = None;
+        for (cgroup, v2) in cgroups {
             make_cgroup(cgroup)?;
+            if *v2 {
+                unified = Some(fs::File::open(cgroup).map_err(file_error("cannot open", cgroup))?);
+            }
         }
         fs::create_dir(directory).map_err(file_error("cannot make", directory))?;
         for leaf in ["upper", "work", "merged"] {
             let leaf = directory.join(leaf);
             fs::create_dir(&leaf).map_err(file_error("cannot make", &leaf))?;
         }
-        let pid = child.fork(flags as u64)?;
+        let pid = child.fork(flags as u64, unified.as_ref())?;
         drop(writer);
         // Ends when execve closes the child's end, or holds the failed step and its errno.
         let mut answer = Vec::new();
@@ -214,8 +228,8 @@ impl Drop for Floor {
     }
 }
 
-/// The mount points of all cgroup hierarchies, v1 and v2.
-fn hierarchies() -> Result<Vec<PathBuf>, ClientError> {
+/// The mount points of all cgroup hierarchies, and whether each is v2.
+fn hierarchies() -> Result<Vec<(PathBuf, bool)>, ClientError> {
     let path = Path::new("/proc/self/mountinfo");
     let text = fs::read_to_string(path).map_err(file_error("cannot read", path))?;
     let mut found = Vec::new();
@@ -225,7 +239,7 @@ fn hierarchies() -> Result<Vec<PathBuf>, ClientError> {
         };
         let kind = right.split(' ').next().unwrap_or_default();
         if let ("cgroup" | "cgroup2", Some(point)) = (kind, left.split(' ').nth(4)) {
-            found.push(PathBuf::from(point));
+            found.push((PathBuf::from(point), kind == "cgroup2"));
         }
     }
     Ok(found)
@@ -272,7 +286,8 @@ fn wait_for_success(pid: libc::pid_t) -> Result<(), ClientError> {
 
 /// All that the child needs, made before it exists.
 struct Child {
-    procs: Vec<CString>,
+    /// The v1 cgroups' files.
+    tasks: Vec<CString>,
     root: Root,
     source: CString,
     options: CString,
@@ -283,13 +298,17 @@ struct Child {
 }
 
 impl Child {
-    fn fork(&self, flags: u64) -> Result<libc::pid_t, ClientError> {
+    fn fork(&self, flags: u64, cgroup: Option<&fs::File>) -> Result<libc::pid_t, ClientError> {
         let argv = [self.command.as_ptr(), ptr::null()];
         let envp = [c"PATH=/usr/bin:/bin".as_ptr(), ptr::null()];
         // SAFETY: clone_args is plain integers, for which zero is a value.
         let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
         args.flags = flags;
         args.exit_signal = libc::SIGCHLD as u64;
+        if let Some(cgroup) = cgroup {
+            args.flags |= CLONE_INTO_CGROUP;
+            args.cgroup = cgroup.as_raw_fd() as u64;
+        }
         // SAFETY: args outlives the call and its size is given. Without CLONE_VM and with no stack named,
         // the child goes on with a copy of this memory, as after fork; the module's invariant covers it.
         let pid = unsafe {
@@ -316,8 +335,8 @@ impl Child {
         // SAFETY: system calls on C strings that live in self, see the module's invariant. libc's thin
         // wrappers neither allocate nor lock.
         unsafe {
-            for procs in &self.procs {
-                let fd = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            for tasks in &self.tasks {
+                let fd = libc::open(tasks.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
                 // "0" is the writer itself.
                 self.check(0, fd >= 0 && libc::write(fd, c"0".as_ptr().cast(), 1) == 1);
                 libc::close(fd);
@@ -457,7 +476,7 @@ mod tests {
         }
         assert_eq!(fs::read_dir(&floor.scratch).unwrap().count(), 0);
         let prefix = format!("slipway-bench-{}-", std::process::id());
-        for hierarchy in &floor.hierarchies {
+        for (hierarchy, _) in &floor.hierarchies {
             for entry in fs::read_dir(hierarchy).unwrap() {
                 let name = entry.unwrap().file_name();
                 assert!(!name.to_string_lossy().starts_with(&prefix), "{name:?}");
