@@ -22,7 +22,7 @@ use crate::confine::{Confinement, chain};
 use crate::limits::{self, LimitError};
 use crate::rootfs::{self, RootfsError};
 use crate::user::{self, UserError};
-use crate::{cgroup_view, sys};
+use crate::{cgroup_view, propagation, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -68,6 +68,9 @@ pub enum CreateError {
         #[source]
         source: io::Error,
     },
+    /// A mount's source.
+    #[error("can't set the propagation of a mount")]
+    Propagation(#[source] io::Error),
     /// The limits.
     #[error(transparent)]
     Limits(#[from] LimitError),
@@ -168,6 +171,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
     cgroup_view::hide(&mut spec, cgroups, cgroup, &dir.join("cgroup"))
         .map_err(in_cgroup("mount the container's view of"))?;
+    propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let config = dir.join("config.json");
     write_spec(&config, &spec)?;
 
@@ -272,14 +276,6 @@ fn for_libcontainer(
         .as_mut()
         .ok_or(CreateError::Incomplete("linux"))?;
     linux.set_seccomp(None);
-    // The names with "r" are containerd's and CRI-O's; libcontainer means the same without.
-    let propagation = linux.rootfs_propagation().as_deref().map(|p| match p {
-        "rshared" => "shared".to_owned(),
-        "rslave" => "slave".to_owned(),
-        "rprivate" => "private".to_owned(),
-        other => other.to_owned(),
-    });
-    linux.set_rootfs_propagation(propagation);
     if let Some(path) = pid_namespace
         && let Some(namespaces) = linux.namespaces_mut()
     {

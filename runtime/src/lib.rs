@@ -16,6 +16,7 @@ mod keeper;
 mod limits;
 pub mod log;
 pub mod loopback;
+mod propagation;
 pub mod removal;
 mod rootfs;
 pub mod sandbox;

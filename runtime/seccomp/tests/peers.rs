@@ -18,12 +18,11 @@ use oci_spec::runtime::{
 };
 use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 use slipway_seccomp::{
-    Abi, CompileOptions, Instruction, Subject, X32_BIT, compile, default_profile, numbers,
-    parse_profile,
+    Abi, CompileOptions, Subject, compile, default_profile, numbers, parse_profile,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use support::{
-    Call, arches_to_ask, arguments_to_ask, bpf, describe, numbers_to_ask,
+    Call, abi_of, arguments_to_ask, bpf, describe, differences,
     oracle::Oracle,
     peer::{Containerd, Peer, RUNC, peers, program_of},
     verdict,
@@ -81,43 +80,6 @@ impl Known {
         );
         Known(known)
     }
-}
-
-fn abi_of(call: &Call) -> Option<Abi> {
-    match (call.arch, call.nr & X32_BIT != 0) {
-        (a, false) if a == Abi::X86_64.audit() => Some(Abi::X86_64),
-        (a, true) if a == Abi::X86_64.audit() => Some(Abi::X32),
-        (a, _) if a == Abi::X86.audit() => Some(Abi::X86),
-        _ => None,
-    }
-}
-
-/// Everything that the two programs see differently, with both answers.
-fn differences(
-    ours: &[Instruction],
-    theirs: &[Instruction],
-    arguments: &[[u64; 6]],
-) -> Vec<(Call, u32, u32)> {
-    let mut out = Vec::new();
-    for arch in arches_to_ask() {
-        for nr in numbers_to_ask() {
-            for args in arguments {
-                let call = Call {
-                    arch,
-                    nr,
-                    args: *args,
-                };
-                let (a, b) = (bpf::run(ours, &call), bpf::run(theirs, &call));
-                if a.ret != b.ret {
-                    out.push((call, a.ret, b.ret));
-                }
-                if !a.looked_at_arguments && !b.looked_at_arguments {
-                    break;
-                }
-            }
-        }
-    }
-    out
 }
 
 /// The rules about names the peer does not know and numbers beyond the newest.
@@ -360,7 +322,10 @@ fn overlapping_rules_mean_the_same() {
                 .expect("a profile")
                 .current();
             // libseccomp takes some contradictions and refuses others.
-            let Ok(theirs) = program_of(peer, &profile) else {
+            let t = std::time::Instant::now();
+            let r = program_of(peer, &profile);
+            eprintln!("{} {:?} {:?}", peer.name, t.elapsed(), r.as_ref().map(|p| p.len()));
+            let Ok(theirs) = r else {
                 refused += 1;
                 assert!(refused < PROFILES, "{} refuses everything", peer.name);
                 continue;

@@ -6,7 +6,7 @@ pub mod oracle;
 pub mod peer;
 
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompArg};
-use slipway_seccomp::{Abi, X32_BIT, numbers};
+use slipway_seccomp::{Abi, Instruction, X32_BIT, numbers};
 
 /// `seccomp_data` but for the instruction pointer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,4 +152,42 @@ fn interesting(arg: &LinuxSeccompArg, out: &mut Vec<u64>) {
             .filter(|bit| v & bit != 0)
             .take(9),
     );
+}
+
+/// The ABI of a call on x86_64.
+pub fn abi_of(call: &Call) -> Option<Abi> {
+    match (call.arch, call.nr & X32_BIT != 0) {
+        (a, false) if a == Abi::X86_64.audit() => Some(Abi::X86_64),
+        (a, true) if a == Abi::X86_64.audit() => Some(Abi::X32),
+        (a, _) if a == Abi::X86.audit() => Some(Abi::X86),
+        _ => None,
+    }
+}
+
+/// Everything that the two programs see differently, with both answers.
+pub fn differences(
+    ours: &[Instruction],
+    theirs: &[Instruction],
+    arguments: &[[u64; 6]],
+) -> Vec<(Call, u32, u32)> {
+    let mut out = Vec::new();
+    for arch in arches_to_ask() {
+        for nr in numbers_to_ask() {
+            for args in arguments {
+                let call = Call {
+                    arch,
+                    nr,
+                    args: *args,
+                };
+                let (a, b) = (bpf::run(ours, &call), bpf::run(theirs, &call));
+                if a.ret != b.ret {
+                    out.push((call, a.ret, b.ret));
+                }
+                if !a.looked_at_arguments && !b.looked_at_arguments {
+                    break;
+                }
+            }
+        }
+    }
+    out
 }

@@ -74,9 +74,22 @@ struct Created<'a> {
 
 impl Drop for Created<'_> {
     fn drop(&mut self) {
-        let deleted = command(self.peer, self.root, &["delete", "--force", &self.id]).status();
-        if !deleted.is_ok_and(|s| s.success()) {
-            eprintln!("{} could not delete container {}", self.peer.name, self.id);
+        // Fails where creating failed; what matters is that nothing stays.
+        let _ = command(self.peer, self.root, &["delete", "--force", &self.id])
+            .stderr(Stdio::null())
+            .status();
+        // A create that fails half way leaves cgroups, and so does crun on hosts with both versions.
+        for hierarchy in fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let group = hierarchy.path().join(&self.id);
+            if group.is_dir()
+                && let Err(e) = fs::remove_dir(&group)
+            {
+                eprintln!("{} left {} behind: {e}", self.peer.name, group.display());
+            }
         }
     }
 }
@@ -120,6 +133,11 @@ pub fn program_of(peer: Peer, profile: &LinuxSeccomp) -> Result<Vec<Instruction>
     let init = rootfs.join("init");
     fs::write(&init, "#!/none\n").map_err(|e| e.to_string())?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
+    let id = format!(
+        "slipway-seccomp-{}-{}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    );
     let none: [&str; 0] = [];
     let config = json!({
         "ociVersion": "1.0.2",
@@ -131,15 +149,10 @@ pub fn program_of(peer: Peer, profile: &LinuxSeccomp) -> Result<Vec<Instruction>
         },
         "root": {"path": "rootfs"},
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
-        "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}], "seccomp": profile},
+        "linux": {"cgroupsPath": format!("/{id}"), "namespaces": [{"type": "mount"}, {"type": "pid"}], "seccomp": profile},
     });
     fs::write(dir.path().join("config.json"), config.to_string()).map_err(|e| e.to_string())?;
 
-    let id = format!(
-        "slipway-seccomp-{}-{}",
-        std::process::id(),
-        COUNT.fetch_add(1, Ordering::Relaxed)
-    );
     let (pid_file, log) = (dir.path().join("pid"), dir.path().join("log"));
     let bundle = dir.path().to_string_lossy().into_owned();
     let args = [
@@ -153,7 +166,7 @@ pub fn program_of(peer: Peer, profile: &LinuxSeccomp) -> Result<Vec<Instruction>
     .map(str::to_owned);
     // Not a pipe: the container's init would hold it open.
     let stderr = File::create(&log).map_err(|e| e.to_string())?;
-    let created = Created {
+    let _created = Created {
         peer,
         root: &root,
         id,
@@ -162,7 +175,6 @@ pub fn program_of(peer: Peer, profile: &LinuxSeccomp) -> Result<Vec<Instruction>
         .stderr(stderr)
         .status();
     if !status.is_ok_and(|s| s.success()) {
-        std::mem::forget(created);
         return Err(format!(
             "{} create: {}",
             peer.name,
