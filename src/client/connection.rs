@@ -118,8 +118,16 @@ impl Cri {
     /// # Errors
     /// [`ClientError::Connect`] and its like, naming the socket.
     pub async fn connect(global: &Global) -> Result<Cri, ClientError> {
-        let image = global.image_endpoint.as_deref();
-        Cri::open(&global.runtime_endpoint, image, global.timeout).await
+        // A variable that is set to nothing means nothing.
+        let image = global
+            .image_endpoint
+            .as_deref()
+            .filter(|endpoint| !endpoint.is_empty());
+        let runtime = match global.runtime_endpoint.as_str() {
+            "" => crate::DEFAULT_ENDPOINT,
+            endpoint => endpoint,
+        };
+        Cri::open(runtime, image, global.timeout).await
     }
 
     /// Connects to a runtime, and to another socket for images when one is given; `timeout` is the

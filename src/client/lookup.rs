@@ -61,7 +61,8 @@ pub async fn containers(cri: &Cri) -> Result<Vec<Container>, ClientError> {
     Ok(response.containers)
 }
 
-/// Finds the one object that `id` means: a whole id wins over a name, a name over an id's beginning.
+/// Finds the one object that `id` means: a whole id wins over a name, a name over an id's beginning, and a
+/// container over a pod of the same name.
 ///
 /// # Errors
 /// [`ClientError::NotFound`], [`ClientError::Ambiguous`], or what the runtime answers.
@@ -117,6 +118,11 @@ fn best(matches: Vec<(Match, Found)>, id: &str, kinds: Kinds) -> Result<Found, C
         .filter(|(r, _)| *r == rank)
         .map(|(_, found)| found)
         .collect();
+    // A pod and its only container may bear one name, as `slipway run` gives it: the container is meant.
+    let container = |found: &Found| matches!(found, Found::Container(_));
+    if rank == Match::Name && best.iter().filter(|found| container(found)).count() == 1 {
+        best.retain(container);
+    }
     match (best.pop(), best.len()) {
         (Some(found), 0) => Ok(found),
         (_, more) => Err(ClientError::Ambiguous {
@@ -183,6 +189,24 @@ mod tests {
             Kinds::Both,
         );
         assert!(matches!(found, Ok(Found::Pod(p)) if p.id == "b"));
+        let both = || {
+            let container = Container {
+                id: "c".into(),
+                ..Default::default()
+            };
+            vec![
+                (Match::Name, Found::Container(container)),
+                (Match::Name, pod("p")),
+            ]
+        };
+        let found = best(both(), "web", Kinds::Both);
+        assert!(matches!(found, Ok(Found::Container(_))));
+        let mut three = both();
+        three.extend(both());
+        assert!(matches!(
+            best(three, "web", Kinds::Both),
+            Err(ClientError::Ambiguous { count: 4, .. })
+        ));
         let two = vec![(Match::Prefix, pod("a1")), (Match::Prefix, pod("a2"))];
         assert!(matches!(
             best(two, "a", Kinds::Both),
