@@ -167,6 +167,27 @@ mod tests {
         assert_eq!(decode(&all).unwrap(), b"onetwo");
     }
 
+    proptest::proptest! {
+        #![proptest_config(proptest::test_runner::Config { failure_persistence: None, ..Default::default() })]
+
+        /// Damage may go unnoticed here, where digests are not looked at, but it never panics.
+        #[test]
+        fn damaged_streams_do_not_panic(
+            at in 0usize..4000,
+            bytes in proptest::collection::vec(proptest::num::u8::ANY, 1..8),
+            seed in 0u64..4,
+        ) {
+            let mut text = crate::testing::noise(3000, seed);
+            text.extend_from_slice(&[b'a'; 3000]);
+            for mut stream in [gzip(&text), zstd(&text)] {
+                let at = 4 + at % (stream.len() - 4);
+                let end = (at + bytes.len()).min(stream.len());
+                stream[at..end].copy_from_slice(&bytes[..end - at]);
+                drop(decode(&stream));
+            }
+        }
+    }
+
     #[test]
     fn broken_streams_are_errors() {
         let text = vec![7; 100_000];

@@ -16,7 +16,7 @@ use crate::layers::Expected;
 use crate::manifest::{self, ConfigFile, Document, IndexEntry, MAX_CONFIG, MAX_MANIFEST};
 use crate::pull::MAX_DEPTH;
 use crate::reference::ImageName;
-use crate::store::{ImageStore, Inner, NewImage, blocking};
+use crate::store::{ImageStore, Inner, NewImage};
 
 mod source;
 
@@ -64,12 +64,14 @@ impl ImageStore {
         let what = format!("the import of {}", path.display());
         let inner = Arc::clone(&self.inner);
         let opened = path.to_path_buf();
-        let (source, mut found) = blocking(what.clone(), move || {
-            let source = Source::open(&opened, &inner.root.join("staging"))?;
-            let found = images(&source, &inner)?;
-            Ok((Arc::new(source), found))
-        })
-        .await?;
+        let (source, mut found) = self
+            .inner
+            .blocking(what.clone(), move || {
+                let source = Source::open(&opened, &inner.root.join("staging"))?;
+                let found = images(&source, &inner)?;
+                Ok((Arc::new(source), found))
+            })
+            .await?;
         if let Some(name) = tag {
             let [image] = found.as_mut_slice() else {
                 return Err(ImageError::BadArchive {
@@ -99,7 +101,7 @@ async fn import_one(
 ) -> Result<Arc<Image>, ImageError> {
     let hold = Arc::new(inner.hold(&found.diff_ids));
     let mut size_bytes = found.config.len() as u64;
-    let mut tasks = JoinSet::new();
+    let (mut tasks, tracker) = (JoinSet::new(), inner);
     for ((file, blob), diff_id) in found.layers.into_iter().zip(&found.diff_ids) {
         size_bytes = size_bytes.saturating_add(match &blob {
             Some((_, size)) => *size,
@@ -110,7 +112,7 @@ async fn import_one(
             diff_id: diff_id.clone(),
         };
         let (inner, source, hold) = (Arc::clone(inner), Arc::clone(source), Arc::clone(&hold));
-        tasks.spawn(async move {
+        let task = async move {
             let lock = inner.lock_layer(&expected.diff_id).await;
             if inner.has_layer(&expected.diff_id) {
                 return Ok(());
@@ -129,7 +131,9 @@ async fn import_one(
                 result
             });
             unpacking.await.map_err(|_| lost())?
-        });
+        };
+        // Tracked, because an aborted task lets go of its hold some time later.
+        tasks.spawn(tracker.tasks.track_future(task));
     }
     while let Some(joined) = tasks.join_next().await {
         joined.map_err(|_| ImageError::Lost {
@@ -150,12 +154,13 @@ async fn import_one(
         },
     };
     let publisher = Arc::clone(inner);
-    blocking(what.to_owned(), move || {
-        let image = publisher.publish(&new);
-        drop(hold);
-        image
-    })
-    .await
+    inner
+        .blocking(what.to_owned(), move || {
+            let image = publisher.publish(&new);
+            drop(hold);
+            image
+        })
+        .await
 }
 
 /// What images a file holds, with their configurations read and verified.

@@ -15,7 +15,7 @@ use crate::meter::Meter;
 use crate::progress::LayerStatus;
 use crate::reference::ImageName;
 use crate::registry::Repository;
-use crate::store::{Hold, Inner, NewImage, blocking};
+use crate::store::{Hold, Inner, NewImage};
 use crate::transfer::{self, CHANNEL, ChannelReader};
 
 /// Indexes within indexes are followed to this depth.
@@ -92,7 +92,8 @@ async fn pull_from(
             index,
             hold: Arc::clone(&hold),
         };
-        tasks.spawn(task.run());
+        // Tracked, because an aborted task lets go of its hold some time later.
+        tasks.spawn(inner.tasks.track_future(task.run()));
     }
     while let Some(joined) = tasks.join_next().await {
         // The first failure ends the others: dropping the set drops their downloads, and their
@@ -112,12 +113,13 @@ async fn pull_from(
         digests: vec![name.with_digest(&resolved.top)],
     };
     let publisher = Arc::clone(inner);
-    blocking(what, move || {
-        let image = publisher.publish(&new);
-        drop(hold);
-        image
-    })
-    .await
+    inner
+        .blocking(what, move || {
+            let image = publisher.publish(&new);
+            drop(hold);
+            image
+        })
+        .await
 }
 
 /// Fetches manifests and indexes until one is this platform's manifest.
@@ -174,10 +176,11 @@ async fn config(
     what: &str,
 ) -> Result<Vec<u8>, ImageError> {
     let (blobs, digest) = (inner.blobs.clone(), descriptor.digest.clone());
-    let known = blocking(what.to_owned(), move || {
-        Ok(blobs.get(&digest, MAX_CONFIG).ok())
-    })
-    .await?;
+    let known = inner
+        .blocking(what.to_owned(), move || {
+            Ok(blobs.get(&digest, MAX_CONFIG).ok())
+        })
+        .await?;
     if let Some(known) = known
         && known.len() as u64 == descriptor.size
     {

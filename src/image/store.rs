@@ -165,10 +165,11 @@ impl ImageStore {
     pub async fn remove(&self, name_or_id: &str) -> Result<(), ImageError> {
         let inner = Arc::clone(&self.inner);
         let name = name_or_id.to_owned();
-        blocking(format!("removal of image {name_or_id}"), move || {
-            inner.remove(&name)
-        })
-        .await
+        self.inner
+            .blocking(format!("removal of image {name_or_id}"), move || {
+                inner.remove(&name)
+            })
+            .await
     }
 
     /// Takes a lease on the image.
@@ -261,18 +262,20 @@ impl Drop for ImageLease {
     }
 }
 
-/// Runs blocking work; a panic in it becomes an error.
-pub(crate) async fn blocking<T: Send + 'static>(
-    what: String,
-    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
-) -> Result<T, ImageError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(_) => Err(ImageError::Lost { what }),
-    }
-}
-
 impl Inner {
+    /// Runs blocking work, which [`ImageStore::idle`] waits for even when nobody else does any more;
+    /// a panic in it becomes an error.
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        what: String,
+        work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        match self.tasks.spawn_blocking(work).await {
+            Ok(result) => result,
+            Err(_) => Err(ImageError::Lost { what }),
+        }
+    }
+
     /// A panic under one of these locks can't leave anything half done, so poison is ignored.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

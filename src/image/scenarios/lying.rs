@@ -350,6 +350,23 @@ async fn a_silent_transfer_is_broken_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_never_answers_is_given_up() {
+    use crate::testing::registry::MUTE;
+    let registry = FakeRegistry::start().await;
+    let name = registry.add("mute", "t", &TestImage::small("mute"));
+    let fixture = Fixture::with(|config| {
+        config.pull_progress_timeout = Duration::from_millis(200);
+        config.registry.request_timeout = Duration::from_millis(300);
+    });
+    for part in ["/manifests/", "/blobs/"] {
+        registry.bend(move |request| request.path.contains(part).then(|| Reply::new(MUTE, "")));
+        let error = fixture.pull(&name).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{}", error.chain());
+        fixture.assert_clean().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_there_and_wrong_names() {
     let fixture = Fixture::new();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -20,6 +20,9 @@ pub(crate) struct Request {
     pub(crate) body: String,
 }
 
+/// As a status: there is no answer, the connection stays open.
+pub(crate) const MUTE: u16 = 0;
+
 #[derive(Debug, Clone)]
 pub(crate) struct Reply {
     pub(crate) status: u16,
@@ -231,6 +234,10 @@ async fn receive(stream: &mut BufReader<TcpStream>) -> Option<Request> {
 
 /// Whether the connection can go on.
 async fn answer(stream: &mut TcpStream, reply: &Reply) -> bool {
+    if reply.status == MUTE {
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        return false;
+    }
     let mut head = format!("HTTP/1.1 {} X\r\n", reply.status);
     for (name, value) in &reply.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
