@@ -199,4 +199,13 @@ mod tests {
         let cli = Cli::try_parse_from(["slipway", "check", "-o", "json", "--config", "/x"]).unwrap();
         assert!(matches!(cli.command, Command::Check(CheckArgs { output: ReportFormat::Json, .. })));
     }
+
+    #[test]
+    fn what_is_written_about_the_configuration_is_what_is_printed() {
+        let printed = Config::default().to_toml_with_docs().unwrap();
+        // "slipway config default" mends both.
+        assert_eq!(printed, include_str!("../hack/packaging/config.toml"));
+        let page = include_str!("../docs/configuration.md");
+        assert!(page.contains(&format!("```toml\n{printed}```")), "docs/configuration.md is behind");
+    }
 }

@@ -112,8 +112,8 @@ fn version(layout: &Layout) -> Finding {
     match layout.version() {
         Version::Unified => Finding::ok(id, what, "v2"),
         Version::Hybrid => Finding::ok(id, what, "v1 with v2 beside it (hybrid)"),
-        Version::V1 => Finding::ok(id, what, "v1 alone")
-            .cost("exec sessions are not killed as one; creation takes some milliseconds more")
+        Version::V1 => Finding::info(id, what, "v1 alone")
+            .cost("processes are killed one by one, again until no new one turns up")
             .fix("boot with systemd.unified_cgroup_hierarchy=1"),
         Version::None => Finding::fail(id, what, format!("nothing is mounted below {TOP}"))
             .cost("no container can be made")
@@ -248,8 +248,8 @@ fn birth_and_death(v2: &Path, privileged: bool) -> Finding {
         Ok(false) => Finding::warn(id, what, "no cgroup.kill")
             .cost("processes are killed one by one, again until no new one turns up")
             .fix(fix),
-        Err(e) => Finding::warn(id, what, format!("no CLONE_INTO_CGROUP: {e}"))
-            .cost("exec sessions fail")
+        Err(e) => Finding::fail(id, what, format!("no CLONE_INTO_CGROUP: {e}"))
+            .cost("no container can be made, and no exec session")
             .fix(fix),
     }
 }

@@ -4,7 +4,7 @@ use crate::finding::{Finding, Status};
 use slipway_config::{Config, RuntimeKind};
 
 /// What the native runtime can't do without.
-const NATIVE: [&str; 12] = [
+const NATIVE: [&str; 13] = [
     "kernel",
     "system-calls",
     "sealed-binary",
@@ -15,6 +15,7 @@ const NATIVE: [&str; 12] = [
     "cgroup",
     "cgroup-controllers",
     "cgroup-make",
+    "cgroup-kill",
     "capabilities",
     "cgroup-driver",
 ];

@@ -52,7 +52,7 @@ fn open_files() -> Option<Finding> {
     Some(if hard < OPEN_FILES {
         Finding::warn(id, what, found)
             .cost("the daemon runs out of descriptors, and containers inherit the limit")
-            .fix("start the daemon with a higher limit (systemd: LimitNOFILE=infinity)")
+            .fix("start the daemon with a higher limit (systemd: LimitNOFILE=1048576)")
     } else {
         Finding::ok(id, what, found)
     })
