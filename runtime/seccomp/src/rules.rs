@@ -7,7 +7,8 @@
 //! - Conditions of one rule must all hold. Two conditions on the *same* argument are two rules.
 //! - Rules with conditions are alternatives. Where two with different actions match one call, the
 //!   order is libseccomp's: higher argument first, equality before ranges, the narrower range first; a rule
-//!   that another merely narrows down beats it.
+//!   that another merely narrows down beats it. (libseccomp 2.5 itself confuses some ranges and loses some
+//!   rules after an inverted test; there the text of the profile decides.)
 
 use crate::{
     CompileOptions, MAX_INSTRUCTIONS, SeccompError,

@@ -269,15 +269,16 @@ fn overlapping() -> impl Strategy<Value = LinuxSeccomp> {
         Op::ScmpCmpMaskedEq,
     ]);
     let values = prop::sample::select(vec![0u64, 1, 5, 6, 0xff, 0x1000, 0xffff_ffff]);
-    // libseccomp 2.5 loses rules that follow on one of these.
-    let inverted = |op| matches!(op, Op::ScmpCmpNe | Op::ScmpCmpLt | Op::ScmpCmpLe);
+    // Among several conditions libseccomp 2.5 gets only these right: it loses rules that follow on an inverted
+    // test, and confuses ranges that have the upper half in common.
+    let sound = |op| matches!(op, Op::ScmpCmpEq | Op::ScmpCmpMaskedEq);
     let arg = (0usize..3, ops, values.clone(), values);
     let args = prop::collection::vec(arg, 0..3).prop_map(move |args| {
         let several = args.len() > 1;
         args.into_iter()
             .map(|(index, op, value, two)| {
-                let op = if several && inverted(op) {
-                    Op::ScmpCmpGe
+                let op = if several && !sound(op) {
+                    Op::ScmpCmpEq
                 } else {
                     op
                 };
@@ -300,7 +301,7 @@ fn overlapping() -> impl Strategy<Value = LinuxSeccomp> {
         entry.set_args(Some(args));
         entry
     });
-    prop::collection::vec(entry, 1..8).prop_map(|entries| {
+    prop::collection::vec(entry, 1..6).prop_map(|entries| {
         let mut profile = LinuxSeccomp::default();
         profile.set_default_action(Action::ScmpActAllow);
         profile.set_architectures(Some(ABIS.map(Abi::to_oci).to_vec()));
@@ -312,7 +313,7 @@ fn overlapping() -> impl Strategy<Value = LinuxSeccomp> {
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn overlapping_rules_mean_the_same() {
-    const PROFILES: usize = 10;
+    const PROFILES: usize = 20;
     for peer in peers() {
         let mut runner = TestRunner::deterministic();
         let (mut compared, mut refused, mut wrong) = (0, 0, 0);
@@ -322,10 +323,7 @@ fn overlapping_rules_mean_the_same() {
                 .expect("a profile")
                 .current();
             // libseccomp takes some contradictions and refuses others.
-            let t = std::time::Instant::now();
-            let r = program_of(peer, &profile);
-            eprintln!("{} {:?} {:?}", peer.name, t.elapsed(), r.as_ref().map(|p| p.len()));
-            let Ok(theirs) = r else {
+            let Ok(theirs) = program_of(peer, &profile) else {
                 refused += 1;
                 assert!(refused < PROFILES, "{} refuses everything", peer.name);
                 continue;

@@ -94,11 +94,11 @@ impl Drop for Created<'_> {
     }
 }
 
-/// A command of the runtime, ended after half a minute, in a mount namespace of its own.
+/// A command of the runtime, ended after 20 s (libseccomp 2.5 loops for ever on some contradictions), in a mount namespace of its own.
 fn command(peer: Peer, root: &Path, args: &[&str]) -> Command {
     let mut command = Command::new("timeout");
     command
-        .args(["--kill-after=5", "30", peer.name, "--root"])
+        .args(["--kill-after=5", "20", peer.name, "--root"])
         .arg(root)
         .args(args);
     command.stdin(Stdio::null()).stdout(Stdio::null());
