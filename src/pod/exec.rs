@@ -38,6 +38,11 @@ impl Node {
                 "ExecSync: argument {arg:?} holds a NUL byte"
             )));
         }
+        let timeout = u64::try_from(timeout).map_err(|_| {
+            PodError::Invalid(format!(
+                "ExecSync: timeout {timeout} must not be negative; 0 is none"
+            ))
+        })?;
         let stage = container.stage();
         if stage != Stage::Running {
             return Err(PodError::WrongState {
@@ -46,10 +51,7 @@ impl Node {
                 needs: "a command can only be executed in a running one",
             });
         }
-        let timeout = u64::try_from(timeout)
-            .ok()
-            .filter(|s| *s > 0)
-            .map(Duration::from_secs);
+        let timeout = Some(timeout).filter(|s| *s > 0).map(Duration::from_secs);
         let limit = usize::try_from(self.config().limits.exec_output.bytes()).unwrap_or(usize::MAX);
         let args = command.into_iter().map(String::into_bytes).collect();
         let result = container

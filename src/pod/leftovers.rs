@@ -23,12 +23,17 @@ pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
     let Some(relative) = plain(cgroup) else {
         return Ok(());
     };
+    let dirs: Vec<_> = hierarchies()
+        .into_iter()
+        .map(|root| root.join(relative))
+        .collect();
+    // All of them first: what is frozen in one hierarchy dies in the others only when it is thawed.
+    for dir in &dirs {
+        kill_all(dir);
+    }
     let mut problems = Vec::new();
-    for root in hierarchies() {
-        let dir = root.join(relative);
-        if dir.is_dir()
-            && let Err(e) = empty_and_remove(&dir)
-        {
+    for dir in dirs.iter().filter(|dir| dir.is_dir()) {
+        if let Err(e) = empty_and_remove(dir) {
             problems.push(format!("cgroup {}: {e}", dir.display()));
         }
     }
@@ -47,17 +52,27 @@ fn plain(cgroup: &str) -> Option<&str> {
     (!relative.is_empty() && relative.split('/').all(part)).then_some(relative)
 }
 
+/// Sends SIGKILL to every process in a cgroup and below.
+fn kill_all(dir: &Path) {
+    // v2 does it in one write, whatever forks meanwhile, frozen or not.
+    if std::fs::write(dir.join("cgroup.kill"), "1").is_ok() {
+        return;
+    }
+    each_below(dir, &mut |d| {
+        for pid in processes(d) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        // The file is there in v1's freezer hierarchy only.
+        if d.join("freezer.state").exists() {
+            let _ = std::fs::write(d.join("freezer.state"), "THAWED");
+        }
+    });
+}
+
 fn empty_and_remove(dir: &Path) -> io::Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
-        // v2 does it in one write, whatever forks meanwhile.
-        if std::fs::write(dir.join("cgroup.kill"), "1").is_err() {
-            each_below(dir, &mut |d| {
-                for pid in processes(d) {
-                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-                }
-            });
-        }
+        kill_all(dir);
         let mut result = Ok(());
         each_below(dir, &mut |d| match std::fs::remove_dir(d) {
             Err(e) if e.kind() != ErrorKind::NotFound => result = Err(e),

@@ -112,7 +112,7 @@ impl Node {
     /// The pod of this id or unique beginning of one; `None` when there is none.
     ///
     /// # Errors
-    /// [`PodError::Ambiguous`].
+    /// [`PodError::Ambiguous`]; [`PodError::Invalid`] for an empty id.
     pub fn find_pod(&self, id: &str) -> Result<Option<Arc<Pod>>, PodError> {
         found(self.pods.find(id), "pod sandbox", id)
     }
@@ -120,7 +120,7 @@ impl Node {
     /// The container of this id or unique beginning of one; `None` when there is none.
     ///
     /// # Errors
-    /// [`PodError::Ambiguous`].
+    /// [`PodError::Ambiguous`]; [`PodError::Invalid`] for an empty id.
     pub fn find_container(&self, id: &str) -> Result<Option<Arc<Container>>, PodError> {
         found(self.containers.find(id), "container", id)
     }
@@ -168,6 +168,9 @@ impl Node {
 }
 
 fn found<T>(found: Found<T>, what: &'static str, id: &str) -> Result<Option<Arc<T>>, PodError> {
+    if id.is_empty() {
+        return Err(PodError::Invalid(format!("the request names no {what}")));
+    }
     match found {
         Found::One(object) => Ok(Some(object)),
         Found::None => Ok(None),
