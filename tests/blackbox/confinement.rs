@@ -314,9 +314,10 @@ async fn as_confined_as_under_runc(env: Env) -> Result<()> {
             .await?;
         let theirs = runc(&env, user, nnp).await?;
         for (report, who) in reports.iter().zip(["init", "exec"]) {
-            for key in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters", "Groups", "SigBlk", "SigIgn", "umask"] {
+            for key in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters", "Groups", "SigBlk", "umask"] {
                 assert_eq!(report.get(key), theirs.get(key), "{key} of {who}, user {user}");
             }
+            assert_eq!(report.ignored_signals(), theirs.ignored_signals(), "{who}, user {user}");
             let files = |r: &probe::Report| r.starting("fd.").iter().map(|(k, _)| (*k).to_owned()).collect::<Vec<_>>();
             assert_eq!(files(report), files(&theirs), "descriptors of {who}");
         }

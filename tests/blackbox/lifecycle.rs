@@ -82,7 +82,12 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
     let container = pod.run(&["probe-root", "exit", "5"], |_| {}).await?;
     assert_eq!(container.exited().await?.exit_code, 5);
     let container = pod
-        .create(&["/bin/probe-root"], |c| container_security(c).run_as_user = Some(cri::Int64Value { value: 1000 }))
+        .create(&["/bin/probe-root"], |c| {
+            let security = container_security(c);
+            security.run_as_user = Some(cri::Int64Value { value: 1000 });
+            // CAP_DAC_OVERRIDE would let it, until the execve itself takes it away.
+            security.capabilities = Some(cri::Capability { drop_capabilities: vec!["ALL".into()], ..Default::default() });
+        })
         .await?;
     container.start().await.expect_err("a program of root's, run by another");
     assert_eq!(container.status().await?.exit_code, 126);

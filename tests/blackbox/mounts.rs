@@ -1,9 +1,9 @@
 //! Bind mounts: read-only, recursively, propagation, sources that are not plain.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::MsFlags;
 use tonic::Code;
 
 use crate::harness::*;
@@ -27,24 +27,6 @@ tests![
 
 fn bind(host: &Path, container: &str) -> cri::Mount {
     cri::Mount { host_path: host.display().to_string(), container_path: container.into(), ..Default::default() }
-}
-
-/// A tmpfs of the test's own; unmounted when dropped.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    fn new(at: PathBuf, flags: MsFlags) -> Result<Self> {
-        std::fs::create_dir_all(&at)?;
-        mount(Some("blackbox"), &at, Some("tmpfs"), MsFlags::empty(), None::<&str>).context("tmpfs")?;
-        mount(None::<&str>, &at, None::<&str>, flags, None::<&str>).context("propagation")?;
-        Ok(Self(at))
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        umount2(&self.0, MntFlags::MNT_DETACH).ok();
-    }
 }
 
 async fn files_and_directories(env: Env) -> Result<()> {
@@ -97,13 +79,13 @@ async fn recursive_read_only_needs_its_conditions(env: Env) -> Result<()> {
     let dir = env.dir("volume")?;
     let pod = daemon.pod(|_| {}).await?;
     let writable = cri::Mount { recursive_read_only: true, ..bind(&dir, "/data") };
-    refused(pod.try_create(|c| c.mounts = vec![writable.clone()]).await, Code::InvalidArgument, &["/data"]);
+    refused(pod.try_create(|c| c.mounts = vec![writable.clone()]).await, Code::InvalidArgument, &["mounts[0]"]);
     let slave = cri::Mount {
         readonly: true,
         propagation: cri::MountPropagation::PropagationHostToContainer.into(),
         ..writable
     };
-    refused(pod.try_create(|c| c.mounts = vec![slave]).await, Code::InvalidArgument, &["/data"]);
+    refused(pod.try_create(|c| c.mounts = vec![slave]).await, Code::InvalidArgument, &["mounts[0]"]);
     Ok(())
 }
 

@@ -190,7 +190,8 @@ static int syscalls(void) {
 static int writable(int argc, char **argv) {
     for (int i = 0; i < argc; i++) {
         errno = 0;
-        printf("%s %s\n", argv[i], error_name(open(argv[i], O_WRONLY), errno));
+        int file = open(argv[i], O_WRONLY);
+        printf("%s %s\n", argv[i], error_name(file, errno));
     }
     return 0;
 }

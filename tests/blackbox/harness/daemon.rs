@@ -233,7 +233,8 @@ impl Daemon {
 
     /// Names of the directories of pods in the run root.
     pub fn pod_dirs(&self) -> Vec<String> {
-        names(&self.0.env.root.join("r/pods"))
+        // What is being removed has been renamed first.
+        names(&self.0.env.root.join("r/pods")).into_iter().filter(|n| !n.starts_with('.')).collect()
     }
 }
 

@@ -8,17 +8,25 @@ use super::{Env, stage};
 
 /// Everything that is left, one line each.
 pub fn find(env: &Env) -> Vec<String> {
+    let mut left = objects(env);
+    left.extend(processes(env).into_iter().map(|(pid, what)| format!("process {pid} ({what})")));
+    left.extend(sockets(&env.root).into_iter().map(|s| format!("a process that listens at {s}")));
+    left
+}
+
+/// What is left of pods and containers, while the daemon may still run.
+pub fn objects(env: &Env) -> Vec<String> {
     let mut left = Vec::new();
-    left.extend(mounts(&env.root).into_iter().map(|m| format!("mount {m}")));
+    // The run root itself is a mount of the daemon's, which it leaves for the next one.
+    let run_root = env.root.join("r").display().to_string();
+    left.extend(mounts(&env.root).into_iter().filter(|m| *m != run_root).map(|m| format!("mount {m}")));
     for top in stage::cgroup_dirs(&env.cgroup) {
         let below = stage::tree(&top).into_iter().filter(|d| *d != top);
         left.extend(below.map(|d| format!("cgroup {}", d.display())));
     }
-    left.extend(processes(env).into_iter().map(|(pid, what)| format!("process {pid} ({what})")));
-    left.extend(sockets(&env.root).into_iter().map(|s| format!("a process that listens at {s}")));
     for dir in ["r/pods", "state/containers", "net.cache"] {
-        let found = names(&env.root.join(dir)).into_iter().filter(|n| !n.starts_with('.'));
-        left.extend(found.filter(|n| n != "lock").map(|n| format!("directory entry {dir}/{n}")));
+        let found = names(&env.root.join(dir)).into_iter();
+        left.extend(found.filter(|n| n != "lock" && n != ".lock").map(|n| format!("directory entry {dir}/{n}")));
     }
     let addresses = env.root.join(format!("net.addresses/test{}", env.number));
     let addresses = names(&addresses).into_iter().filter(|n| n != "lock" && !n.starts_with("last_reserved_ip"));
@@ -26,8 +34,8 @@ pub fn find(env: &Env) -> Vec<String> {
     left
 }
 
-/// What is left once what was going on has had time to end.
-pub async fn settle(env: &Env) -> Vec<String> {
+/// What is left of this once what was going on has had time to end.
+pub async fn settle(env: &Env, find: fn(&Env) -> Vec<String>) -> Vec<String> {
     let until = tokio::time::Instant::now() + Duration::from_secs(5);
     loop {
         let left = find(env);

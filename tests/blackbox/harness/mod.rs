@@ -129,6 +129,32 @@ impl Env {
     }
 }
 
+/// A tmpfs of the test's own; unmounted when dropped.
+pub struct Tmpfs(pub PathBuf);
+
+impl Tmpfs {
+    /// Mounts one with this propagation.
+    pub fn new(at: PathBuf, propagation: nix::mount::MsFlags) -> Result<Self> {
+        Self::sized(at, propagation, "100%")
+    }
+
+    /// One that is full after so many bytes.
+    pub fn sized(at: PathBuf, propagation: nix::mount::MsFlags, size: &str) -> Result<Self> {
+        use nix::mount::{MsFlags, mount};
+        std::fs::create_dir_all(&at)?;
+        let options = format!("size={size}");
+        mount(Some("blackbox"), &at, Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).context("tmpfs")?;
+        mount(None::<&str>, &at, None::<&str>, propagation, None::<&str>).context("propagation")?;
+        Ok(Self(at))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).ok();
+    }
+}
+
 /// Asks again until the answer is there; `what` is waited for in vain after `limit`.
 pub async fn eventually<T, F>(what: &str, limit: Duration, mut ask: impl FnMut() -> F) -> Result<T>
 where

@@ -52,6 +52,12 @@ impl Report {
         u64::from_str_radix(self.get(set), 16).expect("a mask in hexadecimal")
     }
 
+    /// Signals that are ignored, but for the two that glibc keeps for itself and lets nobody change.
+    #[track_caller]
+    pub fn ignored_signals(&self) -> u64 {
+        self.caps("SigIgn") & !(1 << 31 | 1 << 32)
+    }
+
     /// Keys that begin like this, with their values.
     pub fn starting(&self, prefix: &str) -> Vec<(&str, &str)> {
         self.values.iter().filter(|(k, _)| k.starts_with(prefix)).map(|(k, v)| (k.as_str(), v.as_str())).collect()

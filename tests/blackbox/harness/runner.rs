@@ -91,11 +91,10 @@ async fn one(test: Test, env: Env) -> Outcome {
         Outcome::Failed(why) => {
             println!("failed  {} ({took:.1}s)\n{}", short(test.name), indent(why));
             for daemon in env.daemons() {
-                println!("    the daemon's last words:\n{}", indent(&daemon.last_words()));
+                println!("    the daemon's last words ({}):\n{}", keep_log(&test, &daemon), indent(&daemon.last_words()));
             }
         }
     }
-    // Kept when it failed and somebody wants to look: --jobs 1 and a shell in the namespaces.
     std::fs::remove_dir_all(&env.root).ok();
     outcome
 }
@@ -136,7 +135,7 @@ async fn watched(test: Test, env: &Env) -> Outcome {
             problems.push(format!("ending the daemon: {error:#}"));
         }
     }
-    let found = leaks::settle(env).await;
+    let found = leaks::settle(env, leaks::find).await;
     if !found.is_empty() {
         problems.push(format!("left behind:\n{}", found.join("\n")));
     }
@@ -145,6 +144,16 @@ async fn watched(test: Test, env: &Env) -> Outcome {
         Outcome::Passed if !problems.is_empty() => Outcome::Failed(problems.join("\n")),
         Outcome::Failed(why) if !problems.is_empty() => Outcome::Failed(format!("{why}\nand {}", problems.join("\n"))),
         outcome => outcome,
+    }
+}
+
+/// Copies the log of a failed test's daemon to where it outlives the run; where that is.
+fn keep_log(test: &Test, daemon: &super::Daemon) -> String {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("failed");
+    let to = dir.join(format!("{}.log", short(test.name)));
+    match std::fs::create_dir_all(&dir).and_then(|()| std::fs::copy(daemon.log_file(), &to)) {
+        Ok(_) => format!("all of them: {}", to.display()),
+        Err(error) => format!("all of them are lost: {error}"),
     }
 }
 

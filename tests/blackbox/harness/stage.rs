@@ -135,7 +135,7 @@ impl Registry {
         let mut child = Command::new(repository.join("hack/test-image"))
             .arg("serve")
             .arg(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("test-images"))
-            .args(["--port", &port(REGISTRY), "--auth-port", &port(LOGIN_REGISTRY)])
+            .args(["--port", &port(REGISTRY), "--auth-port", &port(LOGIN_REGISTRY), "--data", "/run/registry"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
