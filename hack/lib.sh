@@ -82,25 +82,3 @@ end_process() {
     wait "$pid" 2>/dev/null || true
 }
 
-# Removes the cgroups under a name of ours in every hierarchy, deepest first, killing what still runs there.
-remove_cgroups() {
-    local name=$1 top dir pid i
-    [ -n "$name" ] || return 0
-    for ((i = 0; i < 50; i++)); do
-        local left=
-        for top in /sys/fs/cgroup /sys/fs/cgroup/*; do
-            [ -d "$top/$name" ] || continue
-            find "$top/$name" -name cgroup.procs -exec cat {} + 2>/dev/null | while read -r pid; do
-                [ "$pid" -gt 1 ] && kill -KILL "$pid" 2>/dev/null || true
-            done
-            find "$top/$name" -depth -type d -print0 2>/dev/null | while IFS= read -r -d '' dir; do
-                rmdir "$dir" 2>/dev/null || true
-            done
-            [ ! -d "$top/$name" ] || left=1
-        done
-        [ -n "$left" ] || return 0
-        sleep 0.1
-    done
-    printf 'cgroups named %s are left\n' "$name" >&2
-    return 1
-}

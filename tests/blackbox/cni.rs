@@ -51,16 +51,41 @@ async fn refuses(daemon: &Daemon, names: &[&str]) -> Result<tonic::Status> {
     let mut last = None;
     // Twice: a name that were still reserved would change the second answer.
     for _ in 0..2 {
-        let status = daemon.run_pod(config.clone()).await.map(|p| p.id).expect_err("a pod without a network");
-        assert!(matches!(status.code(), Code::Internal | Code::Unavailable | Code::DeadlineExceeded | Code::FailedPrecondition), "{status}");
+        let status = daemon
+            .run_pod(config.clone())
+            .await
+            .map(|p| p.id)
+            .expect_err("a pod without a network");
+        assert!(
+            matches!(
+                status.code(),
+                Code::Internal
+                    | Code::Unavailable
+                    | Code::DeadlineExceeded
+                    | Code::FailedPrecondition
+            ),
+            "{status}"
+        );
         for name in names {
-            assert!(status.message().contains(name), "{name:?} is not in {:?}", status.message());
+            assert!(
+                status.message().contains(name),
+                "{name:?} is not in {:?}",
+                status.message()
+            );
         }
-        assert_eq!(leaks::settle(daemon.env(), leaks::objects).await, Vec::<String>::new());
+        assert_eq!(
+            leaks::settle(daemon.env(), leaks::objects).await,
+            Vec::<String>::new()
+        );
         assert_eq!(daemon.pod_dirs(), Vec::<String>::new());
         last = Some(status);
     }
-    let pods = daemon.runtime().list_pod_sandbox(cri::ListPodSandboxRequest::default()).await?.into_inner().items;
+    let pods = daemon
+        .runtime()
+        .list_pod_sandbox(cri::ListPodSandboxRequest::default())
+        .await?
+        .into_inner()
+        .items;
     assert_eq!(pods, []);
     last.context("no answer")
 }
@@ -68,38 +93,77 @@ async fn refuses(daemon: &Daemon, names: &[&str]) -> Result<tonic::Status> {
 const OK: &str = r#"{"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": "x"}], "ips": [{"address": "10.9.8.7/24", "interface": 0}]}"#;
 
 async fn a_plugin_that_fails(env: Env) -> Result<()> {
-    plugin(&env, "failing", r#"[ "$CNI_COMMAND" = ADD ] || exit 0; echo '{"cniVersion": "1.0.0", "code": 100, "msg": "no more addresses", "details": "the pool is empty"}'; exit 1"#)?;
+    plugin(
+        &env,
+        "failing",
+        r#"[ "$CNI_COMMAND" = ADD ] || exit 0; echo '{"cniVersion": "1.0.0", "code": 100, "msg": "no more addresses", "details": "the pool is empty"}'; exit 1"#,
+    )?;
     let daemon = with_plugins(&env, &[serde_json::json!({"type": "failing"})]).await?;
-    refuses(&daemon, &["failing", "no more addresses", "the pool is empty"]).await?;
+    refuses(
+        &daemon,
+        &["failing", "no more addresses", "the pool is empty"],
+    )
+    .await?;
     // One that only says so on standard error.
-    plugin(&env, "failing", r#"[ "$CNI_COMMAND" = ADD ] || exit 0; echo "words on standard error" >&2; exit 7"#)?;
+    plugin(
+        &env,
+        "failing",
+        r#"[ "$CNI_COMMAND" = ADD ] || exit 0; echo "words on standard error" >&2; exit 7"#,
+    )?;
     refuses(&daemon, &["failing", "words on standard error"]).await?;
     Ok(())
 }
 
 async fn a_plugin_that_prints_rubbish(env: Env) -> Result<()> {
     let daemon = with_plugins(&env, &[serde_json::json!({"type": "rubbish"})]).await?;
-    for rubbish in ["no JSON at all", "{", "[]", r#"{"cniVersion": "1.0.0", "ips": [{"address": "not an address"}]}"#] {
-        plugin(&env, "rubbish", &format!("[ \"$CNI_COMMAND\" = ADD ] || exit 0; echo '{rubbish}'"))?;
+    for rubbish in [
+        "no JSON at all",
+        "{",
+        "[]",
+        r#"{"cniVersion": "1.0.0", "ips": [{"address": "not an address"}]}"#,
+    ] {
+        plugin(
+            &env,
+            "rubbish",
+            &format!("[ \"$CNI_COMMAND\" = ADD ] || exit 0; echo '{rubbish}'"),
+        )?;
         refuses(&daemon, &["rubbish"]).await?;
     }
     // Without end.
-    plugin(&env, "rubbish", "[ \"$CNI_COMMAND\" = ADD ] || exit 0; while :; do echo aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa; done")?;
+    plugin(
+        &env,
+        "rubbish",
+        "[ \"$CNI_COMMAND\" = ADD ] || exit 0; while :; do echo aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa; done",
+    )?;
     refuses(&daemon, &["rubbish"]).await?;
     Ok(())
 }
 
 async fn a_plugin_that_hangs(env: Env) -> Result<()> {
-    plugin(&env, "hanging", "[ \"$CNI_COMMAND\" = ADD ] || exit 0; echo $$ >\"$(dirname \"$0\")/pid\"; sleep 3333 & sleep 4444")?;
+    plugin(
+        &env,
+        "hanging",
+        "[ \"$CNI_COMMAND\" = ADD ] || exit 0; echo $$ >\"$(dirname \"$0\")/pid\"; sleep 3333 & sleep 4444",
+    )?;
     let daemon = with_plugins(&env, &[serde_json::json!({"type": "hanging"})]).await?;
     let began = Instant::now();
     refuses(&daemon, &["hanging", "3 s"]).await?;
-    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        began.elapsed()
+    );
     let pid = read(env.root.join("plugins/pid"))?;
-    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "the plugin still runs");
+    assert!(
+        !std::path::Path::new(&format!("/proc/{pid}")).exists(),
+        "the plugin still runs"
+    );
     // Nor do its children.
     let all = output("ps", &["-eo", "args"]).await?;
-    assert!(!all.contains("sleep 3333") && !all.contains("sleep 4444"), "{all}");
+    assert!(
+        !all.contains("sleep 3333") && !all.contains("sleep 4444"),
+        "{all}"
+    );
     Ok(())
 }
 
@@ -111,33 +175,84 @@ async fn a_plugin_that_is_missing(env: Env) -> Result<()> {
 
 async fn a_later_plugin_that_fails(env: Env) -> Result<()> {
     let log = env.root.join("calls");
-    let note = format!("echo \"$(basename \"$0\") $CNI_COMMAND\" >>'{}'", log.display());
-    plugin(&env, "first", &format!("{note}; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}'; exit 0"))?;
-    plugin(&env, "second", &format!("{note}; [ \"$CNI_COMMAND\" = ADD ] || exit 0; echo '{{\"code\": 11, \"msg\": \"try later\"}}'; exit 1"))?;
-    let daemon = with_plugins(&env, &[serde_json::json!({"type": "first"}), serde_json::json!({"type": "second"})]).await?;
+    let note = format!(
+        "echo \"$(basename \"$0\") $CNI_COMMAND\" >>'{}'",
+        log.display()
+    );
+    plugin(
+        &env,
+        "first",
+        &format!("{note}; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}'; exit 0"),
+    )?;
+    plugin(
+        &env,
+        "second",
+        &format!(
+            "{note}; [ \"$CNI_COMMAND\" = ADD ] || exit 0; echo '{{\"code\": 11, \"msg\": \"try later\"}}'; exit 1"
+        ),
+    )?;
+    let daemon = with_plugins(
+        &env,
+        &[
+            serde_json::json!({"type": "first"}),
+            serde_json::json!({"type": "second"}),
+        ],
+    )
+    .await?;
     refuses(&daemon, &["second", "try later"]).await?;
     // What the first had done was undone, the last first.
-    let calls: String = read(&log)?.lines().filter(|l| !l.ends_with("VERSION")).map(|l| format!("{l}\n")).collect();
-    assert!(calls.starts_with("first ADD\nsecond ADD\nsecond DEL\nfirst DEL"), "{calls}");
+    let calls: String = read(&log)?
+        .lines()
+        .filter(|l| !l.ends_with("VERSION"))
+        .map(|l| format!("{l}\n"))
+        .collect();
+    assert!(
+        calls.starts_with("first ADD\nsecond ADD\nsecond DEL\nfirst DEL"),
+        "{calls}"
+    );
     Ok(())
 }
 
 async fn a_delete_that_fails_is_tried_again(env: Env) -> Result<()> {
     let log = env.root.join("calls");
-    let note = format!("echo \"$(basename \"$0\") $CNI_COMMAND\" >>'{}'", log.display());
-    plugin(&env, "good", &format!("{note}; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}'; exit 0"))?;
+    let note = format!(
+        "echo \"$(basename \"$0\") $CNI_COMMAND\" >>'{}'",
+        log.display()
+    );
+    plugin(
+        &env,
+        "good",
+        &format!("{note}; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}'; exit 0"),
+    )?;
     let broken = env.root.join("broken");
     std::fs::write(&broken, "")?;
     plugin(
         &env,
         "moody",
-        &format!("{note}; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}' && exit 0; [ -e '{}' ] || exit 0; echo '{{\"code\": 99, \"msg\": \"not in the mood\"}}'; exit 1", broken.display()),
+        &format!(
+            "{note}; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}' && exit 0; [ -e '{}' ] || exit 0; echo '{{\"code\": 99, \"msg\": \"not in the mood\"}}'; exit 1",
+            broken.display()
+        ),
     )?;
-    let daemon = with_plugins(&env, &[serde_json::json!({"type": "good"}), serde_json::json!({"type": "moody"})]).await?;
+    let daemon = with_plugins(
+        &env,
+        &[
+            serde_json::json!({"type": "good"}),
+            serde_json::json!({"type": "moody"}),
+        ],
+    )
+    .await?;
     let pod = daemon.pod(config::own_network).await?;
-    let status = pod.stop().await.expect_err("a DEL that fails is not passed over");
+    let status = pod
+        .stop()
+        .await
+        .expect_err("a DEL that fails is not passed over");
     assert!(status.message().contains("not in the mood"), "{status}");
-    assert!(read(&log)?.contains("good DEL"), "DEL is run for everything even when one step fails: {}", read(&log)?);
+    assert!(
+        read(&log)?.contains("good DEL"),
+        "DEL is run for everything even when one step fails: {}",
+        read(&log)?
+    );
     // Not READY, though: its containers are stopped, and the kubelet asks again.
     std::fs::remove_file(&broken)?;
     pod.stop().await?;
@@ -151,14 +266,21 @@ async fn plugins_get_what_the_specification_says(env: Env) -> Result<()> {
     plugin(
         &env,
         "telling",
-        &format!("env | grep ^CNI_ | sort >'{0}/'$CNI_COMMAND.env; cat >'{0}/'$CNI_COMMAND.json; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}'; exit 0", dir.display()),
+        &format!(
+            "env | grep ^CNI_ | sort >'{0}/'$CNI_COMMAND.env; cat >'{0}/'$CNI_COMMAND.json; [ \"$CNI_COMMAND\" = ADD ] && echo '{OK}'; exit 0",
+            dir.display()
+        ),
     )?;
     let capable = serde_json::json!({"type": "telling", "own": {"key": [1, 2]}, "capabilities": {"portMappings": true}});
     let daemon = with_plugins(&env, &[capable]).await?;
     let pod = daemon
         .pod(|c| {
             config::own_network(c);
-            c.port_mappings = vec![cri::PortMapping { container_port: 80, host_port: 8080, ..Default::default() }];
+            c.port_mappings = vec![cri::PortMapping {
+                container_port: 80,
+                host_port: 8080,
+                ..Default::default()
+            }];
         })
         .await?;
     let told = pod.status().await?.network.context("network")?.ip;
@@ -180,20 +302,41 @@ async fn plugins_get_what_the_specification_says(env: Env) -> Result<()> {
         ] {
             assert!(text.contains(&wanted), "{verb}: {wanted} is not in {text}");
         }
-        let config: serde_json::Value = serde_json::from_str(&read(dir.join(format!("{verb}.json")))?)?;
+        let config: serde_json::Value =
+            serde_json::from_str(&read(dir.join(format!("{verb}.json")))?)?;
         assert_eq!(config["name"], "fake");
         assert_eq!(config["cniVersion"], "1.0.0");
         assert_eq!(config["own"]["key"], serde_json::json!([1, 2]));
-        assert_eq!(config["runtimeConfig"]["portMappings"][0]["hostPort"], 8080, "{verb}");
-        assert_eq!(config["prevResult"].is_object(), verb == "DEL", "{verb}: {config}");
+        assert_eq!(
+            config["runtimeConfig"]["portMappings"][0]["hostPort"], 8080,
+            "{verb}"
+        );
+        assert_eq!(
+            config["prevResult"].is_object(),
+            verb == "DEL",
+            "{verb}: {config}"
+        );
     }
     Ok(())
 }
 
 async fn network_ready(daemon: &Daemon) -> Result<(bool, String)> {
-    let status = daemon.runtime().status(cri::StatusRequest::default()).await?.into_inner().status.context("status")?;
-    let condition = status.conditions.into_iter().find(|c| c.r#type == "NetworkReady").context("NetworkReady")?;
-    Ok((condition.status, format!("{} {}", condition.reason, condition.message)))
+    let status = daemon
+        .runtime()
+        .status(cri::StatusRequest::default())
+        .await?
+        .into_inner()
+        .status
+        .context("status")?;
+    let condition = status
+        .conditions
+        .into_iter()
+        .find(|c| c.r#type == "NetworkReady")
+        .context("NetworkReady")?;
+    Ok((
+        condition.status,
+        format!("{} {}", condition.reason, condition.message),
+    ))
 }
 
 async fn no_configuration_then_one(env: Env) -> Result<()> {
@@ -202,27 +345,50 @@ async fn no_configuration_then_one(env: Env) -> Result<()> {
     assert!(!ready && words.contains("net.d"), "{words}");
     let mut config = config::pod(&daemon);
     config::own_network(&mut config);
-    let status = daemon.run_pod(config.clone()).await.map(|p| p.id).expect_err("no network");
-    assert!(matches!(status.code(), Code::Unavailable | Code::FailedPrecondition), "{status}");
-    std::fs::write(env.root.join("net.d/10-test.conflist"), config::conflist(&env))?;
-    eventually("NetworkReady", Duration::from_secs(10), || async { Ok(network_ready(&daemon).await?.0.then_some(())) }).await?;
+    let status = daemon
+        .run_pod(config.clone())
+        .await
+        .map(|p| p.id)
+        .expect_err("no network");
+    assert!(
+        matches!(status.code(), Code::Unavailable | Code::FailedPrecondition),
+        "{status}"
+    );
+    std::fs::write(
+        env.root.join("net.d/10-test.conflist"),
+        config::conflist(&env),
+    )?;
+    eventually("NetworkReady", Duration::from_secs(10), || async {
+        Ok(network_ready(&daemon).await?.0.then_some(()))
+    })
+    .await?;
     daemon.run_pod(config).await?;
     std::fs::remove_file(env.root.join("net.d/10-test.conflist"))?;
-    eventually("NetworkReady to be false", Duration::from_secs(10), || async {
-        Ok((!network_ready(&daemon).await?.0).then_some(()))
-    })
+    eventually(
+        "NetworkReady to be false",
+        Duration::from_secs(10),
+        || async { Ok((!network_ready(&daemon).await?.0).then_some(())) },
+    )
     .await?;
     // A pod that is there can be taken down all the same: DEL gets the configuration that ADD had.
     daemon.remove_everything().await
 }
 
 async fn a_broken_configuration(env: Env) -> Result<()> {
-    let daemon = env.daemon_with(|s| s.cni = Some("{ not JSON".to_owned())).await?;
+    let daemon = env
+        .daemon_with(|s| s.cni = Some("{ not JSON".to_owned()))
+        .await?;
     let (ready, words) = network_ready(&daemon).await?;
     assert!(!ready && words.contains("10-test.conflist"), "{words}");
     // The next file in name order is used.
-    std::fs::write(env.root.join("net.d/20-test.conflist"), config::conflist(&env))?;
-    eventually("NetworkReady", Duration::from_secs(10), || async { Ok(network_ready(&daemon).await?.0.then_some(())) }).await
+    std::fs::write(
+        env.root.join("net.d/20-test.conflist"),
+        config::conflist(&env),
+    )?;
+    eventually("NetworkReady", Duration::from_secs(10), || async {
+        Ok(network_ready(&daemon).await?.0.then_some(()))
+    })
+    .await
 }
 
 async fn host_network_needs_no_plugin(env: Env) -> Result<()> {

@@ -18,13 +18,26 @@ tests![
 async fn from_created_to_removed(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let container = pod.create(&["sh", "-c", "echo ran; exit 0"], |_| {}).await?;
-    assert_eq!(container.status().await?.state(), cri::ContainerState::ContainerCreated);
-    assert_eq!(container.lines()?, [], "it must not run before StartContainer");
+    let container = pod
+        .create(&["sh", "-c", "echo ran; exit 0"], |_| {})
+        .await?;
+    assert_eq!(
+        container.status().await?.state(),
+        cri::ContainerState::ContainerCreated
+    );
+    assert_eq!(
+        container.lines()?,
+        [],
+        "it must not run before StartContainer"
+    );
     container.start().await?;
     let status = container.exited().await?;
     assert_eq!((status.exit_code, status.reason.as_str()), (0, "Completed"));
-    assert!(status.created_at > 0 && status.started_at >= status.created_at && status.finished_at >= status.started_at);
+    assert!(
+        status.created_at > 0
+            && status.started_at >= status.created_at
+            && status.finished_at >= status.started_at
+    );
     assert_eq!(container.stdout()?, "ran\n");
     container.remove().await?;
     refused(container.status().await, Code::NotFound, &[&container.id]);
@@ -35,8 +48,16 @@ async fn from_created_to_removed(env: Env) -> Result<()> {
 async fn exit_codes_and_reasons(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    for (code, reason) in [(0, "Completed"), (1, "Error"), (42, "Error"), (127, "Error"), (255, "Error")] {
-        let container = pod.run(&["probe", "exit", &code.to_string()], |_| {}).await?;
+    for (code, reason) in [
+        (0, "Completed"),
+        (1, "Error"),
+        (42, "Error"),
+        (127, "Error"),
+        (255, "Error"),
+    ] {
+        let container = pod
+            .run(&["probe", "exit", &code.to_string()], |_| {})
+            .await?;
         let status = container.exited().await?;
         assert_eq!((status.exit_code, status.reason.as_str()), (code, reason));
     }
@@ -48,7 +69,10 @@ async fn ended_by_a_signal(env: Env) -> Result<()> {
     // Process 1 of a PID namespace only dies of a signal from outside.
     let container = daemon.run(&["sleep", "1000"]).await?;
     let pid = container.pid()?;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
     let status = container.exited().await?;
     assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
     Ok(())
@@ -71,10 +95,22 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
         let status = container.start().await.expect_err(command);
         assert!(status.message().contains(command), "{status}");
         let status = container.status().await?;
-        assert_eq!(status.state(), cri::ContainerState::ContainerExited, "{command}");
-        assert!(codes.contains(&status.exit_code), "{command}: exit code {}", status.exit_code);
+        assert_eq!(
+            status.state(),
+            cri::ContainerState::ContainerExited,
+            "{command}"
+        );
+        assert!(
+            codes.contains(&status.exit_code),
+            "{command}: exit code {}",
+            status.exit_code
+        );
         assert_eq!(status.reason, "ContainerCannotRun", "{command}");
-        assert!(status.message.contains(command), "{command}: {}", status.message);
+        assert!(
+            status.message.contains(command),
+            "{command}: {}",
+            status.message
+        );
         assert!(status.finished_at > 0);
         container.remove().await?;
     }
@@ -86,10 +122,16 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
             let security = container_security(c);
             security.run_as_user = Some(cri::Int64Value { value: 1000 });
             // CAP_DAC_OVERRIDE would let it, until the execve itself takes it away.
-            security.capabilities = Some(cri::Capability { drop_capabilities: vec!["ALL".into()], ..Default::default() });
+            security.capabilities = Some(cri::Capability {
+                drop_capabilities: vec!["ALL".into()],
+                ..Default::default()
+            });
         })
         .await?;
-    container.start().await.expect_err("a program of root's, run by another");
+    container
+        .start()
+        .await
+        .expect_err("a program of root's, run by another");
     assert_eq!(container.status().await?.exit_code, 126);
     Ok(())
 }
@@ -97,9 +139,17 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
 async fn a_started_container_does_not_start_again(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let container = daemon.run(&["sleep", "1000"]).await?;
-    refused(container.start().await, Code::FailedPrecondition, &[&container.id[..8]]);
+    refused(
+        container.start().await,
+        Code::FailedPrecondition,
+        &[&container.id[..8]],
+    );
     container.stop(0).await?;
-    refused(container.start().await, Code::FailedPrecondition, &[&container.id[..8]]);
+    refused(
+        container.start().await,
+        Code::FailedPrecondition,
+        &[&container.id[..8]],
+    );
     Ok(())
 }
 
@@ -109,24 +159,51 @@ async fn a_removed_container_is_gone(env: Env) -> Result<()> {
     let container = pod.sleeper().await?;
     let pid = container.pid()?;
     container.remove().await?;
-    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "removed by force, it still runs");
+    assert!(
+        !std::path::Path::new(&format!("/proc/{pid}")).exists(),
+        "removed by force, it still runs"
+    );
     refused(container.start().await, Code::NotFound, &[&container.id]);
-    refused(container.exec_limited(&["true"], 1).await, Code::NotFound, &[&container.id]);
-    refused(container.reopen_log().await, Code::NotFound, &[&container.id]);
-    eventually("the cgroup's end", std::time::Duration::from_secs(5), || async {
-        Ok(container.cgroup_dirs().is_empty().then_some(()))
-    })
+    refused(
+        container.exec_limited(&["true"], 1).await,
+        Code::NotFound,
+        &[&container.id],
+    );
+    refused(
+        container.reopen_log().await,
+        Code::NotFound,
+        &[&container.id],
+    );
+    eventually(
+        "the cgroup's end",
+        std::time::Duration::from_secs(5),
+        || async { Ok(container.cgroup_dirs().is_empty().then_some(())) },
+    )
     .await
 }
 
 async fn files_of_a_container_go_with_it(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let container = pod.run(&["sh", "-c", "mkdir -p /a/b && echo x >/a/b/c && chmod 0 /a && sleep 1000"], |_| {}).await?;
+    let container = pod
+        .run(
+            &[
+                "sh",
+                "-c",
+                "mkdir -p /a/b && echo x >/a/b/c && chmod 0 /a && sleep 1000",
+            ],
+            |_| {},
+        )
+        .await?;
     let dir = env.root.join("state/containers").join(&container.id);
     assert!(dir.is_dir(), "{}", dir.display());
     container.remove().await?;
-    eventually("the end of its files", std::time::Duration::from_secs(5), || async { Ok((!dir.exists()).then_some(())) }).await
+    eventually(
+        "the end of its files",
+        std::time::Duration::from_secs(5),
+        || async { Ok((!dir.exists()).then_some(())) },
+    )
+    .await
 }
 
 async fn a_hundred_containers_come_and_go(env: Env) -> Result<()> {
@@ -136,7 +213,9 @@ async fn a_hundred_containers_come_and_go(env: Env) -> Result<()> {
     for n in 0..100 {
         let pod = pod.clone();
         tasks.spawn(async move {
-            let container = pod.run(&["probe", "exit", &(n % 7).to_string()], |_| {}).await?;
+            let container = pod
+                .run(&["probe", "exit", &(n % 7).to_string()], |_| {})
+                .await?;
             let status = container.exited().await?;
             ensure!(status.exit_code == n % 7, "{n}: {}", status.exit_code);
             container.remove().await?;
@@ -146,7 +225,11 @@ async fn a_hundred_containers_come_and_go(env: Env) -> Result<()> {
     while let Some(done) = tasks.join_next().await {
         done??;
     }
-    let all = daemon.runtime().list_containers(cri::ListContainersRequest::default()).await?.into_inner();
+    let all = daemon
+        .runtime()
+        .list_containers(cri::ListContainersRequest::default())
+        .await?
+        .into_inner();
     assert_eq!(all.containers, []);
     Ok(())
 }

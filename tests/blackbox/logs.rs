@@ -23,12 +23,20 @@ tests![alone: nothing_is_lost_or_doubled_over_rotations, a_flood_is_written_whol
 async fn lines_are_in_the_form(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let before = chrono::Utc::now();
-    let container = daemon.run(&["sh", "-c", "echo one; echo two >&2; echo; echo ' three  spaced '"]).await?;
+    let container = daemon
+        .run(&[
+            "sh",
+            "-c",
+            "echo one; echo two >&2; echo; echo ' three  spaced '",
+        ])
+        .await?;
     container.exited().await?;
     let lines = container.lines()?;
     let of = |stream: &str| {
         let lines = lines.iter().filter(|l| l.stream == stream);
-        lines.map(|l| String::from_utf8_lossy(&l.content).into_owned()).collect::<Vec<_>>()
+        lines
+            .map(|l| String::from_utf8_lossy(&l.content).into_owned())
+            .collect::<Vec<_>>()
     };
     assert_eq!(of("stdout"), ["one", "", " three  spaced "]);
     assert_eq!(of("stderr"), ["two"]);
@@ -40,9 +48,19 @@ async fn lines_are_in_the_form(env: Env) -> Result<()> {
     assert!(lines.is_sorted_by_key(|l| l.time));
     // Exactly one space between the parts, nanoseconds in the time.
     let raw = std::fs::read_to_string(&container.log)?;
-    assert!(raw.lines().next().unwrap().ends_with(" stdout F one"), "{raw}");
+    assert!(
+        raw.lines().next().unwrap().ends_with(" stdout F one"),
+        "{raw}"
+    );
     assert!(raw.contains(" stdout F \n"), "an empty line: {raw:?}");
-    assert!(raw.lines().any(|l| l.find('.').is_some_and(|p| l[p + 1..].chars().take_while(char::is_ascii_digit).count() > 6)), "{raw}");
+    assert!(
+        raw.lines().any(|l| l.find('.').is_some_and(|p| l[p + 1..]
+            .chars()
+            .take_while(char::is_ascii_digit)
+            .count()
+            > 6)),
+        "{raw}"
+    );
     Ok(())
 }
 
@@ -50,7 +68,13 @@ async fn long_lines_are_split(env: Env) -> Result<()> {
     const PART: usize = 16 << 10;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    for (length, parts) in [(PART - 1, 1), (PART, 1), (PART + 1, 2), (3 * PART, 3), (100_000, 7)] {
+    for (length, parts) in [
+        (PART - 1, 1),
+        (PART, 1),
+        (PART + 1, 2),
+        (3 * PART, 3),
+        (100_000, 7),
+    ] {
         // A newline in a write of its own comes later than the rest.
         let script = format!("dd if=/dev/zero bs={length} count=1 2>/dev/null | tr '\\0' x; echo");
         let container = pod.run(&["sh", "-c", &script], |_| {}).await?;
@@ -59,10 +83,23 @@ async fn long_lines_are_split(env: Env) -> Result<()> {
         let text = log::bytes(&lines, "stdout");
         assert_eq!(text.len(), length + 1, "of {length}");
         assert!(text[..length].iter().all(|b| *b == b'x') && text[length] == b'\n');
-        assert!(lines.iter().all(|l| l.content.len() <= PART), "longer than 16 KiB");
-        assert!(!lines.last().unwrap().partial, "the last part of a line is F");
-        assert!(lines[..lines.len() - 1].iter().all(|l| l.partial), "all but the last are P");
-        assert!(lines.len() >= parts && lines.len() <= parts + 1, "{length}: {} entries", lines.len());
+        assert!(
+            lines.iter().all(|l| l.content.len() <= PART),
+            "longer than 16 KiB"
+        );
+        assert!(
+            !lines.last().unwrap().partial,
+            "the last part of a line is F"
+        );
+        assert!(
+            lines[..lines.len() - 1].iter().all(|l| l.partial),
+            "all but the last are P"
+        );
+        assert!(
+            lines.len() >= parts && lines.len() <= parts + 1,
+            "{length}: {} entries",
+            lines.len()
+        );
     }
     Ok(())
 }
@@ -72,12 +109,20 @@ async fn a_last_line_without_newline(env: Env) -> Result<()> {
     let container = daemon.run(&["printf", "one\ntwo"]).await?;
     container.exited().await?;
     let lines = container.lines()?;
-    assert_eq!(lines.iter().map(|l| l.content.as_slice()).collect::<Vec<_>>(), [b"one", b"two"]);
+    assert_eq!(
+        lines
+            .iter()
+            .map(|l| l.content.as_slice())
+            .collect::<Vec<_>>(),
+        [b"one", b"two"]
+    );
     assert!(!lines[0].partial);
     // The peers write P, for the line has not ended: a reader must not add a newline.
     assert!(lines[1].partial, "{lines:?}");
     // A prompt is seen while the process goes on.
-    let container = daemon.run(&["sh", "-c", "printf 'login: '; exec sleep 1000"]).await?;
+    let container = daemon
+        .run(&["sh", "-c", "printf 'login: '; exec sleep 1000"])
+        .await?;
     let _ = container;
     Ok(())
 }
@@ -99,8 +144,14 @@ async fn reopened_while_running(env: Env) -> Result<()> {
     let old = container.log.with_extension("old");
     std::fs::rename(&container.log, &old)?;
     container.reopen_log().await?;
-    assert!(container.log.exists(), "the new file is there when the call returns");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(container.pid()?), nix::sys::signal::Signal::SIGUSR1)?;
+    assert!(
+        container.log.exists(),
+        "the new file is there when the call returns"
+    );
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(container.pid()?),
+        nix::sys::signal::Signal::SIGUSR1,
+    )?;
     container.says("second").await?;
     assert_eq!(log::text(&log::read(&old)?, "stdout"), "first\n");
     assert_eq!(container.stdout()?, "second\n");
@@ -122,34 +173,71 @@ async fn reopened_in_every_state(env: Env) -> Result<()> {
     container.reopen_log().await?;
     assert!(container.log.exists());
     assert_eq!(container.lines()?, []);
-    let nobody = Container { id: "nothing".into(), ..container.clone() };
+    let nobody = Container {
+        id: "nothing".into(),
+        ..container.clone()
+    };
     refused(nobody.reopen_log().await, Code::NotFound, &["nothing"]);
     Ok(())
 }
 
 async fn a_removed_file_is_made_again(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let container = daemon.run(&["sh", "-c", "trap 'echo again' USR1; echo up; while :; do sleep 0.1; done"]).await?;
+    let container = daemon
+        .run(&[
+            "sh",
+            "-c",
+            "trap 'echo again' USR1; echo up; while :; do sleep 0.1; done",
+        ])
+        .await?;
     container.says("up").await?;
     std::fs::remove_file(&container.log)?;
     container.reopen_log().await?;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(container.pid()?), nix::sys::signal::Signal::SIGUSR1)?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(container.pid()?),
+        nix::sys::signal::Signal::SIGUSR1,
+    )?;
     container.says("again").await
 }
 
 async fn no_log_path_no_log(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let container = pod.run(&["sh", "-c", "dd if=/dev/zero bs=1M count=8 2>/dev/null; exit 3"], |c| c.log_path.clear()).await?;
-    assert_eq!(container.exited().await?.exit_code, 3, "output that nobody keeps must not block");
-    assert_eq!(daemon::names(std::path::Path::new(&pod.config.log_directory)), Vec::<String>::new());
+    let container = pod
+        .run(
+            &[
+                "sh",
+                "-c",
+                "dd if=/dev/zero bs=1M count=8 2>/dev/null; exit 3",
+            ],
+            |c| c.log_path.clear(),
+        )
+        .await?;
+    assert_eq!(
+        container.exited().await?.exit_code,
+        3,
+        "output that nobody keeps must not block"
+    );
+    assert_eq!(
+        daemon::names(std::path::Path::new(&pod.config.log_directory)),
+        Vec::<String>::new()
+    );
     Ok(())
 }
 
 async fn a_writer_is_not_held_up_by_a_stop(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let container = pod.run(&["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"], |_| {}).await?;
+    let container = pod
+        .run(
+            &[
+                "sh",
+                "-c",
+                "trap '' TERM; echo up; while :; do sleep 0.1; done",
+            ],
+            |_| {},
+        )
+        .await?;
     container.says("up").await?;
     let stop = tokio::spawn({
         let container = container.clone();
@@ -161,7 +249,11 @@ async fn a_writer_is_not_held_up_by_a_stop(env: Env) -> Result<()> {
     std::fs::rename(&container.log, container.log.with_extension("old"))?;
     container.reopen_log().await?;
     container.status().await?;
-    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        began.elapsed()
+    );
     assert!(!stop.is_finished(), "the stop was to go on meanwhile");
     stop.await??;
     Ok(())
@@ -181,9 +273,13 @@ async fn nothing_is_lost_or_doubled_over_rotations(env: Env) -> Result<()> {
     const LINES: usize = 300_000;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let container = pod.run(&["probe", "flood", &LINES.to_string(), "60"], |_| {}).await?;
+    let container = pod
+        .run(&["probe", "flood", &LINES.to_string(), "60"], |_| {})
+        .await?;
     let mut files = Vec::new();
-    while container.status().await?.state() == cri::ContainerState::ContainerRunning && files.len() < 200 {
+    while container.status().await?.state() == cri::ContainerState::ContainerRunning
+        && files.len() < 200
+    {
         let to = container.log.with_extension(format!("{}", files.len()));
         std::fs::rename(&container.log, &to)?;
         container.reopen_log().await?;
@@ -201,7 +297,12 @@ async fn nothing_is_lost_or_doubled_over_rotations(env: Env) -> Result<()> {
                 continue;
             }
             let text = String::from_utf8(std::mem::take(&mut partial))?;
-            let number: usize = text.split(' ').next().unwrap_or_default().parse().with_context(|| text.clone())?;
+            let number: usize = text
+                .split(' ')
+                .next()
+                .unwrap_or_default()
+                .parse()
+                .with_context(|| text.clone())?;
             assert_eq!(number, next, "after line {next}, in {}", file.display());
             assert_eq!(text.len(), number.to_string().len() + 61, "{text:?}");
             next += 1;
@@ -222,7 +323,12 @@ async fn a_flood_is_written_whole(env: Env) -> Result<()> {
     for stream in ["stdout", "stderr"] {
         let text = log::text(&lines, stream);
         assert_eq!(text.lines().count(), LINES, "{stream}");
-        assert!(text.lines().enumerate().all(|(n, l)| l.starts_with(&format!("{n} x")) && l.ends_with("xxx")), "{stream}");
+        assert!(
+            text.lines()
+                .enumerate()
+                .all(|(n, l)| l.starts_with(&format!("{n} x")) && l.ends_with("xxx")),
+            "{stream}"
+        );
     }
     Ok(())
 }

@@ -26,7 +26,11 @@ tests![
 ];
 
 fn bind(host: &Path, container: &str) -> cri::Mount {
-    cri::Mount { host_path: host.display().to_string(), container_path: container.into(), ..Default::default() }
+    cri::Mount {
+        host_path: host.display().to_string(),
+        container_path: container.into(),
+        ..Default::default()
+    }
 }
 
 async fn files_and_directories(env: Env) -> Result<()> {
@@ -35,8 +39,15 @@ async fn files_and_directories(env: Env) -> Result<()> {
     std::fs::write(dir.join("file"), "from the host\n")?;
     let pod = daemon.pod(|_| {}).await?;
     let script = "cat /data/sub/file /single/file.txt && echo written >/data/sub/new";
-    let mounts = vec![bind(&dir, "/data/sub"), bind(&dir.join("file"), "/single/file.txt")];
-    assert_eq!(pod.output(&["sh", "-c", script], |c| c.mounts = mounts).await?, "from the host\nfrom the host\n");
+    let mounts = vec![
+        bind(&dir, "/data/sub"),
+        bind(&dir.join("file"), "/single/file.txt"),
+    ];
+    assert_eq!(
+        pod.output(&["sh", "-c", script], |c| c.mounts = mounts)
+            .await?,
+        "from the host\nfrom the host\n"
+    );
     assert_eq!(read(dir.join("new"))?, "written");
     Ok(())
 }
@@ -44,10 +55,20 @@ async fn files_and_directories(env: Env) -> Result<()> {
 async fn read_only(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let dir = env.dir("volume")?;
-    let mount = cri::Mount { readonly: true, ..bind(&dir, "/data") };
-    let container = daemon.pod(|_| {}).await?.run(&["sleep", "1000"], |c| c.mounts = vec![mount]).await?;
+    let mount = cri::Mount {
+        readonly: true,
+        ..bind(&dir, "/data")
+    };
+    let container = daemon
+        .pod(|_| {})
+        .await?
+        .run(&["sleep", "1000"], |c| c.mounts = vec![mount])
+        .await?;
     let exec = container.exec(&["touch", "/data/file"]).await?;
-    assert!(exec.code != 0 && exec.stderr.contains("Read-only"), "{exec:?}");
+    assert!(
+        exec.code != 0 && exec.stderr.contains("Read-only"),
+        "{exec:?}"
+    );
     assert_eq!(daemon::names(&dir), Vec::<String>::new());
     Ok(())
 }
@@ -57,19 +78,52 @@ async fn read_only_with_submounts(env: Env) -> Result<()> {
     let dir = env.dir("volume")?;
     let below = Tmpfs::new(dir.join("below"), MsFlags::MS_PRIVATE)?;
     let pod = daemon.pod(|_| {}).await?;
-    let plain = cri::Mount { readonly: true, ..bind(&dir, "/data") };
-    let container = pod.run(&["sleep", "1000"], |c| c.mounts = vec![plain.clone()]).await?;
-    assert_eq!(container.exec(&["touch", "/data/below/plain"]).await?.code, 0, "readonly is not recursive");
+    let plain = cri::Mount {
+        readonly: true,
+        ..bind(&dir, "/data")
+    };
+    let container = pod
+        .run(&["sleep", "1000"], |c| c.mounts = vec![plain.clone()])
+        .await?;
+    assert_eq!(
+        container.exec(&["touch", "/data/below/plain"]).await?.code,
+        0,
+        "readonly is not recursive"
+    );
     assert_ne!(container.exec(&["touch", "/data/plain"]).await?.code, 0);
-    let recursive = cri::Mount { recursive_read_only: true, ..plain };
-    let container = pod.run(&["sleep", "1000"], |c| c.mounts = vec![recursive]).await?;
+    let recursive = cri::Mount {
+        recursive_read_only: true,
+        ..plain
+    };
+    let container = pod
+        .run(&["sleep", "1000"], |c| c.mounts = vec![recursive])
+        .await?;
     for file in ["/data/rro", "/data/below/rro"] {
         let exec = container.exec(&["touch", file]).await?;
-        assert!(exec.code != 0 && exec.stderr.contains("Read-only"), "{file}: {exec:?}");
+        assert!(
+            exec.code != 0 && exec.stderr.contains("Read-only"),
+            "{file}: {exec:?}"
+        );
     }
-    assert!(container.status().await?.mounts.iter().any(|m| m.recursive_read_only));
-    let status = daemon.runtime().status(cri::StatusRequest::default()).await?.into_inner();
-    assert!(status.runtime_handlers.iter().all(|h| h.features.is_some_and(|f| f.recursive_read_only_mounts)));
+    assert!(
+        container
+            .status()
+            .await?
+            .mounts
+            .iter()
+            .any(|m| m.recursive_read_only)
+    );
+    let status = daemon
+        .runtime()
+        .status(cri::StatusRequest::default())
+        .await?
+        .into_inner();
+    assert!(
+        status
+            .runtime_handlers
+            .iter()
+            .all(|h| h.features.is_some_and(|f| f.recursive_read_only_mounts))
+    );
     drop(below);
     Ok(())
 }
@@ -78,14 +132,25 @@ async fn recursive_read_only_needs_its_conditions(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let dir = env.dir("volume")?;
     let pod = daemon.pod(|_| {}).await?;
-    let writable = cri::Mount { recursive_read_only: true, ..bind(&dir, "/data") };
-    refused(pod.try_create(|c| c.mounts = vec![writable.clone()]).await, Code::InvalidArgument, &["mounts[0]"]);
+    let writable = cri::Mount {
+        recursive_read_only: true,
+        ..bind(&dir, "/data")
+    };
+    refused(
+        pod.try_create(|c| c.mounts = vec![writable.clone()]).await,
+        Code::InvalidArgument,
+        &["mounts[0]"],
+    );
     let slave = cri::Mount {
         readonly: true,
         propagation: cri::MountPropagation::PropagationHostToContainer.into(),
         ..writable
     };
-    refused(pod.try_create(|c| c.mounts = vec![slave]).await, Code::InvalidArgument, &["mounts[0]"]);
+    refused(
+        pod.try_create(|c| c.mounts = vec![slave]).await,
+        Code::InvalidArgument,
+        &["mounts[0]"],
+    );
     Ok(())
 }
 
@@ -102,7 +167,10 @@ async fn propagates(env: &Env, propagation: cri::MountPropagation) -> Result<(bo
     let container = pod
         .run(&["sleep", "1000"], |c| {
             container_security(c).privileged = true;
-            c.mounts = vec![cri::Mount { propagation: propagation.into(), ..bind(&shared.0, "/data") }];
+            c.mounts = vec![cri::Mount {
+                propagation: propagation.into(),
+                ..bind(&shared.0, "/data")
+            }];
         })
         .await?;
     // What was mounted before is there in any case.
@@ -110,10 +178,16 @@ async fn propagates(env: &Env, propagation: cri::MountPropagation) -> Result<(bo
     let host = Tmpfs::new(shared.0.join("from-host"), MsFlags::MS_SHARED)?;
     std::fs::write(host.0.join("seen"), "")?;
     let in_container = container.exec(&["ls", "/data/from-host/seen"]).await?.code == 0;
-    container.exec_output(&["mount", "-t", "tmpfs", "none", "/data/from-container"]).await?;
-    container.exec_output(&["touch", "/data/from-container/seen"]).await?;
+    container
+        .exec_output(&["mount", "-t", "tmpfs", "none", "/data/from-container"])
+        .await?;
+    container
+        .exec_output(&["touch", "/data/from-container/seen"])
+        .await?;
     let on_host = shared.0.join("from-container/seen").exists();
-    container.exec_output(&["umount", "/data/from-container"]).await?;
+    container
+        .exec_output(&["umount", "/data/from-container"])
+        .await?;
     pod.stop().await?;
     pod.remove().await?;
     drop((host, before, shared));
@@ -121,17 +195,26 @@ async fn propagates(env: &Env, propagation: cri::MountPropagation) -> Result<(bo
 }
 
 async fn private_propagation(env: Env) -> Result<()> {
-    assert_eq!(propagates(&env, cri::MountPropagation::PropagationPrivate).await?, (false, false));
+    assert_eq!(
+        propagates(&env, cri::MountPropagation::PropagationPrivate).await?,
+        (false, false)
+    );
     Ok(())
 }
 
 async fn host_to_container_propagation(env: Env) -> Result<()> {
-    assert_eq!(propagates(&env, cri::MountPropagation::PropagationHostToContainer).await?, (true, false));
+    assert_eq!(
+        propagates(&env, cri::MountPropagation::PropagationHostToContainer).await?,
+        (true, false)
+    );
     Ok(())
 }
 
 async fn bidirectional_propagation(env: Env) -> Result<()> {
-    assert_eq!(propagates(&env, cri::MountPropagation::PropagationBidirectional).await?, (true, true));
+    assert_eq!(
+        propagates(&env, cri::MountPropagation::PropagationBidirectional).await?,
+        (true, true)
+    );
     Ok(())
 }
 
@@ -149,8 +232,17 @@ async fn bidirectional_needs_a_shared_source(env: Env) -> Result<()> {
         })
         .await;
     let status = answer.expect_err("a bidirectional mount of what is private");
-    assert!(matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition), "{status}");
-    assert!(status.message().contains(&private.0.display().to_string()), "{status}");
+    assert!(
+        matches!(
+            status.code(),
+            Code::InvalidArgument | Code::FailedPrecondition
+        ),
+        "{status}"
+    );
+    assert!(
+        status.message().contains(&private.0.display().to_string()),
+        "{status}"
+    );
     Ok(())
 }
 
@@ -161,7 +253,11 @@ async fn a_symlink_as_source(env: Env) -> Result<()> {
     let link = env.root.join("link");
     std::os::unix::fs::symlink(&dir, &link)?;
     let pod = daemon.pod(|_| {}).await?;
-    let text = pod.output(&["cat", "/data/file"], |c| c.mounts = vec![bind(&link, "/data")]).await?;
+    let text = pod
+        .output(&["cat", "/data/file"], |c| {
+            c.mounts = vec![bind(&link, "/data")]
+        })
+        .await?;
     assert_eq!(text, "there\n");
     Ok(())
 }
@@ -170,21 +266,40 @@ async fn a_missing_source(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let missing = env.root.join("not/there");
-    let answer = pod.try_create(|c| c.mounts = vec![bind(&missing, "/data")]).await;
+    let answer = pod
+        .try_create(|c| c.mounts = vec![bind(&missing, "/data")])
+        .await;
     let status = answer.expect_err("a missing source");
-    assert!(matches!(status.code(), Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition), "{status}");
-    assert!(status.message().contains(&missing.display().to_string()), "{status}");
+    assert!(
+        matches!(
+            status.code(),
+            Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition
+        ),
+        "{status}"
+    );
+    assert!(
+        status.message().contains(&missing.display().to_string()),
+        "{status}"
+    );
     assert!(!missing.exists());
-    assert_eq!(daemon::names(&env.root.join("state/containers")), Vec::<String>::new());
+    assert_eq!(
+        daemon::names(&env.root.join("state/containers")),
+        Vec::<String>::new()
+    );
     Ok(())
 }
 
 async fn a_missing_source_that_is_made(env: Env) -> Result<()> {
-    let daemon = env.daemon_with(|s| s.set("pod.missing_mount_source", "\"create\"")).await?;
+    let daemon = env
+        .daemon_with(|s| s.set("pod.missing_mount_source", "\"create\""))
+        .await?;
     daemon.pull("test").await?;
     let pod = daemon.pod(|_| {}).await?;
     let missing = env.root.join("not/there");
-    pod.output(&["touch", "/data/file"], |c| c.mounts = vec![bind(&missing, "/data")]).await?;
+    pod.output(&["touch", "/data/file"], |c| {
+        c.mounts = vec![bind(&missing, "/data")]
+    })
+    .await?;
     assert!(missing.join("file").exists());
     Ok(())
 }
@@ -198,14 +313,26 @@ async fn destinations_do_not_leave_the_root(env: Env) -> Result<()> {
     // A link in the image that points to an absolute path: inside the image, that is.
     let passwd = read("/etc/passwd")?;
     let container = pod
-        .run(&["sh", "-c", "cat /absolute-link/file /etc/passwd/file 2>&1; exec sleep 1000"], |c| {
-            c.image.as_mut().unwrap().image = image("oddities");
-            c.mounts = vec![bind(&dir.join("file"), "/absolute-link")];
-        })
+        .run(
+            &[
+                "sh",
+                "-c",
+                "cat /absolute-link/file /etc/passwd/file 2>&1; exec sleep 1000",
+            ],
+            |c| {
+                c.image.as_mut().unwrap().image = image("oddities");
+                c.mounts = vec![bind(&dir.join("file"), "/absolute-link")];
+            },
+        )
         .await?;
-    assert_eq!(container.exec_output(&["cat", "/etc/passwd"]).await?, "volume");
+    assert_eq!(
+        container.exec_output(&["cat", "/etc/passwd"]).await?,
+        "volume"
+    );
     assert_eq!(read("/etc/passwd")?, passwd);
-    let answer = pod.try_create(|c| c.mounts = vec![bind(&dir, "/a/../../../out")]).await;
+    let answer = pod
+        .try_create(|c| c.mounts = vec![bind(&dir, "/a/../../../out")])
+        .await;
     refused(answer, Code::InvalidArgument, &["/a/../../../out"]);
     Ok(())
 }
@@ -217,8 +344,15 @@ async fn later_mounts_lie_on_earlier_ones(env: Env) -> Result<()> {
     std::fs::write(inner.join("file"), "inner\n")?;
     let pod = daemon.pod(|_| {}).await?;
     // Whichever order they are listed in.
-    for mounts in [vec![bind(&outer, "/a"), bind(&inner, "/a/in")], vec![bind(&inner, "/a/in"), bind(&outer, "/a")]] {
-        assert_eq!(pod.output(&["cat", "/a/in/file"], |c| c.mounts = mounts).await?, "inner\n");
+    for mounts in [
+        vec![bind(&outer, "/a"), bind(&inner, "/a/in")],
+        vec![bind(&inner, "/a/in"), bind(&outer, "/a")],
+    ] {
+        assert_eq!(
+            pod.output(&["cat", "/a/in/file"], |c| c.mounts = mounts)
+                .await?,
+            "inner\n"
+        );
     }
     Ok(())
 }
@@ -233,16 +367,37 @@ async fn bad_paths_are_refused(env: Env) -> Result<()> {
         ("relative".to_owned(), "/data"),
         (format!("{}/../../etc", dir.display()), "/data\n/x"),
     ] {
-        let mount = cri::Mount { host_path: host.clone(), container_path: container.into(), ..Default::default() };
+        let mount = cri::Mount {
+            host_path: host.clone(),
+            container_path: container.into(),
+            ..Default::default()
+        };
         let answer = pod.try_create(|c| c.mounts = vec![mount]).await;
-        assert_eq!(answer.expect_err(&host).code(), Code::InvalidArgument, "{host:?} at {container:?}");
+        assert_eq!(
+            answer.expect_err(&host).code(),
+            Code::InvalidArgument,
+            "{host:?} at {container:?}"
+        );
     }
     let mapped = cri::Mount {
-        uid_mappings: vec![cri::IdMapping { host_id: 1, container_id: 0, length: 1 }],
+        uid_mappings: vec![cri::IdMapping {
+            host_id: 1,
+            container_id: 0,
+            length: 1,
+        }],
         ..bind(&dir, "/data")
     };
-    let status = pod.try_create(|c| c.mounts = vec![mapped]).await.expect_err("an idmapped mount");
-    assert!(matches!(status.code(), Code::Unimplemented | Code::InvalidArgument | Code::FailedPrecondition), "{status}");
+    let status = pod
+        .try_create(|c| c.mounts = vec![mapped])
+        .await
+        .expect_err("an idmapped mount");
+    assert!(
+        matches!(
+            status.code(),
+            Code::Unimplemented | Code::InvalidArgument | Code::FailedPrecondition
+        ),
+        "{status}"
+    );
     // One that hangs would be a test of its own; at least nothing waits here.
     tokio::time::timeout(Duration::from_secs(5), pod.status()).await??;
     Ok(())

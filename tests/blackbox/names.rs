@@ -26,7 +26,11 @@ async fn two_pods_of_one_name(env: Env) -> Result<()> {
     daemon.run_pod(next).await?;
     pod.stop().await?;
     // Stopped, the pod still has its name; removed, it does not.
-    refused(daemon.run_pod(pod.config.clone()).await.map(|p| p.id), Code::AlreadyExists, &[&name]);
+    refused(
+        daemon.run_pod(pod.config.clone()).await.map(|p| p.id),
+        Code::AlreadyExists,
+        &[&name],
+    );
     pod.remove().await?;
     daemon.run_pod(pod.config.clone()).await?;
     Ok(())
@@ -37,7 +41,11 @@ async fn two_containers_of_one_name(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let one = pod.create(&["true"], |_| {}).await?;
     let name = one.config.metadata.as_ref().unwrap().name.clone();
-    refused(pod.create_exactly(one.config.clone()).await.map(|c| c.id), Code::AlreadyExists, &[&name, &one.id]);
+    refused(
+        pod.create_exactly(one.config.clone()).await.map(|c| c.id),
+        Code::AlreadyExists,
+        &[&name, &one.id],
+    );
     let mut next = one.config.clone();
     next.metadata.as_mut().unwrap().attempt = 1;
     pod.create_exactly(next).await?;
@@ -59,10 +67,17 @@ fn impatient<T>(message: T, patience: Duration) -> tonic::Request<T> {
 async fn a_pod_whose_client_gave_up(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     let config = config::pod(&daemon);
-    let message = cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+    let message = cri::RunPodSandboxRequest {
+        config: Some(config.clone()),
+        ..Default::default()
+    };
     for patience in [1, 3, 5] {
         let request = impatient(message.clone(), Duration::from_millis(patience));
-        let answer = tokio::time::timeout(Duration::from_millis(patience), daemon.runtime().run_pod_sandbox(request)).await;
+        let answer = tokio::time::timeout(
+            Duration::from_millis(patience),
+            daemon.runtime().run_pod_sandbox(request),
+        )
+        .await;
         if let Ok(Ok(_)) = answer {
             // It was that fast; then there is nothing to show with this patience.
             daemon.remove_everything().await?;
@@ -73,7 +88,12 @@ async fn a_pod_whose_client_gave_up(env: Env) -> Result<()> {
     })
     .await?;
     let request = cri::ListPodSandboxRequest::default();
-    let pods = daemon.runtime().list_pod_sandbox(request).await?.into_inner().items;
+    let pods = daemon
+        .runtime()
+        .list_pod_sandbox(request)
+        .await?
+        .into_inner()
+        .items;
     assert_eq!(pods.len(), 1, "one pod, whoever asked how often");
     assert_eq!(pods[0].id, pod.id);
     assert_eq!(pods[0].state(), cri::PodSandboxState::SandboxReady);
@@ -91,16 +111,31 @@ async fn a_container_whose_client_gave_up(env: Env) -> Result<()> {
         sandbox_config: Some(pod.config.clone()),
     };
     let request = impatient(message, Duration::from_millis(1));
-    let answer = tokio::time::timeout(Duration::from_millis(1), daemon.runtime().create_container(request)).await;
-    assert!(!matches!(answer, Ok(Ok(_))), "a create within 1 ms: this test needs less patience");
+    let answer = tokio::time::timeout(
+        Duration::from_millis(1),
+        daemon.runtime().create_container(request),
+    )
+    .await;
+    assert!(
+        !matches!(answer, Ok(Ok(_))),
+        "a create within 1 ms: this test needs less patience"
+    );
     let container = eventually("the retry's success", Duration::from_secs(10), || async {
         Ok(pod.create_exactly(config.clone()).await.ok())
     })
     .await?;
     container.start().await?;
     let request = cri::ListContainersRequest::default();
-    let all = daemon.runtime().list_containers(request).await?.into_inner().containers;
-    assert_eq!(all.iter().map(|c| &c.id).collect::<Vec<_>>(), [&container.id]);
+    let all = daemon
+        .runtime()
+        .list_containers(request)
+        .await?
+        .into_inner()
+        .containers;
+    assert_eq!(
+        all.iter().map(|c| &c.id).collect::<Vec<_>>(),
+        [&container.id]
+    );
     Ok(())
 }
 
@@ -111,7 +146,11 @@ async fn a_failed_create_frees_its_name(env: Env) -> Result<()> {
     let mut bad = good.clone();
     container_security(&mut bad).run_as_username = "nobody-knows".into();
     for _ in 0..3 {
-        refused(pod.create_exactly(bad.clone()).await.map(|c| c.id), Code::InvalidArgument, &["nobody-knows"]);
+        refused(
+            pod.create_exactly(bad.clone()).await.map(|c| c.id),
+            Code::InvalidArgument,
+            &["nobody-knows"],
+        );
     }
     let container = pod.create_exactly(good).await?;
     container.start().await?;

@@ -27,7 +27,11 @@ async fn networked(daemon: &Daemon) -> Result<Pod> {
 }
 
 async fn addresses(pod: &Pod) -> Result<Vec<String>> {
-    let network = pod.status().await?.network.context("no network in the status")?;
+    let network = pod
+        .status()
+        .await?
+        .network
+        .context("no network in the status")?;
     let more = network.additional_ips.into_iter().map(|a| a.ip);
     Ok(std::iter::once(network.ip).chain(more).collect())
 }
@@ -39,15 +43,28 @@ async fn a_pod_has_addresses(env: Env) -> Result<()> {
     assert_eq!(told.len(), 2, "{told:?}");
     let prefix = gateway(&env).trim_end_matches('1').to_owned();
     assert!(told[0].starts_with(&prefix), "{told:?}");
-    assert!(told[1].starts_with(&format!("fd00:{}:", env.number)), "{told:?}");
+    assert!(
+        told[1].starts_with(&format!("fd00:{}:", env.number)),
+        "{told:?}"
+    );
     let container = pod.sleeper().await?;
-    let text = container.exec_output(&["ip", "addr", "show", "eth0"]).await?;
+    let text = container
+        .exec_output(&["ip", "addr", "show", "eth0"])
+        .await?;
     for address in &told {
-        assert!(text.contains(&format!(" {address}/")), "{address} is not in {text}");
+        assert!(
+            text.contains(&format!(" {address}/")),
+            "{address} is not in {text}"
+        );
     }
     // A stopped pod has none: whoever asks must not connect to another's.
     pod.stop().await?;
-    let after = pod.status().await?.network.map(|n| n.ip).unwrap_or_default();
+    let after = pod
+        .status()
+        .await?
+        .network
+        .map(|n| n.ip)
+        .unwrap_or_default();
     assert_eq!(after, "");
     Ok(())
 }
@@ -55,17 +72,34 @@ async fn a_pod_has_addresses(env: Env) -> Result<()> {
 async fn pods_reach_each_other_and_the_host(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let (one, two) = (networked(&daemon).await?, networked(&daemon).await?);
-    let server = one.run(&["sh", "-c", "echo up; while :; do echo hello | nc -l -p 8080; done"], |_| {}).await?;
+    let server = one
+        .run(
+            &[
+                "sh",
+                "-c",
+                "echo up; while :; do echo hello | nc -l -p 8080; done",
+            ],
+            |_| {},
+        )
+        .await?;
     server.says("up").await?;
     let to = addresses(&one).await?.remove(0);
     let client = two.sleeper().await?;
-    let answer = eventually("an answer from the other pod", Duration::from_secs(10), || async {
-        let exec = client.exec(&["sh", "-c", &format!("nc -w 2 {to} 8080 </dev/null")]).await?;
-        Ok((exec.code == 0 && !exec.stdout.is_empty()).then_some(exec.stdout))
-    })
+    let answer = eventually(
+        "an answer from the other pod",
+        Duration::from_secs(10),
+        || async {
+            let exec = client
+                .exec(&["sh", "-c", &format!("nc -w 2 {to} 8080 </dev/null")])
+                .await?;
+            Ok((exec.code == 0 && !exec.stdout.is_empty()).then_some(exec.stdout))
+        },
+    )
     .await?;
     assert_eq!(answer, "hello\n");
-    client.exec_output(&["ping", "-c", "1", "-W", "5", &gateway(&env)]).await?;
+    client
+        .exec_output(&["ping", "-c", "1", "-W", "5", &gateway(&env)])
+        .await?;
     Ok(())
 }
 
@@ -73,8 +107,13 @@ async fn loopback_is_up(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let container = networked(&daemon).await?.sleeper().await?;
     let text = container.exec_output(&["ip", "addr", "show", "lo"]).await?;
-    assert!(text.contains("127.0.0.1/8") && text.contains("::1/128") && text.contains("UP"), "{text}");
-    container.exec_output(&["ping", "-c", "1", "-W", "5", "127.0.0.1"]).await?;
+    assert!(
+        text.contains("127.0.0.1/8") && text.contains("::1/128") && text.contains("UP"),
+        "{text}"
+    );
+    container
+        .exec_output(&["ping", "-c", "1", "-W", "5", "127.0.0.1"])
+        .await?;
     Ok(())
 }
 
@@ -88,7 +127,10 @@ async fn hear(address: &str) -> Result<String> {
 
 async fn ports_are_mapped(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let (host_port, bound_port) = (i32::try_from(20_000 + env.number)?, i32::try_from(30_000 + env.number)?);
+    let (host_port, bound_port) = (
+        i32::try_from(20_000 + env.number)?,
+        i32::try_from(30_000 + env.number)?,
+    );
     let mapping = |host_port: i32, host_ip: &str| cri::PortMapping {
         protocol: cri::Protocol::Tcp.into(),
         container_port: 8080,
@@ -99,32 +141,62 @@ async fn ports_are_mapped(env: Env) -> Result<()> {
         .pod(|c| {
             config::own_network(c);
             // No host port: nothing is mapped, and nothing must fail.
-            c.port_mappings = vec![mapping(host_port, ""), mapping(bound_port, &gateway(&env)), mapping(0, "")];
+            c.port_mappings = vec![
+                mapping(host_port, ""),
+                mapping(bound_port, &gateway(&env)),
+                mapping(0, ""),
+            ];
         })
         .await?;
-    let server = pod.run(&["sh", "-c", "echo up; while :; do echo mapped | nc -l -p 8080; done"], |_| {}).await?;
+    let server = pod
+        .run(
+            &[
+                "sh",
+                "-c",
+                "echo up; while :; do echo mapped | nc -l -p 8080; done",
+            ],
+            |_| {},
+        )
+        .await?;
     server.says("up").await?;
-    for address in [format!("{}:{host_port}", gateway(&env)), format!("127.0.0.1:{host_port}"), format!("{}:{bound_port}", gateway(&env))] {
-        let heard = eventually(&format!("an answer at {address}"), Duration::from_secs(10), || async {
-            Ok(hear(&address).await.ok().filter(|t| !t.is_empty()))
-        })
+    for address in [
+        format!("{}:{host_port}", gateway(&env)),
+        format!("127.0.0.1:{host_port}"),
+        format!("{}:{bound_port}", gateway(&env)),
+    ] {
+        let heard = eventually(
+            &format!("an answer at {address}"),
+            Duration::from_secs(10),
+            || async { Ok(hear(&address).await.ok().filter(|t| !t.is_empty())) },
+        )
         .await?;
         assert_eq!(heard, "mapped\n", "{address}");
     }
     pod.stop().await?;
-    assert!(hear(&format!("127.0.0.1:{host_port}")).await.is_err(), "the port is still mapped");
+    assert!(
+        hear(&format!("127.0.0.1:{host_port}")).await.is_err(),
+        "the port is still mapped"
+    );
     let rules = output("iptables-save", &[]).await?;
     assert!(!rules.contains(&pod.id), "rules are left: {rules}");
     for bad in [-1, 65536, 70000] {
         let mut config = config::pod(&daemon);
         config::own_network(&mut config);
         config.port_mappings = vec![mapping(bad, "")];
-        refused(daemon.run_pod(config).await.map(|p| p.id), tonic::Code::InvalidArgument, &["port"]);
+        refused(
+            daemon.run_pod(config).await.map(|p| p.id),
+            tonic::Code::InvalidArgument,
+            &["port"],
+        );
     }
     let mut config = config::pod(&daemon);
     config::own_network(&mut config);
     config.port_mappings = vec![mapping(host_port, "no address")];
-    refused(daemon.run_pod(config).await.map(|p| p.id), tonic::Code::InvalidArgument, &["no address"]);
+    refused(
+        daemon.run_pod(config).await.map(|p| p.id),
+        tonic::Code::InvalidArgument,
+        &["no address"],
+    );
     Ok(())
 }
 
@@ -132,10 +204,24 @@ async fn the_hosts_network(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let container = pod.sleeper().await?;
-    let here = std::fs::read_link("/proc/self/ns/net")?.display().to_string();
-    assert_eq!(container.exec_output(&["readlink", "/proc/self/ns/net"]).await?, here);
+    let here = std::fs::read_link("/proc/self/ns/net")?
+        .display()
+        .to_string();
+    assert_eq!(
+        container
+            .exec_output(&["readlink", "/proc/self/ns/net"])
+            .await?,
+        here
+    );
     // The kubelet takes the node's addresses by itself.
-    assert_eq!(pod.status().await?.network.map(|n| n.ip).unwrap_or_default(), "");
+    assert_eq!(
+        pod.status()
+            .await?
+            .network
+            .map(|n| n.ip)
+            .unwrap_or_default(),
+        ""
+    );
     Ok(())
 }
 
@@ -143,10 +229,15 @@ async fn an_address_is_given_back(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = networked(&daemon).await?;
     let address = addresses(&pod).await?.remove(0);
-    let held = env.root.join(format!("net.addresses/test{}/{address}", env.number));
+    let held = env
+        .root
+        .join(format!("net.addresses/test{}/{address}", env.number));
     assert!(held.exists(), "{}", held.display());
     pod.stop().await?;
-    assert!(!held.exists(), "the address is still reserved after StopPodSandbox");
+    assert!(
+        !held.exists(),
+        "the address is still reserved after StopPodSandbox"
+    );
     Ok(())
 }
 
@@ -155,8 +246,16 @@ async fn dns_of_the_host(env: Env) -> Result<()> {
     // Without a DNS configuration the pod has the node's.
     let pod = networked(&daemon).await?;
     let text = pod.output(&["cat", "/etc/resolv.conf"], |_| {}).await?;
-    let servers = |text: &str| text.lines().filter(|l| l.starts_with("nameserver")).map(str::to_owned).collect::<Vec<_>>();
-    assert_eq!(servers(&text), servers(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()));
+    let servers = |text: &str| {
+        text.lines()
+            .filter(|l| l.starts_with("nameserver"))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        servers(&text),
+        servers(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default())
+    );
     Ok(())
 }
 
@@ -164,10 +263,16 @@ async fn the_network_outlives_containers(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = networked(&daemon).await?;
     let one = pod.sleeper().await?;
-    let address = one.exec_output(&["sh", "-c", "ip -o -4 addr show eth0"]).await?;
+    let address = one
+        .exec_output(&["sh", "-c", "ip -o -4 addr show eth0"])
+        .await?;
     one.stop(0).await?;
     one.remove().await?;
     let two = pod.sleeper().await?;
-    assert_eq!(two.exec_output(&["sh", "-c", "ip -o -4 addr show eth0"]).await?, address);
+    assert_eq!(
+        two.exec_output(&["sh", "-c", "ip -o -4 addr show eth0"])
+            .await?,
+        address
+    );
     Ok(())
 }

@@ -20,7 +20,11 @@ tests![
 ];
 
 fn resources(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerResources {
-    config.linux.get_or_insert_default().resources.get_or_insert_default()
+    config
+        .linux
+        .get_or_insert_default()
+        .resources
+        .get_or_insert_default()
 }
 
 fn version_two() -> bool {
@@ -41,7 +45,11 @@ async fn limits_stand_in_the_cgroup(env: Env) -> Result<()> {
         })
         .await?;
     let expected: &[(&str, &str)] = if version_two() {
-        &[("cpu.max", "25000 100000"), ("cpu.weight", "59"), ("memory.max", "67108864")]
+        &[
+            ("cpu.max", "25000 100000"),
+            ("cpu.weight", "59"),
+            ("memory.max", "67108864"),
+        ]
     } else {
         &[
             ("cpu.cfs_quota_us", "25000"),
@@ -57,10 +65,17 @@ async fn limits_stand_in_the_cgroup(env: Env) -> Result<()> {
     let pid = container.pid()?;
     for dir in container.cgroup_dirs() {
         let procs = read(dir.join("cgroup.procs"))?;
-        assert!(procs.lines().any(|l| l == pid.to_string()), "{} has {procs:?}", dir.display());
+        assert!(
+            procs.lines().any(|l| l == pid.to_string()),
+            "{} has {procs:?}",
+            dir.display()
+        );
     }
     let told = container.status().await?.resources.unwrap().linux.unwrap();
-    assert_eq!((told.cpu_quota, told.cpu_shares, told.memory_limit_in_bytes), (25_000, 512, 64 << 20));
+    assert_eq!(
+        (told.cpu_quota, told.cpu_shares, told.memory_limit_in_bytes),
+        (25_000, 512, 64 << 20)
+    );
     Ok(())
 }
 
@@ -70,8 +85,17 @@ async fn the_pids_limit(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let container = pod.run(&["sleep", "1000"], |_| {}).await?;
     assert_eq!(container.cgroup_file("pids.max")?, "20");
-    let exec = container.exec(&["sh", "-c", "i=0; while [ $i -lt 40 ]; do sleep 50 & i=$((i+1)); done; echo $i"]).await?;
-    assert!(exec.stderr.contains("fork"), "forty processes where twenty may be: {exec:?}");
+    let exec = container
+        .exec(&[
+            "sh",
+            "-c",
+            "i=0; while [ $i -lt 40 ]; do sleep 50 & i=$((i+1)); done; echo $i",
+        ])
+        .await?;
+    assert!(
+        exec.stderr.contains("fork"),
+        "forty processes where twenty may be: {exec:?}"
+    );
     assert!(container.processes().len() <= 20);
     Ok(())
 }
@@ -82,7 +106,10 @@ async fn running_out_of_memory(env: Env) -> Result<()> {
     let limit = |c: &mut cri::ContainerConfig| resources(c).memory_limit_in_bytes = 20 << 20;
     let container = pod.run(&["probe", "eat", "200"], limit).await?;
     let status = container.exited().await?;
-    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
+    assert_eq!(
+        (status.exit_code, status.reason.as_str()),
+        (137, "OOMKilled")
+    );
     // Killed, but not for that.
     let container = pod.run(&["sleep", "1000"], limit).await?;
     container.stop(0).await?;
@@ -93,11 +120,18 @@ async fn running_out_of_memory(env: Env) -> Result<()> {
 async fn running_out_of_memory_in_an_exec(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let container = pod.run(&["sleep", "1000"], |c| resources(c).memory_limit_in_bytes = 20 << 20).await?;
+    let container = pod
+        .run(&["sleep", "1000"], |c| {
+            resources(c).memory_limit_in_bytes = 20 << 20
+        })
+        .await?;
     let exec = container.exec(&["probe", "eat", "200"]).await?;
     assert_eq!(exec.code, 137, "{exec:?}");
     assert!(!exec.stdout.contains("eaten"));
-    assert_eq!(container.status().await?.state(), cri::ContainerState::ContainerRunning);
+    assert_eq!(
+        container.status().await?.state(),
+        cri::ContainerState::ContainerRunning
+    );
     Ok(())
 }
 
@@ -106,7 +140,10 @@ async fn out_of_memory_of_a_child_only(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     // The child is killed, the first process goes on, and ends well: the container completed.
     let container = pod
-        .run(&["sh", "-c", "probe eat 200; echo \"child $?\"; exit 0"], |c| resources(c).memory_limit_in_bytes = 20 << 20)
+        .run(
+            &["sh", "-c", "probe eat 200; echo \"child $?\"; exit 0"],
+            |c| resources(c).memory_limit_in_bytes = 20 << 20,
+        )
         .await?;
     let status = container.exited().await?;
     assert_eq!(container.stdout()?, "child 137\n");
@@ -125,7 +162,9 @@ async fn the_cpuset(env: Env) -> Result<()> {
         .await?;
     assert_eq!(container.cgroup_file("cpuset.cpus")?, "0");
     for pid in ["1", "self"] {
-        let text = container.exec_output(&["grep", "Cpus_allowed_list", &format!("/proc/{pid}/status")]).await?;
+        let text = container
+            .exec_output(&["grep", "Cpus_allowed_list", &format!("/proc/{pid}/status")])
+            .await?;
         assert_eq!(text.split_whitespace().nth(1), Some("0"), "{pid}: {text}");
     }
     Ok(())
@@ -142,19 +181,43 @@ async fn bad_values_are_refused(env: Env) -> Result<()> {
         ("oom_score_adj", |r| r.oom_score_adj = 5000),
         ("cpuset", |r| r.cpuset_cpus = "zero".into()),
         ("cpuset", |r| r.cpuset_cpus = "0\n1".into()),
-        ("swap", |r| (r.memory_limit_in_bytes, r.memory_swap_limit_in_bytes) = (64 << 20, 1 << 20)),
-        ("hugepage", |r| r.hugepage_limits = vec![cri::HugepageLimit { page_size: "3parsec".into(), limit: 1 }]),
+        ("swap", |r| {
+            (r.memory_limit_in_bytes, r.memory_swap_limit_in_bytes) = (64 << 20, 1 << 20)
+        }),
+        ("hugepage", |r| {
+            r.hugepage_limits = vec![cri::HugepageLimit {
+                page_size: "3parsec".into(),
+                limit: 1,
+            }]
+        }),
     ];
     for (names, change) in cases {
-        let status = pod.try_create(|c| change(resources(c))).await.expect_err(names);
+        let status = pod
+            .try_create(|c| change(resources(c)))
+            .await
+            .expect_err(names);
         assert_eq!(status.code(), Code::InvalidArgument, "{names}: {status}");
-        assert!(status.message().to_lowercase().contains(names), "{names}: {status}");
+        assert!(
+            status.message().to_lowercase().contains(names),
+            "{names}: {status}"
+        );
     }
     // Absurd, but of the right kind: the kernel says no, or the CPU is not there. The answer names it.
-    let status = pod.try_create(|c| resources(c).cpuset_cpus = "4000-5000".into()).await.expect_err("absent CPUs");
-    assert!(matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition), "{status}");
+    let status = pod
+        .try_create(|c| resources(c).cpuset_cpus = "4000-5000".into())
+        .await
+        .expect_err("absent CPUs");
+    assert!(
+        matches!(
+            status.code(),
+            Code::InvalidArgument | Code::FailedPrecondition
+        ),
+        "{status}"
+    );
     assert!(status.message().contains("cpuset"), "{status}");
-    let status = pod.try_create(|c| resources(c).memory_limit_in_bytes = 1).await;
+    let status = pod
+        .try_create(|c| resources(c).memory_limit_in_bytes = 1)
+        .await;
     if let Ok(id) = status {
         bail!("a container with one byte of memory was made: {id}");
     }
@@ -164,25 +227,38 @@ async fn bad_values_are_refused(env: Env) -> Result<()> {
 async fn the_cgroup_is_below_the_pods_parent(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let parent = format!("{}/kubepods/burstable/podx", env.cgroup);
-    let pod = daemon.pod(|c| c.linux.get_or_insert_default().cgroup_parent = parent.clone()).await?;
+    let pod = daemon
+        .pod(|c| c.linux.get_or_insert_default().cgroup_parent = parent.clone())
+        .await?;
     let container = pod.sleeper().await?;
     let dirs = container.cgroup_dirs();
     assert!(!dirs.is_empty());
     for dir in &dirs {
-        assert!(dir.to_string_lossy().contains("/kubepods/burstable/podx/"), "{}", dir.display());
+        assert!(
+            dir.to_string_lossy().contains("/kubepods/burstable/podx/"),
+            "{}",
+            dir.display()
+        );
     }
     pod.stop().await?;
     pod.remove().await?;
     // The parent is the kubelet's, which made it; here nobody did, so the test takes it away.
     for top in stage::cgroup_dirs(&env.cgroup) {
-        for dir in stage::tree(&top).iter().filter(|d| d.to_string_lossy().contains("kubepods")) {
+        for dir in stage::tree(&top)
+            .iter()
+            .filter(|d| d.to_string_lossy().contains("kubepods"))
+        {
             std::fs::remove_dir(dir).ok();
         }
     }
     for bad in ["relative/../../x", "/a/../../b", "/a\nb"] {
         let mut config = config::pod(&daemon);
         config.linux.as_mut().unwrap().cgroup_parent = bad.into();
-        refused(daemon.run_pod(config).await.map(|p| p.id), Code::InvalidArgument, &[]);
+        refused(
+            daemon.run_pod(config).await.map(|p| p.id),
+            Code::InvalidArgument,
+            &[],
+        );
     }
     Ok(())
 }
@@ -191,11 +267,19 @@ async fn slices_are_directories(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     // What a kubelet with the systemd driver sends; with ours it is nested directories.
     let slice = format!("slt{}-burstable-pod1.slice", env.number);
-    let pod = daemon.pod(|c| c.linux.get_or_insert_default().cgroup_parent = slice.clone()).await?;
+    let pod = daemon
+        .pod(|c| c.linux.get_or_insert_default().cgroup_parent = slice.clone())
+        .await?;
     let container = pod.sleeper().await?;
     let text = read(format!("/proc/{}/cgroup", first_process(&container)?))?;
-    let wanted = format!("/slt{n}.slice/slt{n}-burstable.slice/{slice}/", n = env.number);
-    let line = text.lines().find(|l| l.contains(&container.id)).context("no cgroup of the container's name")?;
+    let wanted = format!(
+        "/slt{n}.slice/slt{n}-burstable.slice/{slice}/",
+        n = env.number
+    );
+    let line = text
+        .lines()
+        .find(|l| l.contains(&container.id))
+        .context("no cgroup of the container's name")?;
     assert!(line.contains(&wanted), "{line} has not {wanted}");
     pod.stop().await?;
     pod.remove().await?;
@@ -203,7 +287,11 @@ async fn slices_are_directories(env: Env) -> Result<()> {
     for dir in stage::cgroup_dirs(&top).iter().flat_map(|d| stage::tree(d)) {
         std::fs::remove_dir(dir).ok();
     }
-    assert_eq!(stage::cgroup_dirs(&top), Vec::<std::path::PathBuf>::new(), "cgroups are left");
+    assert_eq!(
+        stage::cgroup_dirs(&top),
+        Vec::<std::path::PathBuf>::new(),
+        "cgroups are left"
+    );
     Ok(())
 }
 
@@ -223,18 +311,46 @@ async fn unified_is_refused_where_there_is_none(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let unified = |key: &str, value: &str| [(key.to_owned(), value.to_owned())].into();
-    for key in ["../../../etc/passwd", "memory.high/../x", "", "cgroup.procs"] {
-        let status = pod.try_create(|c| resources(c).unified = unified(key, "1")).await.expect_err(key);
-        let expected = if version_two() { Code::InvalidArgument } else { Code::FailedPrecondition };
+    for key in [
+        "../../../etc/passwd",
+        "memory.high/../x",
+        "",
+        "cgroup.procs",
+    ] {
+        let status = pod
+            .try_create(|c| resources(c).unified = unified(key, "1"))
+            .await
+            .expect_err(key);
+        let expected = if version_two() {
+            Code::InvalidArgument
+        } else {
+            Code::FailedPrecondition
+        };
         assert_eq!(status.code(), expected, "{key}: {status}");
     }
     if version_two() {
-        let container = pod.run(&["sleep", "1000"], |c| resources(c).unified = unified("memory.high", "50331648")).await?;
+        let container = pod
+            .run(&["sleep", "1000"], |c| {
+                resources(c).unified = unified("memory.high", "50331648")
+            })
+            .await?;
         assert_eq!(container.cgroup_file("memory.high")?, "50331648");
     } else {
-        let status = pod.try_create(|c| resources(c).unified = unified("memory.high", "50331648")).await.expect_err("v1");
-        assert!(matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented), "{status}");
-        assert!(status.message().contains("unified") || status.message().contains("memory.high"), "{status}");
+        let status = pod
+            .try_create(|c| resources(c).unified = unified("memory.high", "50331648"))
+            .await
+            .expect_err("v1");
+        assert!(
+            matches!(
+                status.code(),
+                Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented
+            ),
+            "{status}"
+        );
+        assert!(
+            status.message().contains("unified") || status.message().contains("memory.high"),
+            "{status}"
+        );
     }
     tokio::time::timeout(Duration::from_secs(5), pod.status()).await??;
     Ok(())

@@ -24,19 +24,35 @@ const BOTH: [Signal; 2] = [Signal::SIGTERM, Signal::SIGKILL];
 
 async fn pods_go_on_over_a_restart(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let pod = daemon.pod(|c| drop(c.labels.insert("k".into(), "v".into()))).await?;
+    let pod = daemon
+        .pod(|c| drop(c.labels.insert("k".into(), "v".into())))
+        .await?;
     let running = pod.sleeper().await?;
     let created = pod.create(&["echo", "later"], |_| {}).await?;
     let ended = pod.run(&["probe", "exit", "7"], |_| {}).await?;
     ended.exited().await?;
-    let before = (pod.status().await?, running.status().await?, created.status().await?, ended.status().await?);
+    let before = (
+        pod.status().await?,
+        running.status().await?,
+        created.status().await?,
+        ended.status().await?,
+    );
     let process = running.pid()?;
     for signal in BOTH {
         let status = daemon.kill(signal).await?;
         assert_eq!(status.success(), signal == Signal::SIGTERM, "{status}");
-        assert_eq!(running.pid()?, process, "the container's process is another one");
+        assert_eq!(
+            running.pid()?,
+            process,
+            "the container's process is another one"
+        );
         daemon.launch().await?;
-        let after = (pod.status().await?, running.status().await?, created.status().await?, ended.status().await?);
+        let after = (
+            pod.status().await?,
+            running.status().await?,
+            created.status().await?,
+            ended.status().await?,
+        );
         assert_eq!(after, before, "after {signal}");
         assert_eq!(running.exec_output(&["echo", "well"]).await?, "well");
     }
@@ -53,16 +69,35 @@ async fn exits_that_nobody_saw(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     for signal in BOTH {
         let gate = env.dir(&format!("gate-{signal}"))?;
-        let mount = cri::Mount { host_path: gate.display().to_string(), container_path: "/gate".into(), ..Default::default() };
+        let mount = cri::Mount {
+            host_path: gate.display().to_string(),
+            container_path: "/gate".into(),
+            ..Default::default()
+        };
         let script = "until [ -e /gate/open ]; do sleep 0.05; done; exit 23";
-        let container = pod.run(&["sh", "-c", script], |c| c.mounts = vec![mount]).await?;
+        let container = pod
+            .run(&["sh", "-c", script], |c| c.mounts = vec![mount])
+            .await?;
         daemon.kill(signal).await?;
         std::fs::write(gate.join("open"), "")?;
-        eventually("the end of its process", Duration::from_secs(10), || async { Ok(container.processes().is_empty().then_some(())) }).await?;
+        eventually(
+            "the end of its process",
+            Duration::from_secs(10),
+            || async { Ok(container.processes().is_empty().then_some(())) },
+        )
+        .await?;
         daemon.launch().await?;
         let status = container.status().await?;
-        assert_eq!(status.state(), cri::ContainerState::ContainerExited, "after {signal}");
-        assert_eq!((status.exit_code, status.reason.as_str()), (23, "Error"), "after {signal}");
+        assert_eq!(
+            status.state(),
+            cri::ContainerState::ContainerExited,
+            "after {signal}"
+        );
+        assert_eq!(
+            (status.exit_code, status.reason.as_str()),
+            (23, "Error"),
+            "after {signal}"
+        );
         assert!(status.finished_at > status.started_at);
     }
     Ok(())
@@ -70,7 +105,13 @@ async fn exits_that_nobody_saw(env: Env) -> Result<()> {
 
 async fn logs_go_on(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let container = daemon.run(&["sh", "-c", "i=0; while [ $i -lt 60 ]; do echo $i; i=$((i+1)); sleep 0.05; done"]).await?;
+    let container = daemon
+        .run(&[
+            "sh",
+            "-c",
+            "i=0; while [ $i -lt 60 ]; do echo $i; i=$((i+1)); sleep 0.05; done",
+        ])
+        .await?;
     for signal in BOTH {
         daemon.kill(signal).await?;
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -89,8 +130,18 @@ async fn names_are_still_taken(env: Env) -> Result<()> {
     let container = pod.sleeper().await?;
     daemon.kill(Signal::SIGKILL).await?;
     daemon.launch().await?;
-    refused(daemon.run_pod(pod.config.clone()).await.map(|p| p.id), Code::AlreadyExists, &[&pod.id]);
-    refused(pod.create_exactly(container.config.clone()).await.map(|c| c.id), Code::AlreadyExists, &[&container.id]);
+    refused(
+        daemon.run_pod(pod.config.clone()).await.map(|p| p.id),
+        Code::AlreadyExists,
+        &[&pod.id],
+    );
+    refused(
+        pod.create_exactly(container.config.clone())
+            .await
+            .map(|c| c.id),
+        Code::AlreadyExists,
+        &[&container.id],
+    );
     Ok(())
 }
 
@@ -102,7 +153,9 @@ async fn pods_on_a_network_are_found_and_taken_down(env: Env) -> Result<()> {
     daemon.kill(Signal::SIGKILL).await?;
     daemon.launch().await?;
     assert_eq!(pod.status().await?.network, before);
-    container.exec_output(&["ping", "-c", "1", "-W", "5", "127.0.0.1"]).await?;
+    container
+        .exec_output(&["ping", "-c", "1", "-W", "5", "127.0.0.1"])
+        .await?;
     // Its addresses and namespaces go as ever: the search for leaks at the end of the test sees to that.
     Ok(())
 }
@@ -110,7 +163,10 @@ async fn pods_on_a_network_are_found_and_taken_down(env: Env) -> Result<()> {
 /// The keeper of a container's pod: the parent of its first process.
 fn keeper(container: &Container) -> Result<nix::unistd::Pid> {
     let status = read(format!("/proc/{}/status", container.pid()?))?;
-    let parent = status.lines().find_map(|l| l.strip_prefix("PPid:")).context("PPid")?;
+    let parent = status
+        .lines()
+        .find_map(|l| l.strip_prefix("PPid:"))
+        .context("PPid")?;
     Ok(nix::unistd::Pid::from_raw(parent.trim().parse()?))
 }
 
@@ -120,15 +176,33 @@ async fn a_keeper_that_died(env: Env) -> Result<()> {
     let container = pod.sleeper().await?;
     let other = daemon.run(&["sleep", "1000"]).await?;
     nix::sys::signal::kill(keeper(&container)?, Signal::SIGKILL)?;
-    eventually("the pod to be not ready", Duration::from_secs(10), || async {
-        Ok((pod.status().await?.state() == cri::PodSandboxState::SandboxNotready).then_some(()))
-    })
+    eventually(
+        "the pod to be not ready",
+        Duration::from_secs(10),
+        || async {
+            Ok(
+                (pod.status().await?.state() == cri::PodSandboxState::SandboxNotready)
+                    .then_some(()),
+            )
+        },
+    )
     .await?;
-    eventually("the container to be exited", Duration::from_secs(10), || async {
-        Ok((container.status().await?.state() == cri::ContainerState::ContainerExited).then_some(()))
-    })
+    eventually(
+        "the container to be exited",
+        Duration::from_secs(10),
+        || async {
+            Ok(
+                (container.status().await?.state() == cri::ContainerState::ContainerExited)
+                    .then_some(()),
+            )
+        },
+    )
     .await?;
-    assert_eq!(other.status().await?.state(), cri::ContainerState::ContainerRunning, "another pod's");
+    assert_eq!(
+        other.status().await?.state(),
+        cri::ContainerState::ContainerRunning,
+        "another pod's"
+    );
     pod.stop().await?;
     pod.remove().await?;
     assert_eq!(container.processes(), Vec::<i32>::new());
@@ -139,8 +213,14 @@ async fn a_keeper_that_died(env: Env) -> Result<()> {
     daemon.kill(Signal::SIGKILL).await?;
     nix::sys::signal::kill(keeper, Signal::SIGKILL)?;
     daemon.launch().await?;
-    assert_eq!(pod.status().await?.state(), cri::PodSandboxState::SandboxNotready);
-    assert_eq!(container.status().await?.state(), cri::ContainerState::ContainerExited);
+    assert_eq!(
+        pod.status().await?.state(),
+        cri::PodSandboxState::SandboxNotready
+    );
+    assert_eq!(
+        container.status().await?.state(),
+        cri::ContainerState::ContainerExited
+    );
     pod.remove().await?;
     assert_eq!(container.processes(), Vec::<i32>::new());
     Ok(())
@@ -156,11 +236,21 @@ async fn an_unreadable_record_is_set_aside(env: Env) -> Result<()> {
     let record = env.root.join("r/pods").join(&bad.id).join("record.json");
     std::fs::write(&record, "{\"schema\": 1, torn")?;
     daemon.launch().await?;
-    assert_eq!(good.status().await?.state(), cri::PodSandboxState::SandboxReady);
-    assert_eq!(container.status().await?.state(), cri::ContainerState::ContainerRunning);
+    assert_eq!(
+        good.status().await?.state(),
+        cri::PodSandboxState::SandboxReady
+    );
+    assert_eq!(
+        container.status().await?.state(),
+        cri::ContainerState::ContainerRunning
+    );
     daemon.logged(0, &[&bad.id]).await?;
     // Its bytes are still somewhere, for whoever wants to know.
-    let kept = output("grep", &["-rl", "torn", &env.root.join("r").display().to_string()]).await?;
+    let kept = output(
+        "grep",
+        &["-rl", "torn", &env.root.join("r").display().to_string()],
+    )
+    .await?;
     assert!(!kept.trim().is_empty());
     refused(bad.status().await, Code::NotFound, &[&bad.id]);
     // Who has looked at it takes it away.
@@ -185,11 +275,18 @@ async fn a_create_that_was_cut_off(env: Env) -> Result<()> {
         daemon.launch().await?;
         // Whatever stage it was at: what there is, can be used or removed, and the name is free then.
         daemon.remove_everything().await?;
-        let pod = daemon.run_pod(config.clone()).await.with_context(|| format!("after {patience} ms"))?;
+        let pod = daemon
+            .run_pod(config.clone())
+            .await
+            .with_context(|| format!("after {patience} ms"))?;
         pod.output(&["true"], |_| {}).await?;
         pod.stop().await?;
         pod.remove().await?;
-        assert_eq!(daemon.pod_dirs(), Vec::<String>::new(), "after {patience} ms");
+        assert_eq!(
+            daemon.pod_dirs(),
+            Vec::<String>::new(),
+            "after {patience} ms"
+        );
     }
     Ok(())
 }
@@ -207,10 +304,22 @@ async fn fifty_pods_are_found_again(env: Env) -> Result<()> {
     daemon.kill(Signal::SIGKILL).await?;
     let began = std::time::Instant::now();
     daemon.launch().await?;
-    let all = daemon.runtime().list_containers(cri::ListContainersRequest::default()).await?.into_inner().containers;
+    let all = daemon
+        .runtime()
+        .list_containers(cri::ListContainersRequest::default())
+        .await?
+        .into_inner()
+        .containers;
     assert_eq!(all.len(), 50);
-    assert!(all.iter().all(|c| c.state() == cri::ContainerState::ContainerRunning));
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(
+        all.iter()
+            .all(|c| c.state() == cri::ContainerState::ContainerRunning)
+    );
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
     Ok(())
 }
 
@@ -220,7 +329,14 @@ async fn two_daemons_of_one_root(env: Env) -> Result<()> {
     let config = env.root.join("config.toml").display().to_string();
     let (code, out, err) = daemon.command(&["serve", "--config", &config]).await?;
     assert_ne!(code, 0, "a second daemon of the same root: {out}{err}");
-    assert!(format!("{out}{err}").contains(&env.root.display().to_string()), "{out}{err}");
-    assert_eq!(container.exec_output(&["echo", "well"]).await?, "well", "the first one goes on");
+    assert!(
+        format!("{out}{err}").contains(&env.root.display().to_string()),
+        "{out}{err}"
+    );
+    assert_eq!(
+        container.exec_output(&["echo", "well"]).await?,
+        "well",
+        "the first one goes on"
+    );
     Ok(())
 }

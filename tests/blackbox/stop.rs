@@ -25,7 +25,11 @@ tests![
 ];
 
 /// A container that says which signals come, and ends with the number of the first that it does not ignore.
-async fn waiter(daemon: &Daemon, ignored: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<Container> {
+async fn waiter(
+    daemon: &Daemon,
+    ignored: &[&str],
+    change: impl FnOnce(&mut cri::ContainerConfig),
+) -> Result<Container> {
     let command = [&["probe", "wait"], ignored].concat();
     let container = daemon.pod(|_| {}).await?.run(&command, change).await?;
     container.says("ready").await?;
@@ -37,7 +41,10 @@ async fn the_default_signal_is_term(env: Env) -> Result<()> {
     let container = waiter(&daemon, &[], |_| {}).await?;
     container.stop(20).await?;
     let status = container.status().await?;
-    assert_eq!((status.state(), status.exit_code), (cri::ContainerState::ContainerExited, 15));
+    assert_eq!(
+        (status.state(), status.exit_code),
+        (cri::ContainerState::ContainerExited, 15)
+    );
     assert_eq!(container.stdout()?, "ready\nsignal 15\n");
     Ok(())
 }
@@ -45,7 +52,10 @@ async fn the_default_signal_is_term(env: Env) -> Result<()> {
 async fn the_images_signal(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     daemon.pull("stop-usr1").await?;
-    let container = waiter(&daemon, &[], |c| c.image.as_mut().unwrap().image = image("stop-usr1")).await?;
+    let container = waiter(&daemon, &[], |c| {
+        c.image.as_mut().unwrap().image = image("stop-usr1")
+    })
+    .await?;
     container.stop(20).await?;
     assert_eq!(container.stdout()?, "ready\nsignal 10\n");
     Ok(())
@@ -67,10 +77,18 @@ async fn the_configs_signal_wins(env: Env) -> Result<()> {
 async fn the_signal_stands_in_the_status(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let container = pod.create(&["true"], |c| c.stop_signal = cri::Signal::Sigquit.into()).await?;
-    assert_eq!(container.status().await?.stop_signal(), cri::Signal::Sigquit);
+    let container = pod
+        .create(&["true"], |c| c.stop_signal = cri::Signal::Sigquit.into())
+        .await?;
+    assert_eq!(
+        container.status().await?.stop_signal(),
+        cri::Signal::Sigquit
+    );
     let container = pod.create(&["true"], |_| {}).await?;
-    assert_eq!(container.status().await?.stop_signal(), cri::Signal::Sigterm);
+    assert_eq!(
+        container.status().await?.stop_signal(),
+        cri::Signal::Sigterm
+    );
     Ok(())
 }
 
@@ -80,7 +98,10 @@ async fn grace_runs_out(env: Env) -> Result<()> {
     let began = Instant::now();
     container.stop(2).await?;
     let took = began.elapsed();
-    assert!(took >= Duration::from_millis(1900) && took < Duration::from_secs(6), "{took:?}");
+    assert!(
+        took >= Duration::from_millis(1900) && took < Duration::from_secs(6),
+        "{took:?}"
+    );
     let status = container.status().await?;
     assert_eq!(status.exit_code, 137);
     assert_eq!(container.stdout()?, "ready\nsignal 15\n");
@@ -110,7 +131,11 @@ async fn a_second_stop_shortens_the_first(env: Env) -> Result<()> {
     let took = began.elapsed();
     assert!(took < Duration::from_secs(10), "{took:?}");
     assert_eq!(container.status().await?.exit_code, 137);
-    assert_eq!(container.stdout()?.matches("signal 15").count(), 1, "the signal is sent once");
+    assert_eq!(
+        container.stdout()?.matches("signal 15").count(),
+        1,
+        "the signal is sent once"
+    );
     Ok(())
 }
 
@@ -125,7 +150,11 @@ async fn a_second_stop_does_not_lengthen_the_first(env: Env) -> Result<()> {
     container.says("signal 15").await?;
     container.stop(50).await?;
     first.await??;
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
     Ok(())
 }
 
@@ -134,7 +163,11 @@ async fn a_container_that_ends_at_once_stops_at_once(env: Env) -> Result<()> {
     let container = waiter(&daemon, &[], |_| {}).await?;
     let began = Instant::now();
     container.stop(30).await?;
-    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        began.elapsed()
+    );
     Ok(())
 }
 
@@ -144,7 +177,11 @@ async fn stopping_what_has_stopped(env: Env) -> Result<()> {
     container.exited().await?;
     container.stop(10).await?;
     container.stop(0).await?;
-    assert_eq!(container.status().await?.exit_code, 9, "a late stop must not change how it ended");
+    assert_eq!(
+        container.status().await?.exit_code,
+        9,
+        "a late stop must not change how it ended"
+    );
     Ok(())
 }
 
@@ -153,7 +190,10 @@ async fn a_created_container_stops(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let container = pod.create(&["sleep", "1000"], |_| {}).await?;
     container.stop(5).await?;
-    assert_eq!(container.status().await?.state(), cri::ContainerState::ContainerExited);
+    assert_eq!(
+        container.status().await?.state(),
+        cri::ContainerState::ContainerExited
+    );
     assert_eq!(container.processes(), Vec::<i32>::new());
     Ok(())
 }
@@ -168,11 +208,24 @@ async fn list_and_status_do_not_wait_for_a_stop(env: Env) -> Result<()> {
     container.says("signal 15").await?;
     let began = Instant::now();
     for _ in 0..20 {
-        assert_eq!(container.status().await?.state(), cri::ContainerState::ContainerRunning);
-        daemon.runtime().list_containers(cri::ListContainersRequest::default()).await?;
-        daemon.runtime().list_pod_sandbox(cri::ListPodSandboxRequest::default()).await?;
+        assert_eq!(
+            container.status().await?.state(),
+            cri::ContainerState::ContainerRunning
+        );
+        daemon
+            .runtime()
+            .list_containers(cri::ListContainersRequest::default())
+            .await?;
+        daemon
+            .runtime()
+            .list_pod_sandbox(cri::ListPodSandboxRequest::default())
+            .await?;
     }
-    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        began.elapsed()
+    );
     assert_eq!(container.exec(&["true"]).await?.code, 0, "and execs go on");
     assert!(!stop.is_finished());
     stop.await??;
@@ -182,16 +235,28 @@ async fn list_and_status_do_not_wait_for_a_stop(env: Env) -> Result<()> {
 async fn children_go_with_process_one(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     // In the pod's PID namespace, and in the node's, nothing but us ends what process one leaves behind.
-    for mode in [cri::NamespaceMode::Container, cri::NamespaceMode::Pod, cri::NamespaceMode::Node] {
-        let pod = daemon.pod(|c| config::pod_namespaces(c).pid = mode.into()).await?;
+    for mode in [
+        cri::NamespaceMode::Container,
+        cri::NamespaceMode::Pod,
+        cri::NamespaceMode::Node,
+    ] {
+        let pod = daemon
+            .pod(|c| config::pod_namespaces(c).pid = mode.into())
+            .await?;
         let container = pod.run(&["sh", "-c", "trap '' TERM; setsid sleep 2001 & setsid sleep 2002 & echo up; wait; sleep 2003"], |_| {}).await?;
         container.says("up").await?;
         container.stop(1).await?;
         assert_eq!(alive(&container), Vec::<String>::new(), "{mode:?}");
-        let container = pod.run(&["sh", "-c", "setsid sleep 2001 & echo up; exit 4"], |_| {}).await?;
+        let container = pod
+            .run(&["sh", "-c", "setsid sleep 2001 & echo up; exit 4"], |_| {})
+            .await?;
         assert_eq!(container.exited().await?.exit_code, 4);
         container.remove().await?;
-        assert_eq!(alive(&container), Vec::<String>::new(), "{mode:?}, after process one had ended");
+        assert_eq!(
+            alive(&container),
+            Vec::<String>::new(),
+            "{mode:?}, after process one had ended"
+        );
     }
     Ok(())
 }
@@ -199,7 +264,12 @@ async fn children_go_with_process_one(env: Env) -> Result<()> {
 /// What still runs in a container: a zombie that waits for its reaper does not.
 fn alive(container: &Container) -> Vec<String> {
     let status = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok();
-    container.processes().iter().filter_map(status).filter(|s| !s.contains(") Z ")).collect()
+    container
+        .processes()
+        .iter()
+        .filter_map(status)
+        .filter(|s| !s.contains(") Z "))
+        .collect()
 }
 
 async fn a_frozen_container_stops(env: Env) -> Result<()> {
@@ -224,8 +294,14 @@ async fn negative_grace(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let container = waiter(&daemon, &[], |_| {}).await?;
     // Refused, or taken as none; never a wait without end.
-    match tokio::time::timeout(Duration::from_secs(10), container.stop(-1)).await.context("waits for ever")? {
-        Ok(()) => assert_eq!(container.status().await?.state(), cri::ContainerState::ContainerExited),
+    match tokio::time::timeout(Duration::from_secs(10), container.stop(-1))
+        .await
+        .context("waits for ever")?
+    {
+        Ok(()) => assert_eq!(
+            container.status().await?.state(),
+            cri::ContainerState::ContainerExited
+        ),
         Err(status) => assert_eq!(status.code(), Code::InvalidArgument, "{status}"),
     }
     Ok(())

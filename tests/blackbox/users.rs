@@ -31,18 +31,49 @@ async fn expect(
     let pod = daemon.pod(|_| {}).await?;
     let reports = pod.probes(change).await?;
     for (report, who) in reports.iter().zip(["init", "exec"]) {
-        assert_eq!(report.numbers("ids"), [ids.0, ids.0, ids.1, ids.1], "ids of {who}");
+        assert_eq!(
+            report.numbers("ids"),
+            [ids.0, ids.0, ids.1, ids.1],
+            "ids of {who}"
+        );
         assert_eq!(report.groups(), groups, "groups of {who}");
     }
     let request = cri::ListContainersRequest {
-        filter: Some(cri::ContainerFilter { pod_sandbox_id: pod.id.clone(), ..Default::default() }),
+        filter: Some(cri::ContainerFilter {
+            pod_sandbox_id: pod.id.clone(),
+            ..Default::default()
+        }),
     };
-    let id = daemon.runtime().list_containers(request).await?.into_inner().containers[0].id.clone();
-    let request = cri::ContainerStatusRequest { container_id: id, verbose: false };
-    let status = daemon.runtime().container_status(request).await?.into_inner().status.unwrap();
+    let id = daemon
+        .runtime()
+        .list_containers(request)
+        .await?
+        .into_inner()
+        .containers[0]
+        .id
+        .clone();
+    let request = cri::ContainerStatusRequest {
+        container_id: id,
+        verbose: false,
+    };
+    let status = daemon
+        .runtime()
+        .container_status(request)
+        .await?
+        .into_inner()
+        .status
+        .unwrap();
     let user = status.user.unwrap().linux.unwrap();
-    assert_eq!((user.uid, user.gid), (ids.0.cast_signed(), ids.1.cast_signed()), "in the status");
-    let mut told: Vec<u64> = user.supplemental_groups.iter().map(|g| g.cast_unsigned()).collect();
+    assert_eq!(
+        (user.uid, user.gid),
+        (ids.0.cast_signed(), ids.1.cast_signed()),
+        "in the status"
+    );
+    let mut told: Vec<u64> = user
+        .supplemental_groups
+        .iter()
+        .map(|g| g.cast_unsigned())
+        .collect();
     told.sort_unstable();
     assert_eq!(told, groups, "in the status");
     Ok(())
@@ -51,7 +82,10 @@ async fn expect(
 async fn with_image(env: &Env, name: &'static str, ids: (u64, u64), groups: &[u64]) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     daemon.pull(name).await?;
-    expect(&daemon, ids, groups, |c| c.image.as_mut().unwrap().image = image(name)).await
+    expect(&daemon, ids, groups, |c| {
+        c.image.as_mut().unwrap().image = image(name)
+    })
+    .await
 }
 
 async fn the_images_user_by_name(env: Env) -> Result<()> {
@@ -85,9 +119,15 @@ async fn an_id_of_the_config_wins(env: Env) -> Result<()> {
 
 async fn a_name_of_the_config_wins(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    expect(&daemon, (1000, 1000), &[1000], |c| container_security(c).run_as_username = "app".into()).await?;
+    expect(&daemon, (1000, 1000), &[1000], |c| {
+        container_security(c).run_as_username = "app".into()
+    })
+    .await?;
     // A number may stand where a name belongs.
-    expect(&daemon, (1000, 1000), &[1000], |c| container_security(c).run_as_username = "1000".into()).await
+    expect(&daemon, (1000, 1000), &[1000], |c| {
+        container_security(c).run_as_username = "1000".into()
+    })
+    .await
 }
 
 async fn groups_of_the_image_are_merged(env: Env) -> Result<()> {
@@ -109,7 +149,12 @@ async fn the_strict_policy_leaves_the_images_groups_out(env: Env) -> Result<()> 
         security.supplemental_groups_policy = cri::SupplementalGroupsPolicy::Strict.into();
     };
     expect(&daemon, (1001, 1001), &[1001, 3000], change).await?;
-    let features = daemon.runtime().status(cri::StatusRequest { verbose: false }).await?.into_inner().features;
+    let features = daemon
+        .runtime()
+        .status(cri::StatusRequest { verbose: false })
+        .await?
+        .into_inner()
+        .features;
     assert!(features.context("features")?.supplemental_groups_policy);
     Ok(())
 }
@@ -121,7 +166,10 @@ async fn the_daemons_groups_are_cleared(env: Env) -> Result<()> {
     nix::unistd::setgroups(&[])?;
     let daemon = daemon?;
     let status = read(format!("/proc/{}/status", daemon.pid()?))?;
-    if !status.lines().any(|l| l.starts_with("Groups:") && l.contains("4242")) {
+    if !status
+        .lines()
+        .any(|l| l.starts_with("Groups:") && l.contains("4242"))
+    {
         return skip("the thread that starts the daemon has groups of its own");
     }
     let change = |c: &mut cri::ContainerConfig| container_security(c).run_as_user = set(4000);
@@ -132,12 +180,24 @@ async fn users_that_there_are_not(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     daemon.pull("user-missing").await?;
     let pod = daemon.pod(|_| {}).await?;
-    let answer = pod.try_create(|c| c.image.as_mut().unwrap().image = image("user-missing")).await;
+    let answer = pod
+        .try_create(|c| c.image.as_mut().unwrap().image = image("user-missing"))
+        .await;
     refused(answer, Code::InvalidArgument, &["who"]);
-    let answer = pod.try_create(|c| container_security(c).run_as_username = "nobody-knows".into()).await;
+    let answer = pod
+        .try_create(|c| container_security(c).run_as_username = "nobody-knows".into())
+        .await;
     refused(answer, Code::InvalidArgument, &["nobody-knows"]);
     let request = cri::ListContainersRequest::default();
-    assert_eq!(daemon.runtime().list_containers(request).await?.into_inner().containers, []);
+    assert_eq!(
+        daemon
+            .runtime()
+            .list_containers(request)
+            .await?
+            .into_inner()
+            .containers,
+        []
+    );
     Ok(())
 }
 
@@ -147,13 +207,21 @@ async fn bad_ids_are_refused(env: Env) -> Result<()> {
     let changes: [Change<cri::LinuxContainerSecurityContext>; 5] = [
         ("a negative user", |s| s.run_as_user = set(-1)),
         ("a user beyond 32 bits", |s| s.run_as_user = set(1 << 32)),
-        ("a negative group", |s| (s.run_as_user, s.run_as_group) = (set(1), set(-5))),
+        ("a negative group", |s| {
+            (s.run_as_user, s.run_as_group) = (set(1), set(-5))
+        }),
         ("a group without a user", |s| s.run_as_group = set(5)),
-        ("a negative supplemental group", |s| s.supplemental_groups = vec![-1]),
+        ("a negative supplemental group", |s| {
+            s.supplemental_groups = vec![-1]
+        }),
     ];
     for (what, change) in changes {
         let answer = pod.try_create(|c| change(container_security(c))).await;
-        assert_eq!(answer.expect_err(what).code(), Code::InvalidArgument, "{what}");
+        assert_eq!(
+            answer.expect_err(what).code(),
+            Code::InvalidArgument,
+            "{what}"
+        );
     }
     Ok(())
 }

@@ -56,7 +56,11 @@ pub fn pod(daemon: &Daemon) -> cri::PodSandboxConfig {
 }
 
 /// A container of the image `test` in that pod, under RuntimeDefault.
-pub fn container(daemon: &Daemon, pod: &cri::PodSandboxConfig, command: &[&str]) -> cri::ContainerConfig {
+pub fn container(
+    daemon: &Daemon,
+    pod: &cri::PodSandboxConfig,
+    command: &[&str],
+) -> cri::ContainerConfig {
     let name = format!("c{}", daemon.env().fresh());
     let options = pod
         .linux
@@ -65,8 +69,14 @@ pub fn container(daemon: &Daemon, pod: &cri::PodSandboxConfig, command: &[&str])
         .and_then(|s| s.namespace_options.clone());
     let paths = |paths: &[&str]| paths.iter().map(|p| (*p).to_owned()).collect();
     cri::ContainerConfig {
-        metadata: Some(cri::ContainerMetadata { name: name.clone(), attempt: 0 }),
-        image: Some(cri::ImageSpec { image: super::image("test"), ..Default::default() }),
+        metadata: Some(cri::ContainerMetadata {
+            name: name.clone(),
+            attempt: 0,
+        }),
+        image: Some(cri::ImageSpec {
+            image: super::image("test"),
+            ..Default::default()
+        }),
         command: command.iter().map(|w| (*w).to_owned()).collect(),
         log_path: format!("{name}.log"),
         linux: Some(cri::LinuxContainerConfig {
@@ -74,8 +84,19 @@ pub fn container(daemon: &Daemon, pod: &cri::PodSandboxConfig, command: &[&str])
             security_context: Some(cri::LinuxContainerSecurityContext {
                 namespace_options: options,
                 seccomp: Some(cri::SecurityProfile::default()),
-                masked_paths: paths(&["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"]),
-                readonly_paths: paths(&["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]),
+                masked_paths: paths(&[
+                    "/proc/kcore",
+                    "/proc/keys",
+                    "/proc/timer_list",
+                    "/sys/firmware",
+                ]),
+                readonly_paths: paths(&[
+                    "/proc/bus",
+                    "/proc/fs",
+                    "/proc/irq",
+                    "/proc/sys",
+                    "/proc/sysrq-trigger",
+                ]),
                 ..Default::default()
             }),
         }),
@@ -84,18 +105,30 @@ pub fn container(daemon: &Daemon, pod: &cri::PodSandboxConfig, command: &[&str])
 }
 
 /// The security context of a container's configuration.
-pub fn container_security(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerSecurityContext {
-    config.linux.get_or_insert_default().security_context.get_or_insert_default()
+pub fn container_security(
+    config: &mut cri::ContainerConfig,
+) -> &mut cri::LinuxContainerSecurityContext {
+    config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
 }
 
 /// The security context of a pod's configuration.
 pub fn pod_security(config: &mut cri::PodSandboxConfig) -> &mut cri::LinuxSandboxSecurityContext {
-    config.linux.get_or_insert_default().security_context.get_or_insert_default()
+    config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
 }
 
 /// The namespace modes of a pod's configuration.
 pub fn pod_namespaces(config: &mut cri::PodSandboxConfig) -> &mut cri::NamespaceOption {
-    pod_security(config).namespace_options.get_or_insert_default()
+    pod_security(config)
+        .namespace_options
+        .get_or_insert_default()
 }
 
 /// Gives a pod a network namespace, and an address from CNI.

@@ -12,7 +12,9 @@ use slipway_proto::cri::runtime_service_client::RuntimeServiceClient;
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
-use super::{Context, Env, LOGIN_REGISTRY, REGISTRY, Result, bail, config, cri, ensure, eventually, image};
+use super::{
+    Context, Env, LOGIN_REGISTRY, REGISTRY, Result, bail, config, cri, ensure, eventually, image,
+};
 
 /// Every call that takes longer has failed.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -36,16 +38,26 @@ impl Setup {
     pub fn new(env: &Env) -> Self {
         let quoted = |path: PathBuf| format!("{:?}", path.display().to_string());
         let root = |name: &str| quoted(env.root.join(name));
-        let mut setup = Self { keys: BTreeMap::new(), cni: Some(config::conflist(env)), env: Vec::new() };
+        let mut setup = Self {
+            keys: BTreeMap::new(),
+            cni: Some(config::conflist(env)),
+            env: Vec::new(),
+        };
         setup.set("listen", &root("s.sock"));
         setup.set("run_root", &root("r"));
         setup.set("state_root", &root("state"));
         setup.set("log.level", "\"debug\"");
-        setup.set("images.insecure_registries", &format!("[\"{REGISTRY}\", \"{LOGIN_REGISTRY}\"]"));
+        setup.set(
+            "images.insecure_registries",
+            &format!("[\"{REGISTRY}\", \"{LOGIN_REGISTRY}\"]"),
+        );
         setup.set("images.retries", "1");
         setup.set("network.conf_dir", &root("net.d"));
         setup.set("network.cache_dir", &root("net.cache"));
-        setup.set("network.bin_dirs", &format!("[{}, \"/usr/lib/cni\", \"/opt/cni/bin\"]", root("plugins")));
+        setup.set(
+            "network.bin_dirs",
+            &format!("[{}, \"/usr/lib/cni\", \"/opt/cni/bin\"]", root("plugins")),
+        );
         setup
     }
 
@@ -74,7 +86,11 @@ impl Daemon {
         if let Some(text) = &setup.cni {
             std::fs::write(env.root.join("net.d/10-test.conflist"), text)?;
         }
-        let text: String = setup.keys.iter().map(|(k, v)| format!("{k} = {v}\n")).collect();
+        let text: String = setup
+            .keys
+            .iter()
+            .map(|(k, v)| format!("{k} = {v}\n"))
+            .collect();
         std::fs::write(env.root.join("config.toml"), text)?;
         let socket = env.root.join("s.sock");
         let channel = tonic::transport::Endpoint::from_static("http://slipway")
@@ -86,7 +102,12 @@ impl Daemon {
                     Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
                 }
             }));
-        let inner = Inner { env, variables: setup.env, child: Mutex::default(), channel };
+        let inner = Inner {
+            env,
+            variables: setup.env,
+            child: Mutex::default(),
+            channel,
+        };
         let daemon = Self(Arc::new(inner));
         daemon.launch().await?;
         Ok(daemon)
@@ -95,7 +116,10 @@ impl Daemon {
     /// Starts the process (again) and waits until it answers.
     pub async fn launch(&self) -> Result<()> {
         let env = &self.0.env;
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_file())?;
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_file())?;
         let mut child = Command::new(BINARY)
             .args(["serve", "--config"])
             .arg(env.root.join("config.toml"))
@@ -109,14 +133,19 @@ impl Daemon {
             .with_context(|| format!("starting {BINARY}"))?;
         let until = tokio::time::Instant::now() + Duration::from_secs(20);
         loop {
-            let request = cri::VersionRequest { version: "v1".to_owned() };
+            let request = cri::VersionRequest {
+                version: "v1".to_owned(),
+            };
             if self.runtime().version(request).await.is_ok() {
                 break;
             }
             if let Some(status) = child.try_wait()? {
                 bail!("the daemon ended with {status}:\n{}", self.last_words());
             }
-            ensure!(tokio::time::Instant::now() < until, "the daemon does not answer");
+            ensure!(
+                tokio::time::Instant::now() < until,
+                "the daemon does not answer"
+            );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         *self.0.child.lock().unwrap() = Some(child);
@@ -140,16 +169,29 @@ impl Daemon {
 
     /// Pulls a test image by its short name; its id.
     pub async fn pull(&self, name: &str) -> Result<String> {
-        let spec = cri::ImageSpec { image: image(name), ..Default::default() };
-        let request = cri::PullImageRequest { image: Some(spec), ..Default::default() };
-        let answer = self.images().pull_image(request).await.with_context(|| format!("pulling {name}"))?;
+        let spec = cri::ImageSpec {
+            image: image(name),
+            ..Default::default()
+        };
+        let request = cri::PullImageRequest {
+            image: Some(spec),
+            ..Default::default()
+        };
+        let answer = self
+            .images()
+            .pull_image(request)
+            .await
+            .with_context(|| format!("pulling {name}"))?;
         Ok(answer.into_inner().image_ref)
     }
 
     /// Process id of the daemon.
     pub fn pid(&self) -> Result<Pid> {
         let child = self.0.child.lock().unwrap();
-        let id = child.as_ref().and_then(Child::id).context("the daemon is not running")?;
+        let id = child
+            .as_ref()
+            .and_then(Child::id)
+            .context("the daemon is not running")?;
         Ok(Pid::from_raw(id.cast_signed()))
     }
 
@@ -161,7 +203,13 @@ impl Daemon {
     /// Ends the daemon by a signal and returns how it ended; pods go on.
     pub async fn kill(&self, signal: Signal) -> Result<std::process::ExitStatus> {
         self.signal(signal)?;
-        let mut child = self.0.child.lock().unwrap().take().context("the daemon is not running")?;
+        let mut child = self
+            .0
+            .child
+            .lock()
+            .unwrap()
+            .take()
+            .context("the daemon is not running")?;
         let status = tokio::time::timeout(Duration::from_secs(20), child.wait()).await;
         Ok(status.with_context(|| format!("the daemon does not end on {signal}"))??)
     }
@@ -172,7 +220,10 @@ impl Daemon {
             return Ok(());
         }
         let status = self.kill(Signal::SIGTERM).await?;
-        ensure!(status.success(), "the daemon ended with {status} on SIGTERM");
+        ensure!(
+            status.success(),
+            "the daemon ended with {status} on SIGTERM"
+        );
         Ok(())
     }
 
@@ -181,12 +232,25 @@ impl Daemon {
         if self.pid().is_err() {
             return Ok(());
         }
-        let pods = self.runtime().list_pod_sandbox(cri::ListPodSandboxRequest::default()).await?;
+        let pods = self
+            .runtime()
+            .list_pod_sandbox(cri::ListPodSandboxRequest::default())
+            .await?;
         for pod in pods.into_inner().items {
-            let request = cri::StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
-            self.runtime().stop_pod_sandbox(request).await.context("StopPodSandbox")?;
-            let request = cri::RemovePodSandboxRequest { pod_sandbox_id: pod.id };
-            self.runtime().remove_pod_sandbox(request).await.context("RemovePodSandbox")?;
+            let request = cri::StopPodSandboxRequest {
+                pod_sandbox_id: pod.id.clone(),
+            };
+            self.runtime()
+                .stop_pod_sandbox(request)
+                .await
+                .context("StopPodSandbox")?;
+            let request = cri::RemovePodSandboxRequest {
+                pod_sandbox_id: pod.id,
+            };
+            self.runtime()
+                .remove_pod_sandbox(request)
+                .await
+                .context("RemovePodSandbox")?;
         }
         Ok(())
     }
@@ -195,11 +259,18 @@ impl Daemon {
     pub async fn command(&self, args: &[&str]) -> Result<(i32, String, String)> {
         let mut command = Command::new(BINARY);
         let endpoint = format!("unix://{}", self.0.env.root.join("s.sock").display());
-        command.args(args).env("CONTAINER_RUNTIME_ENDPOINT", endpoint).stdin(std::process::Stdio::null());
+        command
+            .args(args)
+            .env("CONTAINER_RUNTIME_ENDPOINT", endpoint)
+            .stdin(std::process::Stdio::null());
         let done = tokio::time::timeout(DEADLINE, command.kill_on_drop(true).output()).await;
         let done = done.with_context(|| format!("slipway {args:?} does not end"))??;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        Ok((done.status.code().unwrap_or(-1), text(done.stdout), text(done.stderr)))
+        Ok((
+            done.status.code().unwrap_or(-1),
+            text(done.stdout),
+            text(done.stderr),
+        ))
     }
 
     /// File of the daemon's own log.
@@ -210,11 +281,19 @@ impl Daemon {
     /// Waits until the daemon's own log has a line with all these words in it, after its first `skip` bytes.
     pub async fn logged(&self, skip: usize, words: &[&str]) -> Result<()> {
         let path = self.log_file();
-        eventually(&format!("{words:?} in the daemon's log"), Duration::from_secs(10), || async {
-            let text = std::fs::read(&path)?;
-            let text = String::from_utf8_lossy(text.get(skip..).unwrap_or_default()).into_owned();
-            Ok(text.lines().any(|l| words.iter().all(|w| l.contains(w))).then_some(()))
-        })
+        eventually(
+            &format!("{words:?} in the daemon's log"),
+            Duration::from_secs(10),
+            || async {
+                let text = std::fs::read(&path)?;
+                let text =
+                    String::from_utf8_lossy(text.get(skip..).unwrap_or_default()).into_owned();
+                Ok(text
+                    .lines()
+                    .any(|l| words.iter().all(|w| l.contains(w)))
+                    .then_some(()))
+            },
+        )
         .await
     }
 
@@ -234,12 +313,17 @@ impl Daemon {
     /// Names of the directories of pods in the run root.
     pub fn pod_dirs(&self) -> Vec<String> {
         // What is being removed has been renamed first.
-        names(&self.0.env.root.join("r/pods")).into_iter().filter(|n| !n.starts_with('.')).collect()
+        names(&self.0.env.root.join("r/pods"))
+            .into_iter()
+            .filter(|n| !n.starts_with('.'))
+            .collect()
     }
 }
 
 /// Names in a directory, none when it is missing.
 pub fn names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
+    entries
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect()
 }

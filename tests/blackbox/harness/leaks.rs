@@ -9,8 +9,16 @@ use super::{Env, stage};
 /// Everything that is left, one line each.
 pub fn find(env: &Env) -> Vec<String> {
     let mut left = objects(env);
-    left.extend(processes(env).into_iter().map(|(pid, what)| format!("process {pid} ({what})")));
-    left.extend(sockets(&env.root).into_iter().map(|s| format!("a process that listens at {s}")));
+    left.extend(
+        processes(env)
+            .into_iter()
+            .map(|(pid, what)| format!("process {pid} ({what})")),
+    );
+    left.extend(
+        sockets(&env.root)
+            .into_iter()
+            .map(|s| format!("a process that listens at {s}")),
+    );
     left
 }
 
@@ -19,17 +27,28 @@ pub fn objects(env: &Env) -> Vec<String> {
     let mut left = Vec::new();
     // The run root itself is a mount of the daemon's, which it leaves for the next one.
     let run_root = env.root.join("r").display().to_string();
-    left.extend(mounts(&env.root).into_iter().filter(|m| *m != run_root).map(|m| format!("mount {m}")));
+    left.extend(
+        mounts(&env.root)
+            .into_iter()
+            .filter(|m| *m != run_root)
+            .map(|m| format!("mount {m}")),
+    );
     for top in stage::cgroup_dirs(&env.cgroup) {
         let below = stage::tree(&top).into_iter().filter(|d| *d != top);
         left.extend(below.map(|d| format!("cgroup {}", d.display())));
     }
     for dir in ["r/pods", "state/containers", "net.cache"] {
         let found = names(&env.root.join(dir)).into_iter();
-        left.extend(found.filter(|n| n != "lock" && n != ".lock").map(|n| format!("directory entry {dir}/{n}")));
+        left.extend(
+            found
+                .filter(|n| n != "lock" && n != ".lock")
+                .map(|n| format!("directory entry {dir}/{n}")),
+        );
     }
     let addresses = env.root.join(format!("net.addresses/test{}", env.number));
-    let addresses = names(&addresses).into_iter().filter(|n| n != "lock" && !n.starts_with("last_reserved_ip"));
+    let addresses = names(&addresses)
+        .into_iter()
+        .filter(|n| n != "lock" && !n.starts_with("last_reserved_ip"));
     left.extend(addresses.map(|n| format!("address {n}")));
     left
 }
@@ -51,9 +70,18 @@ pub async fn wipe(env: &Env) {
     use nix::sys::signal::{Signal, kill};
     for _ in 0..50 {
         let mut all: Vec<i32> = processes(env).into_iter().map(|(pid, _)| pid).collect();
-        for dir in stage::cgroup_dirs(&env.cgroup).iter().flat_map(|d| stage::tree(d)) {
+        for dir in stage::cgroup_dirs(&env.cgroup)
+            .iter()
+            .flat_map(|d| stage::tree(d))
+        {
             let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-            all.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|p| *p > 1));
+            all.extend(
+                text.lines()
+                    .filter_map(|l| l.parse::<i32>().ok())
+                    .filter(|p| *p > 1),
+            );
+            // What is frozen does not die (v1; the file is there for nothing else).
+            std::fs::write(dir.join("freezer.state"), "THAWED").ok();
             std::fs::remove_dir(dir).ok();
         }
         if all.is_empty() && stage::cgroup_dirs(&env.cgroup).is_empty() {
@@ -73,7 +101,10 @@ pub async fn wipe(env: &Env) {
 pub fn mounts(root: &Path) -> Vec<String> {
     let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = text.lines().filter_map(|l| l.split(' ').nth(4));
-    points.filter(|p| Path::new(p).starts_with(root)).map(str::to_owned).collect()
+    points
+        .filter(|p| Path::new(p).starts_with(root))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Processes that carry the mark of the test in their environment.
@@ -81,8 +112,12 @@ fn processes(env: &Env) -> Vec<(i32, String)> {
     let mark = format!("{MARK}={}", env.number);
     let mut found = Vec::new();
     for name in names(Path::new("/proc")) {
-        let Ok(pid) = name.parse::<i32>() else { continue };
-        let Ok(environment) = std::fs::read(format!("/proc/{pid}/environ")) else { continue };
+        let Ok(pid) = name.parse::<i32>() else {
+            continue;
+        };
+        let Ok(environment) = std::fs::read(format!("/proc/{pid}/environ")) else {
+            continue;
+        };
         if environment.split(|b| *b == 0).any(|v| v == mark.as_bytes()) {
             let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             found.push((pid, String::from_utf8_lossy(&command).replace('\0', " ")));
@@ -95,7 +130,10 @@ fn processes(env: &Env) -> Vec<(i32, String)> {
 fn sockets(root: &Path) -> Vec<String> {
     let text = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let paths = text.lines().filter_map(|l| l.split_whitespace().nth(7));
-    let mut all: Vec<String> = paths.filter(|p| Path::new(p).starts_with(root)).map(str::to_owned).collect();
+    let mut all: Vec<String> = paths
+        .filter(|p| Path::new(p).starts_with(root))
+        .map(str::to_owned)
+        .collect();
     all.sort_unstable();
     all.dedup();
     all

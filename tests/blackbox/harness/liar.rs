@@ -62,7 +62,10 @@ struct Document {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    let hex: String = sha2::Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let hex: String = sha2::Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
     format!("sha256:{hex}")
 }
 
@@ -94,10 +97,38 @@ impl Liar {
         let blob = |bytes: &[u8]| format!("/v2/lies/blobs/{}", digest(bytes));
         let binary = "application/octet-stream";
         let documents = HashMap::from([
-            (blob(&config), Document { about: About::Config, kind: binary, bytes: config }),
-            (blob(&layer), Document { about: About::Layer, kind: binary, bytes: layer }),
-            (format!("/v2/lies/manifests/{top}"), Document { about: About::Manifest, kind: MANIFEST, bytes: manifest.clone() }),
-            ("/v2/lies/manifests/latest".to_owned(), Document { about: About::Manifest, kind: MANIFEST, bytes: manifest }),
+            (
+                blob(&config),
+                Document {
+                    about: About::Config,
+                    kind: binary,
+                    bytes: config,
+                },
+            ),
+            (
+                blob(&layer),
+                Document {
+                    about: About::Layer,
+                    kind: binary,
+                    bytes: layer,
+                },
+            ),
+            (
+                format!("/v2/lies/manifests/{top}"),
+                Document {
+                    about: About::Manifest,
+                    kind: MANIFEST,
+                    bytes: manifest.clone(),
+                },
+            ),
+            (
+                "/v2/lies/manifests/latest".to_owned(),
+                Document {
+                    about: About::Manifest,
+                    kind: MANIFEST,
+                    bytes: manifest,
+                },
+            ),
         ]);
         let documents = Arc::new(documents);
         let asked: Arc<Mutex<HashMap<String, u32>>> = Arc::default();
@@ -108,10 +139,17 @@ impl Liar {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 let (documents, counts) = (documents.clone(), counts.clone());
-                connections.spawn(async move { answer(stream, &documents, &counts, about, lie).await.ok() });
+                connections.spawn(async move {
+                    answer(stream, &documents, &counts, about, lie).await.ok()
+                });
             }
         });
-        Ok(Self { address, digest: top, asked, task })
+        Ok(Self {
+            address,
+            digest: top,
+            asked,
+            task,
+        })
     }
 
     /// The image's reference, by tag.
@@ -136,11 +174,18 @@ async fn answer(
     }
     let request = String::from_utf8_lossy(&request).into_owned();
     let mut words = request.split_whitespace();
-    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let (method, path) = (
+        words.next().unwrap_or_default(),
+        words.next().unwrap_or_default(),
+    );
     *counts.lock().unwrap().entry(path.to_owned()).or_default() += 1;
     let mut send = async |status: &str, kind: &str, length: Option<usize>, body: &[u8]| {
-        let length = length.map(|n| format!("Content-Length: {n}\r\n")).unwrap_or_default();
-        let head = format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{length}Connection: close\r\n\r\n");
+        let length = length
+            .map(|n| format!("Content-Length: {n}\r\n"))
+            .unwrap_or_default();
+        let head = format!(
+            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{length}Connection: close\r\n\r\n"
+        );
         stream.write_all(head.as_bytes()).await?;
         if method != "HEAD" {
             stream.write_all(body).await?;
@@ -155,18 +200,34 @@ async fn answer(
         return send("404 Not Found", "application/json", Some(body.len()), body).await;
     };
     let (bytes, length) = (&document.bytes, document.bytes.len());
-    let lie = if document.about == about { lie } else { Lie::None };
+    let lie = if document.about == about {
+        lie
+    } else {
+        Lie::None
+    };
     match lie {
         Lie::None => send("200 OK", document.kind, Some(length), bytes).await,
         Lie::Wrong => {
             let mut wrong = bytes.clone();
             // Inside the file's content, or a word of the JSON: the form stays right.
-            let place = if document.about == About::Layer { 2000 } else { length - 10 };
+            let place = if document.about == About::Layer {
+                2000
+            } else {
+                length - 10
+            };
             wrong[place] = if wrong[place] == b'0' { b'1' } else { b'0' };
             send("200 OK", document.kind, Some(length), &wrong).await
         }
         Lie::Cut => send("200 OK", document.kind, Some(length), &bytes[..length / 2]).await,
-        Lie::Short => send("200 OK", document.kind, Some(length / 2), &bytes[..length / 2]).await,
+        Lie::Short => {
+            send(
+                "200 OK",
+                document.kind,
+                Some(length / 2),
+                &bytes[..length / 2],
+            )
+            .await
+        }
         Lie::Html => {
             let page = b"<html><body>Please log in to the hotel's network</body></html>";
             send("200 OK", "text/html", Some(page.len()), page).await

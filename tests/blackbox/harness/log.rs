@@ -26,25 +26,43 @@ pub fn read(path: &Path) -> Result<Vec<Line>> {
     };
     // A batch may be half written when we look: what has no end is not a line yet.
     let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |n| n + 1);
-    bytes[..whole].split_inclusive(|b| *b == b'\n').map(line).collect()
+    bytes[..whole]
+        .split_inclusive(|b| *b == b'\n')
+        .map(line)
+        .collect()
 }
 
 fn line(bytes: &[u8]) -> Result<Line> {
     let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(120)]).into_owned();
     let bytes = bytes.strip_suffix(b"\n").context("no newline")?;
     let mut parts = bytes.splitn(4, |b| *b == b' ');
-    let mut part = || parts.next().with_context(|| format!("not in the CRI's form: {shown:?}"));
+    let mut part = || {
+        parts
+            .next()
+            .with_context(|| format!("not in the CRI's form: {shown:?}"))
+    };
     let time = std::str::from_utf8(part()?)?;
     let stream = std::str::from_utf8(part()?)?.to_owned();
     let tag = std::str::from_utf8(part()?)?;
     let content = part()?.to_vec();
-    ensure!(stream == "stdout" || stream == "stderr", "no stream: {shown:?}");
+    ensure!(
+        stream == "stdout" || stream == "stderr",
+        "no stream: {shown:?}"
+    );
     ensure!(tag == "P" || tag == "F", "no tag: {shown:?}");
     // RFC3339Nano: a fraction of at most nine digits, if any.
-    let fraction = time.split_once('.').map_or(0, |(_, f)| f.chars().take_while(char::is_ascii_digit).count());
+    let fraction = time.split_once('.').map_or(0, |(_, f)| {
+        f.chars().take_while(char::is_ascii_digit).count()
+    });
     ensure!(fraction <= 9, "{time} has {fraction} digits of a second");
-    let time = chrono::DateTime::parse_from_rfc3339(time).with_context(|| format!("not a time: {shown:?}"))?;
-    Ok(Line { time, stream, partial: tag == "P", content })
+    let time = chrono::DateTime::parse_from_rfc3339(time)
+        .with_context(|| format!("not a time: {shown:?}"))?;
+    Ok(Line {
+        time,
+        stream,
+        partial: tag == "P",
+        content,
+    })
 }
 
 /// What was written to a stream.

@@ -88,7 +88,13 @@ impl std::ops::Deref for Env {
 impl Env {
     fn new(number: u32, root: PathBuf, cgroup: String) -> Self {
         let (next, daemons) = (AtomicU32::new(0), Mutex::default());
-        Self(std::sync::Arc::new(Place { number, root, cgroup, next, daemons }))
+        Self(std::sync::Arc::new(Place {
+            number,
+            root,
+            cgroup,
+            next,
+            daemons,
+        }))
     }
 
     /// A daemon with the usual configuration that has the image `test`.
@@ -143,7 +149,14 @@ impl Tmpfs {
         use nix::mount::{MsFlags, mount};
         std::fs::create_dir_all(&at)?;
         let options = format!("size={size}");
-        mount(Some("blackbox"), &at, Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).context("tmpfs")?;
+        mount(
+            Some("blackbox"),
+            &at,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .context("tmpfs")?;
         mount(None::<&str>, &at, None::<&str>, propagation, None::<&str>).context("propagation")?;
         Ok(Self(at))
     }
@@ -162,10 +175,16 @@ where
 {
     let until = tokio::time::Instant::now() + limit;
     loop {
-        if let Some(answer) = ask().await.with_context(|| format!("while waiting for {what}"))? {
+        if let Some(answer) = ask()
+            .await
+            .with_context(|| format!("while waiting for {what}"))?
+        {
             return Ok(answer);
         }
-        ensure!(tokio::time::Instant::now() < until, "{what}: not within {limit:?}");
+        ensure!(
+            tokio::time::Instant::now() < until,
+            "{what}: not within {limit:?}"
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -173,19 +192,28 @@ where
 /// The words of a file of the kernel, such as a cgroup's.
 pub fn read(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     Ok(text.trim_end().to_owned())
 }
 
 /// Expects a gRPC failure with this code whose message names all of these.
 #[track_caller]
-pub fn refused<T: std::fmt::Debug>(answer: Result<T, tonic::Status>, code: tonic::Code, names: &[&str]) {
+pub fn refused<T: std::fmt::Debug>(
+    answer: Result<T, tonic::Status>,
+    code: tonic::Code,
+    names: &[&str],
+) {
     match answer {
         Ok(answer) => panic!("accepted ({answer:?}), expected {code:?}"),
         Err(status) => {
             assert_eq!(status.code(), code, "message: {}", status.message());
             for name in names {
-                assert!(status.message().contains(name), "{:?} does not name {name:?}", status.message());
+                assert!(
+                    status.message().contains(name),
+                    "{:?} does not name {name:?}",
+                    status.message()
+                );
             }
         }
     }
@@ -200,6 +228,11 @@ pub async fn output(program: &str, args: &[&str]) -> Result<String> {
         .with_context(|| format!("{program} {args:?} does not end"))?
         .with_context(|| format!("running {program}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    ensure!(done.status.success(), "{program} {args:?}: {}: {}", done.status, text(&done.stderr));
+    ensure!(
+        done.status.success(),
+        "{program} {args:?}: {}: {}",
+        done.status,
+        text(&done.stderr)
+    );
     Ok(text(&done.stdout))
 }

@@ -46,9 +46,21 @@ impl Daemon {
 
     /// Runs a pod of exactly this configuration.
     pub async fn run_pod(&self, config: cri::PodSandboxConfig) -> Result<Pod, Status> {
-        let request = cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
-        let id = self.runtime().run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
-        Ok(Pod { daemon: self.clone(), id, config })
+        let request = cri::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            ..Default::default()
+        };
+        let id = self
+            .runtime()
+            .run_pod_sandbox(request)
+            .await?
+            .into_inner()
+            .pod_sandbox_id;
+        Ok(Pod {
+            daemon: self.clone(),
+            id,
+            config,
+        })
     }
 
     /// A pod and a container of it that runs a command.
@@ -59,7 +71,11 @@ impl Daemon {
 
 impl Pod {
     /// Creates a container whose usual configuration `change` has changed.
-    pub async fn create(&self, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<Container> {
+    pub async fn create(
+        &self,
+        command: &[&str],
+        change: impl FnOnce(&mut cri::ContainerConfig),
+    ) -> Result<Container> {
         let mut config = config::container(&self.daemon, &self.config, command);
         change(&mut config);
         self.create_exactly(config).await.context("CreateContainer")
@@ -72,20 +88,38 @@ impl Pod {
             config: Some(config.clone()),
             sandbox_config: Some(self.config.clone()),
         };
-        let id = self.daemon.runtime().create_container(request).await?.into_inner().container_id;
+        let id = self
+            .daemon
+            .runtime()
+            .create_container(request)
+            .await?
+            .into_inner()
+            .container_id;
         let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
-        Ok(Container { daemon: self.daemon.clone(), id, config, log })
+        Ok(Container {
+            daemon: self.daemon.clone(),
+            id,
+            config,
+            log,
+        })
     }
 
     /// What CreateContainer says to a configuration that `change` has changed.
-    pub async fn try_create(&self, change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String, Status> {
+    pub async fn try_create(
+        &self,
+        change: impl FnOnce(&mut cri::ContainerConfig),
+    ) -> Result<String, Status> {
         let mut config = config::container(&self.daemon, &self.config, &["sleep", "1000"]);
         change(&mut config);
         self.create_exactly(config).await.map(|c| c.id)
     }
 
     /// Creates and starts.
-    pub async fn run(&self, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<Container> {
+    pub async fn run(
+        &self,
+        command: &[&str],
+        change: impl FnOnce(&mut cri::ContainerConfig),
+    ) -> Result<Container> {
         let container = self.create(command, change).await?;
         container.start().await.context("StartContainer")?;
         Ok(container)
@@ -97,17 +131,30 @@ impl Pod {
     }
 
     /// What the command prints to standard output; it must end with 0.
-    pub async fn output(&self, command: &[&str], change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<String> {
+    pub async fn output(
+        &self,
+        command: &[&str],
+        change: impl FnOnce(&mut cri::ContainerConfig),
+    ) -> Result<String> {
         let container = self.run(command, change).await?;
         let status = container.exited().await?;
         let text = container.stdout()?;
-        ensure!(status.exit_code == 0, "{command:?} ended with {}: {text}", status.exit_code);
+        ensure!(
+            status.exit_code == 0,
+            "{command:?} ended with {}: {text}",
+            status.exit_code
+        );
         Ok(text)
     }
 
     /// What the probe reports of itself, as a container's first process and as an exec session in that container.
-    pub async fn probes(&self, change: impl FnOnce(&mut cri::ContainerConfig)) -> Result<[Report; 2]> {
-        let container = self.run(&["sh", "-c", "probe status; exec sleep 1000"], change).await?;
+    pub async fn probes(
+        &self,
+        change: impl FnOnce(&mut cri::ContainerConfig),
+    ) -> Result<[Report; 2]> {
+        let container = self
+            .run(&["sh", "-c", "probe status; exec sleep 1000"], change)
+            .await?;
         let init = eventually("the probe's report", Duration::from_secs(10), || async {
             let text = container.stdout()?;
             Ok(text.contains("\nns.uts ").then_some(text))
@@ -120,62 +167,128 @@ impl Pod {
 
     /// Its status.
     pub async fn status(&self) -> Result<cri::PodSandboxStatus, Status> {
-        let request = cri::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
-        let answer = self.daemon.runtime().pod_sandbox_status(request).await?.into_inner();
-        answer.status.ok_or_else(|| Status::internal("an answer without status"))
+        let request = cri::PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: false,
+        };
+        let answer = self
+            .daemon
+            .runtime()
+            .pod_sandbox_status(request)
+            .await?
+            .into_inner();
+        answer
+            .status
+            .ok_or_else(|| Status::internal("an answer without status"))
     }
 
     /// StopPodSandbox.
     pub async fn stop(&self) -> Result<(), Status> {
-        let request = cri::StopPodSandboxRequest { pod_sandbox_id: self.id.clone() };
-        self.daemon.runtime().stop_pod_sandbox(request).await.map(drop)
+        let request = cri::StopPodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+        };
+        self.daemon
+            .runtime()
+            .stop_pod_sandbox(request)
+            .await
+            .map(drop)
     }
 
     /// RemovePodSandbox.
     pub async fn remove(&self) -> Result<(), Status> {
-        let request = cri::RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() };
-        self.daemon.runtime().remove_pod_sandbox(request).await.map(drop)
+        let request = cri::RemovePodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+        };
+        self.daemon
+            .runtime()
+            .remove_pod_sandbox(request)
+            .await
+            .map(drop)
     }
 }
 
 impl Container {
     /// StartContainer.
     pub async fn start(&self) -> Result<(), Status> {
-        let request = cri::StartContainerRequest { container_id: self.id.clone() };
-        self.daemon.runtime().start_container(request).await.map(drop)
+        let request = cri::StartContainerRequest {
+            container_id: self.id.clone(),
+        };
+        self.daemon
+            .runtime()
+            .start_container(request)
+            .await
+            .map(drop)
     }
 
     /// StopContainer, with seconds of grace.
     pub async fn stop(&self, timeout: i64) -> Result<(), Status> {
-        let request = cri::StopContainerRequest { container_id: self.id.clone(), timeout };
-        self.daemon.runtime().stop_container(request).await.map(drop)
+        let request = cri::StopContainerRequest {
+            container_id: self.id.clone(),
+            timeout,
+        };
+        self.daemon
+            .runtime()
+            .stop_container(request)
+            .await
+            .map(drop)
     }
 
     /// RemoveContainer.
     pub async fn remove(&self) -> Result<(), Status> {
-        let request = cri::RemoveContainerRequest { container_id: self.id.clone() };
-        self.daemon.runtime().remove_container(request).await.map(drop)
+        let request = cri::RemoveContainerRequest {
+            container_id: self.id.clone(),
+        };
+        self.daemon
+            .runtime()
+            .remove_container(request)
+            .await
+            .map(drop)
     }
 
     /// Its status.
     pub async fn status(&self) -> Result<cri::ContainerStatus, Status> {
-        let request = cri::ContainerStatusRequest { container_id: self.id.clone(), verbose: false };
-        let answer = self.daemon.runtime().container_status(request).await?.into_inner();
-        answer.status.ok_or_else(|| Status::internal("an answer without status"))
+        let request = cri::ContainerStatusRequest {
+            container_id: self.id.clone(),
+            verbose: false,
+        };
+        let answer = self
+            .daemon
+            .runtime()
+            .container_status(request)
+            .await?
+            .into_inner();
+        answer
+            .status
+            .ok_or_else(|| Status::internal("an answer without status"))
     }
 
     /// ExecSync with a limit in seconds.
-    pub async fn exec_limited(&self, command: &[&str], timeout: i64) -> Result<cri::ExecSyncResponse, Status> {
+    pub async fn exec_limited(
+        &self,
+        command: &[&str],
+        timeout: i64,
+    ) -> Result<cri::ExecSyncResponse, Status> {
         let cmd = command.iter().map(|w| (*w).to_owned()).collect();
-        let request = cri::ExecSyncRequest { container_id: self.id.clone(), cmd, timeout };
+        let request = cri::ExecSyncRequest {
+            container_id: self.id.clone(),
+            cmd,
+            timeout,
+        };
         Ok(self.daemon.runtime().exec_sync(request).await?.into_inner())
     }
 
     /// ExecSync.
     pub async fn exec(&self, command: &[&str]) -> Result<Exec> {
-        let answer = self.exec_limited(command, 30).await.with_context(|| format!("ExecSync {command:?}"))?;
+        let answer = self
+            .exec_limited(command, 30)
+            .await
+            .with_context(|| format!("ExecSync {command:?}"))?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(Exec { stdout: text(&answer.stdout), stderr: text(&answer.stderr), code: answer.exit_code })
+        Ok(Exec {
+            stdout: text(&answer.stdout),
+            stderr: text(&answer.stderr),
+            code: answer.exit_code,
+        })
     }
 
     /// Standard output of a command in it, without the end of the last line; the command must end with 0.
@@ -187,8 +300,14 @@ impl Container {
 
     /// ReopenContainerLog.
     pub async fn reopen_log(&self) -> Result<(), Status> {
-        let request = cri::ReopenContainerLogRequest { container_id: self.id.clone() };
-        self.daemon.runtime().reopen_container_log(request).await.map(drop)
+        let request = cri::ReopenContainerLogRequest {
+            container_id: self.id.clone(),
+        };
+        self.daemon
+            .runtime()
+            .reopen_container_log(request)
+            .await
+            .map(drop)
     }
 
     /// Waits for the end of its process.
@@ -202,9 +321,11 @@ impl Container {
 
     /// Waits for a line on its standard output.
     pub async fn says(&self, line: &str) -> Result<()> {
-        eventually(&format!("{line:?} in the log"), Duration::from_secs(20), || async {
-            Ok(self.stdout()?.lines().any(|l| l == line).then_some(()))
-        })
+        eventually(
+            &format!("{line:?} in the log"),
+            Duration::from_secs(20),
+            || async { Ok(self.stdout()?.lines().any(|l| l == line).then_some(())) },
+        )
         .await
     }
 
@@ -229,7 +350,10 @@ impl Container {
         // The first process is the one whose parent is not among them.
         for pid in &processes {
             let status = super::read(format!("/proc/{pid}/status"))?;
-            let parent = status.lines().find_map(|l| l.strip_prefix("PPid:")).context("PPid")?;
+            let parent = status
+                .lines()
+                .find_map(|l| l.strip_prefix("PPid:"))
+                .context("PPid")?;
             if !processes.contains(&parent.trim().parse()?) {
                 return Ok(*pid);
             }
@@ -254,12 +378,20 @@ impl Container {
     pub fn cgroup_dirs(&self) -> Vec<PathBuf> {
         let tops = super::stage::cgroup_dirs(&self.daemon.env().cgroup);
         let all = tops.iter().flat_map(|t| super::stage::tree(t));
-        all.filter(|d| d.file_name().is_some_and(|n| n.to_string_lossy().contains(&self.id))).collect()
+        all.filter(|d| {
+            d.file_name()
+                .is_some_and(|n| n.to_string_lossy().contains(&self.id))
+        })
+        .collect()
     }
 
     /// A file of its cgroup, in the controller's hierarchy (v1) or the only one (v2).
     pub fn cgroup_file(&self, name: &str) -> Result<String> {
-        let file = self.cgroup_dirs().into_iter().map(|d| d.join(name)).find(|f| f.exists());
+        let file = self
+            .cgroup_dirs()
+            .into_iter()
+            .map(|d| d.join(name))
+            .find(|f| f.exists());
         super::read(file.with_context(|| format!("the container's cgroup has no {name}"))?)
     }
 }

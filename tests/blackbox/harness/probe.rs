@@ -13,13 +13,18 @@ pub struct Report {
 impl Report {
     /// Reads the output of `probe status` or `probe syscalls`.
     pub fn new(text: &str) -> Self {
-        let mut report = Self { values: BTreeMap::new(), env: Vec::new() };
+        let mut report = Self {
+            values: BTreeMap::new(),
+            env: Vec::new(),
+        };
         for line in text.lines() {
             let (key, value) = line.split_once(' ').unwrap_or((line, ""));
             if key == "env" {
                 report.env.push(value.to_owned());
             } else {
-                report.values.insert(key.to_owned(), value.trim().to_owned());
+                report
+                    .values
+                    .insert(key.to_owned(), value.trim().to_owned());
             }
         }
         report
@@ -28,13 +33,18 @@ impl Report {
     /// The value of a key, which must be there.
     #[track_caller]
     pub fn get(&self, key: &str) -> &str {
-        self.values.get(key).unwrap_or_else(|| panic!("the probe did not report {key}: {:?}", self.values))
+        self.values
+            .get(key)
+            .unwrap_or_else(|| panic!("the probe did not report {key}: {:?}", self.values))
     }
 
     /// Numbers of a value.
     #[track_caller]
     pub fn numbers(&self, key: &str) -> Vec<u64> {
-        let number = |word: &str| word.parse().unwrap_or_else(|_| panic!("{key}: {word} is no number"));
+        let number = |word: &str| {
+            word.parse()
+                .unwrap_or_else(|_| panic!("{key}: {word} is no number"))
+        };
         self.get(key).split_whitespace().map(number).collect()
     }
 
@@ -60,6 +70,10 @@ impl Report {
 
     /// Keys that begin like this, with their values.
     pub fn starting(&self, prefix: &str) -> Vec<(&str, &str)> {
-        self.values.iter().filter(|(k, _)| k.starts_with(prefix)).map(|(k, v)| (k.as_str(), v.as_str())).collect()
+        self.values
+            .iter()
+            .filter(|(k, _)| k.starts_with(prefix))
+            .map(|(k, v)| (k.as_str(), v.as_str()))
+            .collect()
     }
 }

@@ -23,7 +23,8 @@ pub async fn run(tests: &[Test], root: &Path, cgroup: &str) -> bool {
         .zip(tests.iter().copied())
         .filter(|(_, t)| filters.is_empty() || filters.iter().any(|f| t.name.contains(f.as_str())))
         .collect();
-    let (alone, together): (VecDeque<_>, VecDeque<_>) = selected.into_iter().partition(|(_, t)| t.alone);
+    let (alone, together): (VecDeque<_>, VecDeque<_>) =
+        selected.into_iter().partition(|(_, t)| t.alone);
     let outcomes = Arc::new(Mutex::new(Vec::new()));
     for (queue, jobs) in [(together, jobs), (alone, 1)] {
         let queue = Arc::new(Mutex::new(queue));
@@ -68,7 +69,9 @@ fn arguments() -> (Vec<String>, usize) {
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--jobs" | "--test-threads" => jobs = args.next().and_then(|n| n.parse().ok()).unwrap_or(jobs),
+            "--jobs" | "--test-threads" => {
+                jobs = args.next().and_then(|n| n.parse().ok()).unwrap_or(jobs)
+            }
             // Options of libtest that cargo and people pass.
             _ if arg.starts_with('-') => {}
             _ => filters.push(arg),
@@ -91,7 +94,11 @@ async fn one(test: Test, env: Env) -> Outcome {
         Outcome::Failed(why) => {
             println!("failed  {} ({took:.1}s)\n{}", short(test.name), indent(why));
             for daemon in env.daemons() {
-                println!("    the daemon's last words ({}):\n{}", keep_log(&test, &daemon), indent(&daemon.last_words()));
+                println!(
+                    "    the daemon's last words ({}):\n{}",
+                    keep_log(&test, &daemon),
+                    indent(&daemon.last_words())
+                );
             }
         }
     }
@@ -142,7 +149,9 @@ async fn watched(test: Test, env: &Env) -> Outcome {
     leaks::wipe(env).await;
     match outcome {
         Outcome::Passed if !problems.is_empty() => Outcome::Failed(problems.join("\n")),
-        Outcome::Failed(why) if !problems.is_empty() => Outcome::Failed(format!("{why}\nand {}", problems.join("\n"))),
+        Outcome::Failed(why) if !problems.is_empty() => {
+            Outcome::Failed(format!("{why}\nand {}", problems.join("\n")))
+        }
         outcome => outcome,
     }
 }

@@ -35,7 +35,14 @@ fn outside() -> ExitCode {
     let myself = std::env::current_exe().expect("our own path");
     // Standard input is a pipe of ours: when we die, however, the inner stages see its end.
     let child = Command::new("unshare")
-        .args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"])
+        .args([
+            "--mount",
+            "--net",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ])
         .args(["--propagation", "private", "--"])
         .arg(myself)
         .args(std::env::args_os().skip(1))
@@ -76,8 +83,12 @@ fn outside() -> ExitCode {
 fn init() -> ExitCode {
     use nix::sys::wait::{WaitStatus, wait};
     let myself = std::env::current_exe().expect("our own path");
-    let runner = Command::new(myself).args(std::env::args_os().skip(1)).env(STAGE, "run").spawn();
-    let runner = nix::unistd::Pid::from_raw(runner.expect("the tests' own process").id().cast_signed());
+    let runner = Command::new(myself)
+        .args(std::env::args_os().skip(1))
+        .env(STAGE, "run")
+        .spawn();
+    let runner =
+        nix::unistd::Pid::from_raw(runner.expect("the tests' own process").id().cast_signed());
     loop {
         match wait() {
             Ok(WaitStatus::Exited(pid, code)) if pid == runner => {
@@ -105,12 +116,24 @@ fn run(tests: &[Test]) -> ExitCode {
     });
     let none = None::<&str>;
     // Short paths for sockets, and locks of our own; gone with the namespace.
-    mount(Some("slipway-test"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).expect("a /run of our own");
+    mount(
+        Some("slipway-test"),
+        "/run",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=755"),
+    )
+    .expect("a /run of our own");
     std::fs::create_dir_all("/run/lock").expect("/run/lock");
     // What the daemon finds on an ordinary machine, where systemd has made / shared.
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).expect("shared propagation");
-    let up = Command::new("ip").args(["link", "set", "lo", "up"]).status();
-    assert!(up.is_ok_and(|s| s.success()), "can't bring lo up with ip(8); install iproute2");
+    let up = Command::new("ip")
+        .args(["link", "set", "lo", "up"])
+        .status();
+    assert!(
+        up.is_ok_and(|s| s.success()),
+        "can't bring lo up with ip(8); install iproute2"
+    );
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").expect("ip_forward");
     let registry = Registry::start();
     let cgroup = std::env::var(CGROUP).expect("the name of the cgroup");
@@ -122,7 +145,11 @@ fn run(tests: &[Test]) -> ExitCode {
     let good = runtime.block_on(runner::run(tests, Path::new("/run"), &cgroup));
     runtime.shutdown_timeout(Duration::from_secs(1));
     drop(registry);
-    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// The registries that `hack/test-image serve` runs, until its standard input is closed.
@@ -135,14 +162,22 @@ impl Registry {
         let mut child = Command::new(repository.join("hack/test-image"))
             .arg("serve")
             .arg(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("test-images"))
-            .args(["--port", &port(REGISTRY), "--auth-port", &port(LOGIN_REGISTRY), "--data", "/run/registry"])
+            .args([
+                "--port",
+                &port(REGISTRY),
+                "--auth-port",
+                &port(LOGIN_REGISTRY),
+                "--data",
+                "/run/registry",
+            ])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("hack/test-image");
         let mut line = String::new();
         let out = child.stdout.take().expect("its standard output");
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).expect("its answer");
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line)
+            .expect("its answer");
         assert_eq!(line, "ready\n", "hack/test-image serve did not come up");
         Self(child)
     }
@@ -171,9 +206,19 @@ pub fn tree(dir: &Path) -> Vec<PathBuf> {
 pub fn cgroup_dirs(name: &str) -> Vec<PathBuf> {
     let top = Path::new("/sys/fs/cgroup");
     let mut tops = vec![top.to_owned()];
-    tops.extend(std::fs::read_dir(top).into_iter().flatten().flatten().map(|e| e.path()));
+    tops.extend(
+        std::fs::read_dir(top)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.path()),
+    );
     let name = name.trim_start_matches('/');
-    let mut dirs: Vec<_> = tops.iter().map(|t| t.join(name)).filter(|d| d.is_dir()).collect();
+    let mut dirs: Vec<_> = tops
+        .iter()
+        .map(|t| t.join(name))
+        .filter(|d| d.is_dir())
+        .collect();
     // Hierarchies may be mounted under two names (cpu -> cpu,cpuacct).
     dirs.sort_by_key(|d| d.canonicalize().ok());
     dirs.dedup_by_key(|d| d.canonicalize().ok());
@@ -186,6 +231,7 @@ fn remove_cgroups(name: &str) {
     loop {
         for dir in cgroup_dirs(name) {
             for dir in tree(&dir) {
+                std::fs::write(dir.join("freezer.state"), "THAWED").ok();
                 std::fs::remove_dir(dir).ok();
             }
         }
