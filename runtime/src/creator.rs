@@ -22,7 +22,7 @@ use crate::confine::{Confinement, chain};
 use crate::limits::{self, LimitError};
 use crate::rootfs::{self, RootfsError};
 use crate::user::{self, UserError};
-use crate::{cgroup_view, propagation, sys};
+use crate::{cgroup_view, detach, propagation, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -96,6 +96,8 @@ impl CreateError {
 pub struct Inherited<'a> {
     /// The call.
     pub create: &'a CreateContainer,
+    /// The directory below which all pods' run directories are.
+    pub run_root: &'a Path,
     /// The host's cgroups; the container's own exists, and in v2 the creator was born in it.
     pub cgroups: &'a Hierarchies,
     /// The container's cgroup.
@@ -117,6 +119,7 @@ pub struct Inherited<'a> {
 pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateError> {
     let Inherited {
         create,
+        run_root,
         cgroups,
         cgroup,
         stdout,
@@ -142,6 +145,8 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     // The container's own copy of the mount table: its root file system is mounted nowhere else, and goes
     // when the last process that sees it goes.
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| CreateError::Namespace(e.into()))?;
+    let kept =
+        detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(CreateError::Namespace)?;
     fs::create_dir_all(&target).map_err(|source| CreateError::Bundle {
         path: target.clone(),
         source,
@@ -198,6 +203,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         .with_detach(true)
         .build()
         .map_err(|e| CreateError::Libcontainer(chain(&e)))?;
+    drop(kept);
     let pid = container.pid().map_or(0, |p| p.as_raw());
     let result = CreateContainerResult {
         pid,

@@ -12,6 +12,7 @@ mod cgroup_view;
 pub mod client;
 mod confine;
 mod creator;
+mod detach;
 mod keeper;
 mod limits;
 pub mod log;

@@ -112,10 +112,20 @@ impl Pod {
         let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let root = tempfile::tempdir().unwrap();
         std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        // As the daemon has it: the run root is a private mount on itself.
+        let bind = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(
+            Some(root.path()),
+            root.path(),
+            None::<&str>,
+            bind,
+            None::<&str>,
+        )
+        .unwrap();
         make_layer(&root.path().join("layer"));
         let id = format!("pod{n}");
-        let dir = root.path().join(&id);
-        std::fs::create_dir(&dir).unwrap();
+        let dir = root.path().join("pods").join(&id);
+        std::fs::create_dir_all(&dir).unwrap();
         let keeper = keepers.spawn(&id, &dir).await.unwrap();
         let cgroup = format!("/slipway-keeper-test-{}/{id}", std::process::id());
         let made = keeper
@@ -154,7 +164,7 @@ impl Pod {
     }
 
     fn dir(&self) -> PathBuf {
-        self.root.path().join(self.keeper.pod_id())
+        self.root.path().join("pods").join(self.keeper.pod_id())
     }
 
     fn log(&self, id: &str) -> PathBuf {
@@ -196,6 +206,7 @@ impl Pod {
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
                 {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+                {"destination": "/dev/shm", "type": "bind", "source": self.dir().join("shm"), "options": ["rbind", "rw"]},
                 {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
             ],
             "linux": {
@@ -276,6 +287,8 @@ impl Pod {
         let cgroup = Path::new(&self.cgroup);
         assert!(host.pids(cgroup).is_empty());
         let _ = host.remove(cgroup.parent().unwrap());
+        // The keeper's socket pins the mount until the keeper has ended.
+        nix::mount::umount2(self.root.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
         let root = self.root.path().to_string_lossy().into_owned();
         assert!(!mounts.contains(&root), "a mount is left: {mounts}");
@@ -319,7 +332,7 @@ fn make_layer(layer: &Path) {
 async fn a_container_runs_and_its_output_is_logged(pod: &Pod) {
     let script = "echo out; echo err >&2; hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; \
                   pwd; echo $RAW; ulimit -n; cat $(find /sys/fs/cgroup -name cgroup.procs | head -n 1); \
-                  echo x > /sys/fs/cgroup/x; exit 3";
+                  echo x > /sys/fs/cgroup/x; echo shared > /dev/shm/x; exit 3";
     pod.run("c", Options::shell(script)).await;
     let state = pod.exited("c").await;
     assert_eq!(state.exit_code, 3);
@@ -328,6 +341,10 @@ async fn a_container_runs_and_its_output_is_logged(pod: &Pod) {
     let raw = std::fs::read(pod.log("c")).unwrap();
     let text = String::from_utf8_lossy(&raw).into_owned();
     assert!(text.contains(" stderr F err\n"), "{text}");
+    assert_eq!(
+        std::fs::read_to_string(pod.dir().join("shm/x")).unwrap(),
+        "shared\n"
+    );
     for line in ["out", "test-host", "7", "/made/dir", "256", "1"] {
         assert!(
             text.contains(&format!(" stdout F {line}\n")),

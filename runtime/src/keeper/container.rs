@@ -169,6 +169,13 @@ impl Keeper {
         let job = born_in.and_then(|born_in| {
             let (create, start) = (&create, start_write.as_fd());
             let (cgroups, cgroup) = (self.cgroups.clone(), cgroup.as_path());
+            // <run root>/pods/<id>
+            let run_root = self
+                .pod_dir
+                .ancestors()
+                .nth(2)
+                .unwrap_or(&self.pod_dir)
+                .to_owned();
             let origin = Origin {
                 keep: &keep,
                 cgroup: born_in.as_ref().map(AsFd::as_fd),
@@ -176,6 +183,7 @@ impl Keeper {
             self.start_job(Purpose::Create(id.clone()), connection, origin, move || {
                 let inherited = Inherited {
                     create,
+                    run_root: &run_root,
                     cgroups: &cgroups,
                     cgroup,
                     stdout: out_write,
