@@ -13,6 +13,7 @@ pub mod client;
 mod confine;
 mod creator;
 mod detach;
+mod device_filter;
 mod keeper;
 mod limits;
 pub mod log;

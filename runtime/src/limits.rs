@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use cgroups_rs::manager::{FsManager, Manager};
@@ -12,6 +13,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
 use crate::cgroup::Hierarchies;
 use crate::confine::chain;
+use crate::device_filter::{self, Rule};
 
 /// Why limits could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +105,10 @@ pub fn apply(
             write(&dir.join(key), value)?;
         }
     }
+    if cgroups.unified() {
+        filter_devices(cgroups, cgroup, resources)
+            .map_err(|e| refused(format!("can't attach the device filter: {e}")))?;
+    }
     if let Some(dir) = cgroups.devices_dir(cgroup) {
         for rule in resources.devices().iter().flatten() {
             let file = if rule.allow() {
@@ -117,6 +123,38 @@ pub fn apply(
         }
     }
     Ok(())
+}
+
+/// The v2 counterpart of the v1 device rules.
+fn filter_devices(
+    cgroups: &Hierarchies,
+    cgroup: &Path,
+    resources: &LinuxResources,
+) -> io::Result<()> {
+    let rules: Vec<Rule> = resources
+        .devices()
+        .iter()
+        .flatten()
+        .map(Rule::new)
+        .collect();
+    let open = rules
+        .iter()
+        .rev()
+        .find(|r| r.is_total())
+        .is_some_and(Rule::allows);
+    let narrowed = rules.last().is_some_and(|r| !r.is_total());
+    if open && !narrowed {
+        // Everything is allowed (a privileged container): no filter is the same, and faster.
+        return Ok(());
+    }
+    let rules: Vec<Rule> = rules
+        .into_iter()
+        .chain(DEFAULT_DEVICES.iter().filter_map(|d| Rule::allowing(d)))
+        .collect();
+    match cgroups.open_v2(cgroup)? {
+        Some(dir) => device_filter::attach(dir.as_fd(), &rules),
+        None => Ok(()),
+    }
 }
 
 fn write(file: &Path, value: &str) -> Result<(), LimitError> {
