@@ -11,6 +11,7 @@
 pub mod admin;
 pub mod cri;
 pub mod logging;
+mod memory;
 pub mod pod;
 mod run_root;
 pub mod serve;

@@ -21,6 +21,7 @@ use tonic::transport::Server;
 use crate::admin::Administration;
 use crate::cri::{Images, Runtime};
 use crate::logging::{self, Level};
+use crate::memory;
 use crate::pod::Node;
 use crate::run_root::{self, RunRoot};
 
@@ -102,6 +103,7 @@ pub fn serve(settings: &Settings, keepers: Keepers) -> anyhow::Result<()> {
     let level = logging::start(config.log.format, config.log.level);
     // Files have the modes that are asked for, whoever started us.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    memory::share_heaps();
     let run_root = RunRoot::take(&config.run_root)?;
     config.run_root.clone_from(&run_root.path);
     tracing::info!(version = crate::VERSION, config = ?files, run_root = %config.run_root.display(),
@@ -177,6 +179,7 @@ async fn run(
     let mut server = tokio::spawn(server);
     tracing::info!(socket = %listen.display(), "listening");
     notify(&[NotifyState::Ready]);
+    memory::give_back();
 
     let asked_by = loop {
         tokio::select! {

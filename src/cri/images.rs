@@ -123,11 +123,7 @@ async fn pull(
     auth: Option<Credentials>,
 ) -> Result<cri::PullImageResponse, PodError> {
     needs_name(asked)?;
-    let image = node
-        .images
-        .pull(asked, auth, None)
-        .await
-        .map_err(failed("pull", asked))?;
+    let image = node.pull(asked, auth).await?;
     Ok(cri::PullImageResponse {
         image_ref: image.id.clone(),
     })

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
 use slipway_config::Config;
-use slipway_image::ImageStore;
+use slipway_image::{Credentials, Image, ImageStore};
 use slipway_network::Cni;
 use slipway_proto::cri::{CreateContainerRequest, RunPodSandboxRequest};
 use slipway_runtime::client::Keepers;
@@ -23,6 +23,7 @@ use super::phases::Traces;
 use super::probe;
 use super::sandbox::Pod;
 use super::store::{Found, Store};
+use crate::memory;
 
 /// Pods, containers, and what they are made with.
 pub struct Node {
@@ -148,6 +149,25 @@ impl Node {
         let mut all = self.containers.all();
         all.retain(|container| container.record.pod_id == pod_id);
         all
+    }
+
+    /// Pulls an image. Ends when the last one who waits for it gives up.
+    ///
+    /// # Errors
+    /// [`PodError::Image`].
+    pub async fn pull(
+        &self,
+        reference: &str,
+        auth: Option<Credentials>,
+    ) -> Result<Arc<Image>, PodError> {
+        let pulled = self.images.pull(reference, auth, None).await;
+        // TLS, decompression and unpacking are done with.
+        memory::give_back();
+        pulled.map_err(|source| PodError::Image {
+            action: "pull",
+            image: reference.to_owned(),
+            source,
+        })
     }
 
     /// Runs `work` to its end, whatever becomes of the caller: a client that gives up must not leave
