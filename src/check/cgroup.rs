@@ -32,16 +32,6 @@ pub(crate) fn check(privileged: bool) -> Vec<Finding> {
         findings.push(birth_and_death(v2, privileged));
     }
     findings.push(swap());
-    if layout.version() == Version::Unified {
-        findings.push(
-            Finding::warn("device-filter", "device filter", "none on pure cgroup v2")
-                .cost(
-                    "a container with CAP_MKNOD (a default) can make and open any device node, \
-                     whatever its devices say",
-                )
-                .fix("drop MKNOD from pod.default_capabilities"),
-        );
-    }
     findings
 }
 

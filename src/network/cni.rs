@@ -25,8 +25,8 @@ pub struct CniConfig {
     pub conf_dir: PathBuf,
     /// Plugins' executables; the first directory that has one wins.
     pub bin_dirs: Vec<PathBuf>,
-    /// Records of attachments. They are about this boot, so it belongs on a file system that dies
-    /// with it.
+    /// Records of attachments. Better durable: what plugins keep on disk for pods of an earlier boot
+    /// (addresses of host-local) is then given back by [`Cni::gc`].
     pub cache_dir: PathBuf,
     /// The longest that one plugin may take for one request.
     pub timeout: Duration,

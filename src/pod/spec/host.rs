@@ -94,8 +94,12 @@ fn swap_accounting(cgroup_v2: bool) -> bool {
         .to_owned();
     let limit = |dir: &Path| dir.join("memory.swap.max").exists();
     let root = Path::new("/sys/fs/cgroup");
+    let entries = || fs::read_dir(root).into_iter().flatten().flatten();
+    let below = || entries().filter(|e| e.path().join("memory.max").exists());
+    // Where no cgroup can tell (none yet has the memory controller), the kernel has it if it has swap at all.
     limit(&root.join(own))
-        || fs::read_dir(root).is_ok_and(|dir| dir.flatten().any(|entry| limit(&entry.path())))
+        || below().any(|entry| limit(&entry.path()))
+        || (below().next().is_none() && Path::new("/proc/swaps").exists())
 }
 
 fn hugepage_sizes(dir: &Path) -> BTreeSet<String> {
