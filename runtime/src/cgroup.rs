@@ -103,16 +103,17 @@ impl Hierarchies {
         self.mount_points().map(|m| inside(m, cgroup))
     }
 
-    /// Makes a cgroup in every hierarchy; true when it was not there.
+    /// Makes a cgroup in every hierarchy; true when it was in none. A kubelet on a hybrid host makes it in
+    /// the v1 hierarchies only: it is the kubelet's all the same.
     ///
     /// # Errors
     /// What the cgroup file system says.
     pub fn ensure(&self, cgroup: &Path) -> io::Result<bool> {
-        let mut made = false;
+        let mut made = true;
         for dir in self.dirs(cgroup) {
-            if !dir.is_dir() {
-                fs::create_dir_all(&dir)?;
-                made = true;
+            match dir.is_dir() {
+                true => made = false,
+                false => fs::create_dir_all(&dir)?,
             }
         }
         for v1 in self.v1.iter().filter(|v| v.cpuset) {
@@ -223,6 +224,15 @@ impl Hierarchies {
             )
             .max()
             .unwrap_or(0)
+    }
+
+    /// Removes what [`Hierarchies::ensure`] added to somebody else's cgroup: on a hybrid host, its empty
+    /// directory in the v2 hierarchy.
+    pub fn remove_addition(&self, cgroup: &Path) {
+        if let (false, Some(dir)) = (self.unified(), self.v2_dir(cgroup)) {
+            // Fails while another pod or container is in there, whose removal will try again.
+            let _ = fs::remove_dir(dir);
+        }
     }
 
     /// Removes a cgroup with all below it, in every hierarchy; what is not there is no error.

@@ -142,11 +142,8 @@ impl Keeper {
                 nix::sys::signal::Signal::SIGKILL,
             );
         }
-        let made_cgroup = self
-            .sandbox
-            .cgroup
-            .clone()
-            .filter(|_| self.sandbox.result.made_cgroup);
+        let made_cgroup = self.sandbox.result.made_cgroup;
+        let pod_cgroup = self.sandbox.cgroup.clone();
         let origin = Origin {
             keep: &inits,
             cgroup: None,
@@ -164,8 +161,10 @@ impl Keeper {
             if let Some(ns_dir) = &ns_dir {
                 sandbox::remove(ns_dir, shm_dir.as_deref());
             }
-            if let Some(cgroup) = &made_cgroup {
-                remove_made(&cgroups, cgroup, &mut failures);
+            match &pod_cgroup {
+                Some(cgroup) if made_cgroup => remove_made(&cgroups, cgroup, &mut failures),
+                Some(cgroup) => cgroups.remove_addition(cgroup),
+                None => {}
             }
             match failures.as_slice() {
                 [] => Ok(Answer::Empty(Empty {})),
