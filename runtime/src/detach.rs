@@ -3,7 +3,7 @@
 //! Every pod pins namespaces and shared memory by mounts below the run root. A creator's copy of the mount
 //! table has them all, and libcontainer reads that table more than ten times: with 100 pods, a create took
 //! twice as long as with the first. So the creator takes what its container needs of the run root in
-//! descriptors, and unmounts the rest of it in its own namespace.
+//! descriptors, and replaces the rest by the bare directory tree, in its own namespace.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -62,10 +62,23 @@ pub fn run_root(spec: &mut Spec, run_root: &Path, aside: &Path) -> io::Result<Ke
         entry.set_source(Some(at));
     }
     spec.set_mounts(Some(mounts));
+    // The run root alone, without what is mounted below it; it may be a file system of its own.
+    let bare = open_tree(
+        CWD,
+        run_root,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )?;
     // What is mounted or unmounted from here on must not reach the host's tree.
     let slave = MsFlags::MS_SLAVE | MsFlags::MS_REC;
     mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)?;
     umount2(run_root, MntFlags::MNT_DETACH)?;
+    move_mount(
+        &bare,
+        "",
+        CWD,
+        run_root,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
     for (tree, at) in trees {
         std::fs::create_dir_all(&at)?;
         move_mount(&tree, "", CWD, &at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;

@@ -112,16 +112,16 @@ impl Pod {
         let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let root = tempfile::tempdir().unwrap();
         std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        // As the daemon has it: the run root is a private mount on itself.
-        let bind = nix::mount::MsFlags::MS_BIND;
-        nix::mount::mount(
-            Some(root.path()),
-            root.path(),
-            None::<&str>,
-            bind,
-            None::<&str>,
-        )
-        .unwrap();
+        // As the daemon has it: the run root is a mount, on itself or a file system of its own.
+        let (source, kind, flags) = match n % 2 {
+            0 => (root.path(), None, nix::mount::MsFlags::MS_BIND),
+            _ => (
+                Path::new("tmpfs"),
+                Some("tmpfs"),
+                nix::mount::MsFlags::empty(),
+            ),
+        };
+        nix::mount::mount(Some(source), root.path(), kind, flags, Some("mode=755")).unwrap();
         make_layer(&root.path().join("layer"));
         let id = format!("pod{n}");
         let dir = root.path().join("pods").join(&id);
