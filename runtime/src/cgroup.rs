@@ -226,11 +226,12 @@ impl Hierarchies {
             .unwrap_or(0)
     }
 
-    /// Removes what [`Hierarchies::ensure`] added to somebody else's cgroup: on a hybrid host, its empty
-    /// directory in the v2 hierarchy.
-    pub fn remove_addition(&self, cgroup: &Path) {
-        if let (false, Some(dir)) = (self.unified(), self.v2_dir(cgroup)) {
-            // Fails while another pod or container is in there, whose removal will try again.
+    /// Removes a pod's cgroup after its containers' are gone; while other pods or processes are in it, it
+    /// stays. One that somebody else made (`made` is false) loses only what [`Hierarchies::ensure`] added:
+    /// on a hybrid host, its directory in the v2 hierarchy.
+    pub fn remove_empty(&self, cgroup: &Path, made: bool) {
+        let added = self.v2_dir(cgroup).filter(|_| !self.unified() && !made);
+        for dir in self.dirs(cgroup).filter(|_| made).chain(added) {
             let _ = fs::remove_dir(dir);
         }
     }

@@ -137,6 +137,8 @@ impl Keeper {
         let (out_read, out_write) = pipe()?;
         let (err_read, err_write) = pipe()?;
         let (start_read, start_write) = pipe()?;
+        rustix::fs::fcntl_setfl(&start_read, rustix::fs::OFlags::NONBLOCK)
+            .map_err(|e| internal("make a pipe", &e))?;
         let output = |keeper: &mut Self, read: OwnedFd, stream| -> Result<_, WireError> {
             let watched = rustix::fs::fcntl_setfl(&read, rustix::fs::OFlags::NONBLOCK)
                 .map_err(std::io::Error::from)
@@ -303,9 +305,17 @@ impl Keeper {
     fn begin_start(&mut self, connection: u64, id: &str) -> Result<(), WireError> {
         let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
         let phase = container.state.phase();
-        let Some(start) = container.start.as_mut().filter(|s| {
-            phase == Phase::Created && s.connection.is_none() && container.creator.is_none()
-        }) else {
+        let ready = phase == Phase::Created && container.creator.is_none();
+        let waiting = container
+            .start
+            .as_ref()
+            .is_some_and(|s| s.connection.is_none());
+        let socket = container
+            .dir
+            .join(creator::LIBCONTAINER_ROOT)
+            .join(id)
+            .join("notify.sock");
+        let Some(mut start) = container.start.take_if(|_| ready && waiting) else {
             return Err(wire_error(
                 ErrorKind::WrongState,
                 format!(
@@ -314,35 +324,26 @@ impl Keeper {
                 ),
             ));
         };
-        start.connection = Some(connection);
-        let pipe = start.pipe.try_clone();
-        let socket = container
-            .dir
-            .join(creator::LIBCONTAINER_ROOT)
-            .join(id)
-            .join("notify.sock");
-        let watched = pipe.and_then(|pipe| {
-            rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::NONBLOCK)?;
-            self.watch(&pipe, Source::Started(id.to_owned()))
-        });
-        let failed = |e: std::io::Error| {
+        let released = self
+            .watch(&start.pipe, Source::Started(id.to_owned()))
+            .and_then(|token| {
+                start.token = token;
+                start.connection = Some(connection);
+                release(&socket)
+            });
+        if released.is_err() {
+            self.forget(&start.pipe, start.token);
+            start.connection = None;
+        }
+        if let Some(container) = self.containers.get_mut(id) {
+            container.start = Some(start);
+        }
+        released.map_err(|e| {
             wire_error(
                 ErrorKind::Internal,
                 format!("can't start container {id}: {e}"),
             )
-        };
-        let token = watched.map_err(failed)?;
-        if let Some(start) = self.containers.get_mut(id).and_then(|c| c.start.as_mut()) {
-            start.token = token;
-        }
-        let released = release(&socket);
-        if let Err(e) = released {
-            if let Some(start) = self.containers.get_mut(id).and_then(|c| c.start.as_mut()) {
-                start.connection = None;
-            }
-            return Err(failed(e));
-        }
-        Ok(())
+        })
     }
 
     /// The start pipe tells something: a failed execve, or (at its end) a successful one.
@@ -377,13 +378,6 @@ impl Keeper {
                 container.state.message.clone_from(&message);
                 answer = Err(wire_error(ErrorKind::CannotRun, message));
             }
-            // Before its command ran, it was killed.
-            None if container.state.phase() == Phase::Exited => {
-                answer = Err(wire_error(
-                    ErrorKind::WrongState,
-                    format!("container {id} ended before it was started"),
-                ));
-            }
             None => {
                 container.state.set_phase(Phase::Running);
                 container.state.started_at = now_ns();
@@ -399,9 +393,16 @@ impl Keeper {
 
     /// A container's init has ended.
     pub(super) fn container_exited(&mut self, id: &str, code: i32) {
+        // A command can be over before its start has been answered: what the pipe says, at its end now, is
+        // the answer. Without a call for its start there is none.
+        match self.containers.get(id).and_then(|c| c.start.as_ref()) {
+            Some(start) if start.connection.is_some() => self.started(id),
+            _ => {}
+        }
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };
+        container.start = None;
         let cgroup = container.cgroup.clone();
         if !container.own_pid_namespace {
             // In a shared PID namespace the kernel does not end the rest of the container.
@@ -417,13 +418,11 @@ impl Keeper {
         };
         container.pidfd = None;
         let state = &mut container.state;
-        // Whoever waits for the start gets its answer from what the pipe says, which is at its end now.
         state.set_phase(Phase::Exited);
         state.pid = 0;
         state.exit_code = code;
         state.oom_killed = oom_killed && code == 128 + libc::SIGKILL;
         state.finished_at = now_ns();
-        self.started(id);
         let Some(container) = self.containers.get(id) else {
             return;
         };

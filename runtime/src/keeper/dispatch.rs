@@ -1,7 +1,7 @@
 //! Calls from the daemon to what answers them.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use slipway_proto::keeper::{
     Empty, Error as WireError, ErrorKind, HelloResult, Request, SetupSandbox, SnapshotResult,
@@ -161,10 +161,8 @@ impl Keeper {
             if let Some(ns_dir) = &ns_dir {
                 sandbox::remove(ns_dir, shm_dir.as_deref());
             }
-            match &pod_cgroup {
-                Some(cgroup) if made_cgroup => remove_made(&cgroups, cgroup, &mut failures),
-                Some(cgroup) => cgroups.remove_addition(cgroup),
-                None => {}
+            if let Some(cgroup) = &pod_cgroup {
+                cgroups.remove_empty(cgroup, made_cgroup);
             }
             match failures.as_slice() {
                 [] => Ok(Answer::Empty(Empty {})),
@@ -183,14 +181,5 @@ impl Keeper {
         // What could not be killed keeps its keeper: there may be a second try.
         self.ending = answer.is_ok();
         self.reply(connection, answer);
-    }
-}
-
-fn remove_made(cgroups: &crate::cgroup::Hierarchies, cgroup: &Path, failures: &mut Vec<String>) {
-    let removed = removal::kill_cgroup(cgroups, cgroup, &[])
-        .map_err(|e| chain(&e))
-        .and_then(|()| cgroups.remove(cgroup).map_err(|e| e.to_string()));
-    if let Err(e) = removed {
-        failures.push(e);
     }
 }
