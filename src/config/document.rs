@@ -111,14 +111,12 @@ mod tests {
             "images.insecure_registries",
             "images.ca_files",
             "images.mirrors",
-            "images.pinned",
             "pod.default_sysctls",
             "pod.seccomp_profile",
         ];
-        assert_eq!(
-            crate::diff_reloadable(&Config::default(), &back).reloadable,
-            examples
-        );
+        let changes = crate::diff_reloadable(&Config::default(), &back);
+        assert_eq!(changes.reloadable, examples);
+        assert_eq!(changes.restart, ["images.pinned"]);
     }
 
     #[test]

@@ -67,7 +67,7 @@ pub(crate) const KEYS: &[Key] = &[
         "Who makes cgroups; must match the kubelet's cgroupDriver.\n\
          \"cgroupfs\": Slipway itself. Names of systemd slices work, too, as nested directories.",
     ),
-    live(
+    fixed(
         "images.max_parallel_downloads",
         "Layers downloaded at the same time, over all pulls.",
     ),
@@ -102,7 +102,7 @@ pub(crate) const KEYS: &[Key] = &[
         "For a registry, the mirrors that are asked first, in this order.",
     )
     .such_as("{ \"docker.io\" = [\"mirror.local:5000\"] }"),
-    live(
+    fixed(
         "images.pinned",
         "Images that the kubelet must not remove; a trailing * matches any ending.",
     )
@@ -111,7 +111,7 @@ pub(crate) const KEYS: &[Key] = &[
         "network.conf_dir",
         "CNI configuration: the first usable file in name order. The directory is watched.",
     ),
-    live(
+    fixed(
         "network.bin_dirs",
         "Where CNI plugins are looked up, in this order.",
     ),
@@ -119,7 +119,7 @@ pub(crate) const KEYS: &[Key] = &[
         "network.cache_dir",
         "Results of CNI ADD, which DEL gets back.",
     ),
-    live(
+    fixed(
         "network.timeout",
         "How long one CNI plugin may take before it is killed.",
     ),
@@ -226,11 +226,12 @@ impl Config {
                 ..new.log.clone()
             },
             cgroup: self.cgroup.clone(),
-            network: crate::Network {
-                conf_dir: self.network.conf_dir.clone(),
-                cache_dir: self.network.cache_dir.clone(),
-                ..new.network.clone()
+            images: crate::Images {
+                max_parallel_downloads: self.images.max_parallel_downloads,
+                pinned: self.images.pinned.clone(),
+                ..new.images.clone()
             },
+            network: self.network.clone(),
             limits: crate::Limits {
                 max_message: self.limits.max_message,
                 ..new.limits.clone()
@@ -345,17 +346,15 @@ mod tests {
         new.limits.max_message = Size::mib(1);
         new.run_root = "/x".into();
         let changes = diff_reloadable(&old, &new);
-        let live = [
-            "log.level",
+        assert_eq!(changes.reloadable, ["log.level", "pod.default_sysctls"]);
+        let restart = [
+            "run_root",
+            "log.format",
             "images.pinned",
             "network.timeout",
-            "pod.default_sysctls",
+            "limits.max_message",
         ];
-        assert_eq!(changes.reloadable, live);
-        assert_eq!(
-            changes.restart,
-            ["run_root", "log.format", "limits.max_message"]
-        );
+        assert_eq!(changes.restart, restart);
     }
 
     #[test]
