@@ -246,11 +246,8 @@ async fn an_unreadable_record_is_set_aside(env: Env) -> Result<()> {
     );
     daemon.logged(0, &[&bad.id]).await?;
     // Its bytes are still somewhere, for whoever wants to know.
-    let kept = output(
-        "grep",
-        &["-rl", "torn", &env.root.join("r").display().to_string()],
-    )
-    .await?;
+    let place = env.root.join("r/pods").join(&bad.id).display().to_string();
+    let kept = output("grep", &["-rl", "torn", &place]).await?;
     assert!(!kept.trim().is_empty());
     refused(bad.status().await, Code::NotFound, &[&bad.id]);
     // Who has looked at it takes it away.
