@@ -55,6 +55,16 @@ impl Walk<'_> {
         }
     }
 
+    /// Whether every plugin is installed. Asked before the first one runs: a plugin that is missing could
+    /// not take part in undoing the ADD either.
+    pub async fn installed(self) -> Result<(), StepError> {
+        for plugin in self.network.plugins() {
+            let found = self.runner.find(plugin.kind()).await;
+            found.map_err(self.failed(Verb::Add, plugin))?;
+        }
+        Ok(())
+    }
+
     /// DEL, last plugin to first. A failure does not keep the others from being run.
     pub async fn del(self, subject: Subject<'_>, result: Option<&AddResult>) -> Vec<StepError> {
         let result = result.filter(|_| self.network.version().has_check());

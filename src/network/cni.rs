@@ -229,6 +229,14 @@ impl Shared {
             wishes: pod.wishes(),
             networks: attachments(&networks, &pod.ifname)?,
         };
+        for at in &attachment.networks {
+            let installed = self.walk(&at.network).installed().await;
+            installed.map_err(|error| NetworkError::Attach {
+                id: pod.id.clone(),
+                source: Box::new(error),
+                cleanup: None,
+            })?;
+        }
         self.begun().insert(pod.id.clone(), Instant::now());
         // On record before the first plugin runs, so that no crash leaves something unknown behind.
         self.write(&attachment).await?;

@@ -158,7 +158,7 @@ impl Runner {
     }
 
     /// The executable of a plugin: the first of that name in the plugin directories.
-    async fn find(&self, kind: &str) -> Result<PathBuf, PluginError> {
+    pub(crate) async fn find(&self, kind: &str) -> Result<PathBuf, PluginError> {
         use std::os::unix::fs::PermissionsExt;
         check_plugin_type(kind).map_err(|_| PluginError::Type(kind.to_owned()))?;
         for dir in &self.bin_dirs {

@@ -348,61 +348,65 @@ impl Keeper {
 
     /// The start pipe tells something: a failed execve, or (at its end) a successful one.
     pub(super) fn started(&mut self, id: &str) {
-        let Some(container) = self.containers.get_mut(id) else {
-            return;
-        };
-        let Some(start) = container.start.as_mut() else {
-            return;
-        };
+        if self.read_start(id) {
+            self.conclude_start(id);
+        }
+    }
+
+    /// Reads what the start pipe holds; true at its end.
+    fn read_start(&mut self, id: &str) -> bool {
+        let start = self.containers.get_mut(id).and_then(|c| c.start.as_mut());
+        let Some(start) = start else { return false };
         let mut buffer = [0; 4096];
         loop {
             match rustix::io::read(&start.pipe, &mut buffer) {
-                Ok(0) => break,
+                Ok(0) => return true,
                 Ok(n) => start.message.extend_from_slice(&buffer[..n]),
                 Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return,
-                Err(_) => break,
+                Err(rustix::io::Errno::AGAIN) => return false,
+                Err(_) => return true,
             }
         }
+    }
+
+    /// Answers StartContainer with what the start pipe told. Without a call for it there is nothing to say.
+    fn conclude_start(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         let Some(start) = container.start.take() else {
             return;
         };
-        let failure = start
-            .message
-            .split_first()
-            .map(|(code, text)| (i32::from(*code), String::from_utf8_lossy(text).into_owned()));
-        let mut answer = Ok(Answer::Empty(Empty {}));
-        match failure {
-            Some((_, message)) => {
-                container.state.cannot_run = true;
-                container.state.message.clone_from(&message);
-                answer = Err(wire_error(ErrorKind::CannotRun, message));
-            }
-            None => {
-                container.state.set_phase(Phase::Running);
-                container.state.started_at = now_ns();
-                let state = container.state.clone();
-                self.publish(&state);
-            }
-        }
-        self.forget(&start.pipe, start.token);
         if let Some(connection) = start.connection {
+            let answer = match start.message.split_first() {
+                Some((_, text)) => {
+                    let message = String::from_utf8_lossy(text).into_owned();
+                    container.state.cannot_run = true;
+                    container.state.message.clone_from(&message);
+                    Err(wire_error(ErrorKind::CannotRun, message))
+                }
+                None => {
+                    container.state.set_phase(Phase::Running);
+                    container.state.started_at = now_ns();
+                    let state = container.state.clone();
+                    self.publish(&state);
+                    Ok(Answer::Empty(Empty {}))
+                }
+            };
             self.reply(connection, answer);
         }
+        self.forget(&start.pipe, start.token);
     }
 
     /// A container's init has ended.
     pub(super) fn container_exited(&mut self, id: &str, code: i32) {
-        // A command can be over before its start has been answered: what the pipe says, at its end now, is
-        // the answer. Without a call for its start there is none.
-        match self.containers.get(id).and_then(|c| c.start.as_ref()) {
-            Some(start) if start.connection.is_some() => self.started(id),
-            _ => {}
-        }
+        // A command can be over before its start has been answered. All that its init said is in the pipe
+        // by now, though its end may not be: the creator, on its way out, can still hold the other side.
+        self.read_start(id);
+        self.conclude_start(id);
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };
-        container.start = None;
         let cgroup = container.cgroup.clone();
         if !container.own_pid_namespace {
             // In a shared PID namespace the kernel does not end the rest of the container.
@@ -600,6 +604,7 @@ impl Keeper {
         self.reap();
         if answer.is_ok() {
             self.drop_io(id);
+            self.conclude_start(id);
             self.containers.remove(id);
         }
         self.reply(connection, answer);
