@@ -246,19 +246,30 @@ async fn children_go_with_process_one(env: Env) -> Result<()> {
         let container = pod.run(&["sh", "-c", "trap '' TERM; setsid sleep 2001 & setsid sleep 2002 & echo up; wait; sleep 2003"], |_| {}).await?;
         container.says("up").await?;
         container.stop(1).await?;
-        assert_eq!(alive(&container), Vec::<String>::new(), "{mode:?}");
+        gone(&container)
+            .await
+            .with_context(|| format!("{mode:?}"))?;
         let container = pod
             .run(&["sh", "-c", "setsid sleep 2001 & echo up; exit 4"], |_| {})
             .await?;
         assert_eq!(container.exited().await?.exit_code, 4);
         container.remove().await?;
-        assert_eq!(
-            alive(&container),
-            Vec::<String>::new(),
-            "{mode:?}, after process one had ended"
-        );
+        gone(&container)
+            .await
+            .with_context(|| format!("{mode:?}, after process one had ended"))?;
     }
     Ok(())
+}
+
+/// Expects a container's processes to be gone; one that was sent SIGKILL may need a moment to die.
+async fn gone(container: &Container) -> Result<()> {
+    eventually(
+        "the end of all processes",
+        Duration::from_secs(2),
+        || async { Ok(alive(container).is_empty().then_some(())) },
+    )
+    .await
+    .with_context(|| format!("{:?}", alive(container)))
 }
 
 /// What still runs in a container: a zombie that waits for its reaper does not.
