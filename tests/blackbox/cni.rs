@@ -1,6 +1,5 @@
 //! CNI plugins that misbehave, and configurations that come and go.
 
-use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
 use tonic::Code;
@@ -21,10 +20,24 @@ tests![
 ];
 
 /// Writes a plugin that is a shell script; its standard input is the network's configuration.
+///
+/// By another process, and by renaming: nobody may have the file open for writing when the daemon runs it, nor
+/// may it be written to while the daemon does.
 fn plugin(env: &Env, name: &str, script: &str) -> Result<()> {
     let path = env.dir("plugins")?.join(name);
-    std::fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    let mut child = std::process::Command::new("sh")
+        .args([
+            "-c",
+            "cat >\"$1.new\" && chmod 755 \"$1.new\" && mv \"$1.new\" \"$1\"",
+            "sh",
+        ])
+        .arg(&path)
+        .stdin(std::process::Stdio::piped())
+        .spawn()?;
+    let mut input = child.stdin.take().context("its standard input")?;
+    std::io::Write::write_all(&mut input, format!("#!/bin/sh\n{script}\n").as_bytes())?;
+    drop(input);
+    ensure!(child.wait()?.success(), "writing the plugin {name}");
     Ok(())
 }
 
