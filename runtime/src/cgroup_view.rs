@@ -4,29 +4,43 @@
 //! grace period (6 to 15 ms). A process that is born in its cgroup (v2, `CLONE_INTO_CGROUP`), or that
 //! moves itself through `tasks` (v1), waits for nothing. So the creator is in the container's cgroup
 //! already when libcontainer runs, and libcontainer finds an empty `/sys/fs/cgroup` in the creator's private
-//! mount namespace. What the container is to see there is mounted from a copy aside.
+//! mount namespace. What the container is to see there is kept in descriptors, and mounted by its init once
+//! that is in its root ([`View::show`]).
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
 
 use crate::cgroup::{Hierarchies, inside};
 
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// Hides the host's cgroups from this mount namespace, which must be this process's own, and rewrites the
-/// spec's `cgroup` mounts to show the container's. `aside` is a directory for the copy.
+/// What a container sees of its cgroups.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// Where, in the container.
+    top: PathBuf,
+    /// The container's directory in each hierarchy, by the hierarchy's name; the empty name is `top` itself.
+    trees: Vec<(String, Rc<OwnedFd>)>,
+    read_only: bool,
+}
+
+/// Hides the host's cgroups from this mount namespace, which must be this process's own, and takes the
+/// spec's `cgroup` mount out of it; what the container is to see instead is returned. In a cgroup namespace
+/// of its own on a pure v2 host it is an ordinary mount, and stays in the spec.
 ///
 /// # Errors
 /// What mounting says.
-pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path, aside: &Path) -> io::Result<()> {
-    let wanted = spec
-        .mounts()
-        .iter()
-        .flatten()
-        .any(|m| m.typ().as_deref() == Some("cgroup"));
+pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path) -> io::Result<Option<View>> {
     let own_namespace = spec
         .linux()
         .as_ref()
@@ -34,24 +48,25 @@ pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path, aside: &Path)
         .into_iter()
         .flatten()
         .any(|n| n.typ() == LinuxNamespaceType::Cgroup);
-    // In a cgroup namespace, v2 is simply mounted; everything else is bound from a copy.
-    let fresh_v2 = cgroups.unified() && own_namespace;
-    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-    if wanted && !fresh_v2 {
-        for (n, mount_point) in cgroups.mount_points().enumerate() {
-            let (from, to) = (inside(mount_point, cgroup), copy(aside, n));
-            std::fs::create_dir_all(&to)?;
-            mount(
-                Some(&from),
-                &to,
-                None::<&str>,
-                MsFlags::MS_BIND,
-                None::<&str>,
-            )?;
+    let mut view = None;
+    let mut mounts = Vec::new();
+    for mut entry in spec.mounts().clone().unwrap_or_default() {
+        if entry.typ().as_deref() != Some("cgroup") {
+            mounts.push(entry);
+        } else if cgroups.unified() && own_namespace {
+            entry
+                .set_typ(Some("cgroup2".into()))
+                .set_source(Some("cgroup2".into()));
+            mounts.push(entry);
+        } else {
+            let read_only = entry.options().iter().flatten().any(|o| o == "ro");
+            view = Some(View::new(cgroups, cgroup, entry.destination(), read_only)?);
         }
     }
+    spec.set_mounts(Some(mounts));
     // Private first: an unmount of a shared mount would reach the host's. libcontainer reads the mount
     // table, so covering the hierarchies would not do.
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
     mount(
         None::<&str>,
         CGROUP_ROOT,
@@ -68,84 +83,83 @@ pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path, aside: &Path)
         flags,
         Some("size=0"),
     )?;
-    if wanted {
-        rewrite(spec, cgroups, aside, fresh_v2).map_err(io::Error::other)?;
-    }
-    Ok(())
+    Ok(view)
 }
 
-/// Where a hierarchy's copy is bound. A number, because libcontainer knows controllers by the name of their
-/// mount point.
-fn copy(aside: &Path, n: usize) -> PathBuf {
-    aside.join(n.to_string())
-}
-
-fn rewrite(
-    spec: &mut Spec,
-    cgroups: &Hierarchies,
-    aside: &Path,
-    fresh_v2: bool,
-) -> Result<(), oci_spec::OciSpecError> {
-    let mut mounts: Vec<Mount> = Vec::new();
-    let mut read_only = Vec::new();
-    for entry in spec.mounts().clone().unwrap_or_default() {
-        if entry.typ().as_deref() != Some("cgroup") {
-            mounts.push(entry);
-            continue;
-        }
-        let options = entry.options().clone().unwrap_or_default();
-        let bound = |destination: PathBuf, source: PathBuf| {
-            let mut options: Vec<String> = options
-                .iter()
-                .filter(|o| *o != "relatime")
-                .cloned()
-                .collect();
-            options.push("rbind".into());
-            MountBuilder::default()
-                .destination(destination)
-                .typ("bind")
-                .source(source)
-                .options(options)
-                .build()
-        };
-        let top = entry.destination().clone();
-        if fresh_v2 {
-            let mut fresh = entry;
-            fresh
-                .set_typ(Some("cgroup2".into()))
-                .set_source(Some("cgroup2".into()));
-            mounts.push(fresh);
-            continue;
-        }
-        if cgroups.unified() {
-            mounts.push(bound(top, copy(aside, 0))?);
-            continue;
-        }
-        let tmpfs = ["nosuid", "noexec", "nodev", "mode=755", "size=64k"].map(str::to_owned);
-        mounts.push(
-            MountBuilder::default()
-                .destination(top.clone())
-                .typ("tmpfs")
-                .source("tmpfs")
-                .options(tmpfs.to_vec())
-                .build()?,
-        );
-        for (n, mount_point) in cgroups.mount_points().enumerate() {
+impl View {
+    fn new(cgroups: &Hierarchies, cgroup: &Path, top: &Path, read_only: bool) -> io::Result<Self> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let mut trees = Vec::new();
+        for mount_point in cgroups.mount_points() {
             let Ok(name) = mount_point.strip_prefix(CGROUP_ROOT) else {
                 continue;
             };
-            mounts.push(bound(top.join(name), copy(aside, n))?);
+            let tree = open_tree(CWD, inside(mount_point, cgroup), flags)?;
+            trees.push((name.to_string_lossy().into_owned(), Rc::new(tree)));
         }
-        if options.iter().any(|o| o == "ro") {
-            // Only once its mount points are made.
-            read_only.push(top.to_string_lossy().into_owned());
+        Ok(Self {
+            top: top.to_owned(),
+            trees,
+            read_only,
+        })
+    }
+
+    /// Mounts the view. For the container's init, in its root and before it gives up its privileges.
+    ///
+    /// # Errors
+    /// What mounting says; a symbolic link on the way is refused.
+    pub fn show(&self) -> io::Result<()> {
+        let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        flags.set(MsFlags::MS_RDONLY, self.read_only);
+        if let [(name, tree)] = self.trees.as_slice()
+            && name.is_empty()
+        {
+            attach(tree.as_fd(), &open_dir(&self.top)?)?;
+            return remount(&self.top, flags);
         }
+        let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&fs, "mode", "755")?;
+        fsconfig_set_string(&fs, "size", "64k")?;
+        fsconfig_create(&fs)?;
+        let tmpfs = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        attach(tmpfs.as_fd(), &open_dir(&self.top)?)?;
+        for (name, tree) in &self.trees {
+            let at = self.top.join(name);
+            rustix::fs::mkdir(&at, Mode::from_raw_mode(0o755))?;
+            attach(tree.as_fd(), &open_dir(&at)?)?;
+            remount(&at, flags)?;
+            // Controllers that share a hierarchy ("cpu,cpuacct") are looked for under each name.
+            for alias in name.split(',').filter(|alias| alias != name) {
+                rustix::fs::symlink(name, self.top.join(alias))?;
+            }
+        }
+        remount(&self.top, flags)
     }
-    spec.set_mounts(Some(mounts));
-    if let (Some(linux), false) = (spec.linux_mut().as_mut(), read_only.is_empty()) {
-        let mut paths = linux.readonly_paths().clone().unwrap_or_default();
-        paths.extend(read_only);
-        linux.set_readonly_paths(Some(paths));
-    }
-    Ok(())
+}
+
+fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::openat2(
+        CWD,
+        path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS,
+    )?)
+}
+
+fn attach(tree: BorrowedFd<'_>, at: &OwnedFd) -> io::Result<()> {
+    let by_descriptors =
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(tree, "", at, "", by_descriptors)?)
+}
+
+fn remount(path: &Path, flags: MsFlags) -> io::Result<()> {
+    let flags = flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND;
+    Ok(mount(
+        None::<&str>,
+        path,
+        None::<&str>,
+        flags,
+        None::<&str>,
+    )?)
 }

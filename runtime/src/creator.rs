@@ -18,6 +18,7 @@ use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 use slipway_seccomp::Filter;
 
 use crate::cgroup::Hierarchies;
+use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::limits::{self, LimitError};
 use crate::rootfs::{self, RootfsError};
@@ -174,8 +175,8 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
 
     let args = process_args(&spec)?;
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
-    cgroup_view::hide(&mut spec, cgroups, cgroup, &dir.join("cgroup"))
-        .map_err(in_cgroup("mount the container's view of"))?;
+    let view = cgroup_view::hide(&mut spec, cgroups, cgroup)
+        .map_err(in_cgroup("prepare the container's view of"))?;
     propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let config = dir.join("config.json");
     write_spec(&config, &spec)?;
@@ -183,6 +184,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let executor = Enter {
         confinement,
         args,
+        view,
         start_pipe: start_pipe.as_raw_fd(),
     };
     let null = File::open("/dev/null").map_err(|source| CreateError::Bundle {
@@ -318,6 +320,7 @@ pub fn set_oom_score(wanted: i32) {
 struct Enter {
     confinement: Confinement,
     args: Vec<Vec<u8>>,
+    view: Option<View>,
     start_pipe: RawFd,
 }
 
@@ -328,8 +331,14 @@ impl Executor for Enter {
         sys::exit_now(error.exit_code())
     }
 
+    /// The last step of the init before it waits for StartContainer: it is in the container's root, and has
+    /// all its privileges.
     fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {
-        Ok(())
+        self.view.as_ref().map_or(Ok(()), View::show).map_err(|e| {
+            ExecutorValidationError::ArgValidationError(format!(
+                "can't mount the container's view of its cgroups: {e}"
+            ))
+        })
     }
 
     fn setup_envs(

@@ -505,6 +505,9 @@ async fn a_shared_pid_namespace_has_an_init_that_leads_nowhere(pod: &Pod) {
         serde_json::json!({"capabilities": {"bounding": all, "effective": all, "permitted": all}});
     let mut events = pod.keeper.subscribe().await.unwrap();
     pod.run("c", options).await;
+    while !pod.log_text("c").ends_with("done\n") {
+        tokio::task::yield_now().await;
+    }
     // An orphan goes to the pod's init, which reaps it.
     pod.exec("c", "(sleep 0.01 &)").await;
     pod.keeper.signal("c", libc::SIGTERM, true).await.unwrap();
