@@ -361,7 +361,7 @@ async fn a_stopped_container_ends_its_execs(env: Env) -> Result<()> {
     if let Ok(answer) = answer {
         assert_eq!(answer.exit_code, 137);
     }
-    assert_eq!(container.processes(), Vec::<i32>::new());
+    container.gone().await?;
     Ok(())
 }
 

@@ -418,7 +418,7 @@ async fn stopping_a_pod_stops_its_containers(env: Env) -> Result<()> {
         created.status().await?.state(),
         cri::ContainerState::ContainerExited
     );
-    assert_eq!(running.processes(), Vec::<i32>::new());
+    running.gone().await?;
     refused(
         pod.try_create(|_| {}).await,
         Code::FailedPrecondition,

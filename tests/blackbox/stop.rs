@@ -194,7 +194,7 @@ async fn a_created_container_stops(env: Env) -> Result<()> {
         container.status().await?.state(),
         cri::ContainerState::ContainerExited
     );
-    assert_eq!(container.processes(), Vec::<i32>::new());
+    container.gone().await?;
     Ok(())
 }
 
@@ -246,7 +246,8 @@ async fn children_go_with_process_one(env: Env) -> Result<()> {
         let container = pod.run(&["sh", "-c", "trap '' TERM; setsid sleep 2001 & setsid sleep 2002 & echo up; wait; sleep 2003"], |_| {}).await?;
         container.says("up").await?;
         container.stop(1).await?;
-        gone(&container)
+        container
+            .gone()
             .await
             .with_context(|| format!("{mode:?}"))?;
         let container = pod
@@ -254,33 +255,12 @@ async fn children_go_with_process_one(env: Env) -> Result<()> {
             .await?;
         assert_eq!(container.exited().await?.exit_code, 4);
         container.remove().await?;
-        gone(&container)
+        container
+            .gone()
             .await
             .with_context(|| format!("{mode:?}, after process one had ended"))?;
     }
     Ok(())
-}
-
-/// Expects a container's processes to be gone; one that was sent SIGKILL may need a moment to die.
-async fn gone(container: &Container) -> Result<()> {
-    eventually(
-        "the end of all processes",
-        Duration::from_secs(2),
-        || async { Ok(alive(container).is_empty().then_some(())) },
-    )
-    .await
-    .with_context(|| format!("{:?}", alive(container)))
-}
-
-/// What still runs in a container: a zombie that waits for its reaper does not.
-fn alive(container: &Container) -> Vec<String> {
-    let status = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok();
-    container
-        .processes()
-        .iter()
-        .filter_map(status)
-        .filter(|s| !s.contains(") Z "))
-        .collect()
 }
 
 async fn a_frozen_container_stops(env: Env) -> Result<()> {

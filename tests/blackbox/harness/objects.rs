@@ -374,6 +374,25 @@ impl Container {
         pids
     }
 
+    /// Expects all its processes to be gone; one that was sent SIGKILL may need a moment to die, and its reaper
+    /// one to notice.
+    pub async fn gone(&self) -> Result<()> {
+        let alive = || {
+            let status = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+            let all: Vec<String> = self.processes().iter().filter_map(status).collect();
+            all.into_iter()
+                .filter(|s| !s.contains(") Z "))
+                .collect::<Vec<_>>()
+        };
+        eventually(
+            "the end of all processes",
+            Duration::from_secs(2),
+            || async { Ok(alive().is_empty().then_some(())) },
+        )
+        .await
+        .with_context(|| format!("{:?}", alive()))
+    }
+
     /// The directories of its cgroup: those below the test's own that are named after it.
     pub fn cgroup_dirs(&self) -> Vec<PathBuf> {
         let tops = super::stage::cgroup_dirs(&self.daemon.env().cgroup);
