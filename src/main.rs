@@ -149,8 +149,20 @@ fn daemon(settings: &Settings) -> anyhow::Result<()> {
 
 /// Exits with 1 when something is missing without which pods do not run.
 fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
-    let CheckArgs { output, config, listen, run_root, state_root } = args;
-    let settings = Settings { config, listen, run_root, state_root, ..Settings::default() };
+    let CheckArgs {
+        output,
+        config,
+        listen,
+        run_root,
+        state_root,
+    } = args;
+    let settings = Settings {
+        config,
+        listen,
+        run_root,
+        state_root,
+        ..Settings::default()
+    };
     let (config, _) = settings.load()?;
     let output = match output {
         ReportFormat::Table => slipway_check::Output::Table,
@@ -159,7 +171,11 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     let (report, ok) = slipway_check::run(&config, output);
     // Not print!: a closed pipe (| head) is no reason to panic.
     let _ = std::io::Write::write_all(&mut std::io::stdout(), report.as_bytes());
-    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn default_config() -> anyhow::Result<()> {
@@ -196,8 +212,15 @@ mod tests {
         };
         assert_eq!(settings.log_level, Some(slipway_config::LogLevel::Debug));
         assert!(Cli::try_parse_from(["slipway", "serve", "--log-level", "loud"]).is_err());
-        let cli = Cli::try_parse_from(["slipway", "check", "-o", "json", "--config", "/x"]).unwrap();
-        assert!(matches!(cli.command, Command::Check(CheckArgs { output: ReportFormat::Json, .. })));
+        let cli =
+            Cli::try_parse_from(["slipway", "check", "-o", "json", "--config", "/x"]).unwrap();
+        assert!(matches!(
+            cli.command,
+            Command::Check(CheckArgs {
+                output: ReportFormat::Json,
+                ..
+            })
+        ));
     }
 
     #[test]
@@ -206,6 +229,9 @@ mod tests {
         // "slipway config default" mends both.
         assert_eq!(printed, include_str!("../hack/packaging/config.toml"));
         let page = include_str!("../docs/configuration.md");
-        assert!(page.contains(&format!("```toml\n{printed}```")), "docs/configuration.md is behind");
+        assert!(
+            page.contains(&format!("```toml\n{printed}```")),
+            "docs/configuration.md is behind"
+        );
     }
 }

@@ -162,6 +162,8 @@ async fn run(
     let server = Server::builder()
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20)
+        // A kubelet that gives up on many calls at once must not lose its connection.
+        .http2_max_pending_accept_reset_streams(Some(1024))
         .add_service(
             RuntimeServiceServer::new(Runtime(node.clone()))
                 .max_decoding_message_size(max_message)

@@ -1,6 +1,8 @@
 //! The compiled descriptor against the published facts of CRI v1: every service, message, field and
 //! enum, by name, number, type and label.
 
+#![allow(clippy::expect_used)]
+
 use std::collections::BTreeSet;
 
 use prost::Message as _;

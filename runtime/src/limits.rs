@@ -110,16 +110,25 @@ pub fn apply(
             .map_err(|e| refused(format!("can't attach the device filter: {e}")))?;
     }
     if let Some(dir) = cgroups.devices_dir(cgroup) {
-        for rule in resources.devices().iter().flatten() {
-            let file = if rule.allow() {
+        let given = resources
+            .devices()
+            .iter()
+            .flatten()
+            .map(|rule| (rule.allow(), device_rule(rule)));
+        let given: Vec<_> = given.collect();
+        // Written last, as runc does it, but for those that the container's own rules have already.
+        let defaults = DEFAULT_DEVICES.map(|rule| (true, rule.to_owned()));
+        let defaults: Vec<_> = defaults
+            .into_iter()
+            .filter(|d| !given.contains(d))
+            .collect();
+        for (allow, rule) in given.iter().chain(&defaults) {
+            let file = if *allow {
                 "devices.allow"
             } else {
                 "devices.deny"
             };
-            write(&dir.join(file), &device_rule(rule))?;
-        }
-        for rule in DEFAULT_DEVICES {
-            write(&dir.join("devices.allow"), rule)?;
+            write(&dir.join(file), rule)?;
         }
     }
     Ok(())
