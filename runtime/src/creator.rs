@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
@@ -27,6 +28,9 @@ use crate::{cgroup_view, detach, propagation, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
+
+/// File in a container's directory that holds its OCI spec as the daemon assembled it.
+pub const SPEC_FILE: &str = "spec.json";
 
 /// Why a container could not be created.
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +135,8 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let mut spec: Spec = serde_json::from_slice(&create.spec).map_err(CreateError::Spec)?;
     let dir = Path::new(&create.dir);
     let target = dir.join("rootfs");
+    // As it was asked for, for people to look at; what libcontainer gets says less.
+    write_private(&dir.join(SPEC_FILE), &create.spec)?;
     let in_cgroup = |step| {
         move |source| CreateError::Cgroup {
             step,
@@ -299,14 +305,22 @@ fn for_libcontainer(
 }
 
 fn write_spec(path: &Path, spec: &Spec) -> Result<(), CreateError> {
-    let failed = |source| CreateError::Bundle {
+    let bytes = serde_json::to_vec(spec).map_err(|e| CreateError::Bundle {
+        path: path.to_owned(),
+        source: e.into(),
+    })?;
+    write_private(path, &bytes)
+}
+
+/// Writes a file that only root may read: a spec holds the container's environment.
+fn write_private(path: &Path, bytes: &[u8]) -> Result<(), CreateError> {
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let written = options.open(path).and_then(|mut f| f.write_all(bytes));
+    written.map_err(|source| CreateError::Bundle {
         path: path.to_owned(),
         source,
-    };
-    let bytes = serde_json::to_vec(spec).map_err(|e| failed(e.into()))?;
-    File::create(path)
-        .and_then(|mut f| f.write_all(&bytes))
-        .map_err(failed)
+    })
 }
 
 /// Sets this process's OOM score, which its children inherit. Below what is held it needs

@@ -26,3 +26,5 @@ mod sys;
 mod user;
 pub mod wire;
 pub mod zygote;
+
+pub use creator::SPEC_FILE;

@@ -132,7 +132,7 @@ fn container_status(container: &Container) -> cri::ContainerStatus {
 /// What `crictl inspect` shows beside the status.
 fn info(node: &Node, container: &Container) -> HashMap<String, String> {
     let record = &container.record;
-    let spec: Value = std::fs::read(container.dir.join("config.json"))
+    let spec: Value = std::fs::read(container.dir.join(slipway_runtime::SPEC_FILE))
         .ok()
         .and_then(|text| serde_json::from_slice(&text).ok())
         .unwrap_or_default();
