@@ -29,7 +29,13 @@ use pods::{Bencher, Workload};
 use report::{Endpoint, Group, Report, TargetResult};
 
 /// Ends at once on SIGTERM, and leaves a process to be told so.
-const DEFAULT_COMMAND: [&str; 3] = ["/bin/sh", "-c", "trap 'exit 0' TERM; sleep 86400 & wait"];
+const DEFAULT_COMMAND: [&str; 3] = [
+    "/bin/sh",
+    "-c",
+    "trap 'exit 0' TERM; : >/ready; sleep 86400 & wait",
+];
+/// Returns once that shell listens: process 1 of a namespace would miss an earlier SIGTERM.
+const AWAIT_COMMAND: [&str; 3] = ["/bin/sh", "-c", "until [ -e /ready ]; do :; done"];
 /// How long a round that was interrupted may still take.
 const ROUND_GRACE: Duration = Duration::from_secs(60);
 const DEFAULT_PULL_LIMIT: Duration = Duration::from_secs(1800);
@@ -143,17 +149,16 @@ impl BenchArgs {
                 .map(str::to_owned)
                 .collect::<Vec<_>>()
         };
-        let command = match &self.cmd {
-            Some(text) => split(text),
-            None if self.command.is_empty() => DEFAULT_COMMAND
-                .iter()
-                .map(|&word| word.to_owned())
-                .collect(),
-            None => self.command.clone(),
+        let words = |words: [&str; 3]| words.map(str::to_owned).to_vec();
+        let (command, await_ready) = match &self.cmd {
+            Some(text) => (split(text), None),
+            None if self.command.is_empty() => (words(DEFAULT_COMMAND), Some(words(AWAIT_COMMAND))),
+            None => (self.command.clone(), None),
         };
         Workload {
             image: image.to_owned(),
             command,
+            await_ready,
             exec: split(&self.exec_cmd),
             containers: self.containers_per_pod.max(1),
             grace: self.grace,

@@ -25,6 +25,8 @@ pub struct Workload {
     pub image: String,
     /// Command of the containers.
     pub command: Vec<String>,
+    /// Run in a container before it is stopped, unmeasured; returns once the command can be told to end.
+    pub await_ready: Option<Vec<String>>,
     /// Command of ExecSync.
     pub exec: Vec<String>,
     /// Containers in a pod.
@@ -185,8 +187,20 @@ impl Bencher {
     }
 
     async fn stop_steps(&self, pod: &Pod, times: &mut Timed) -> Result<(), ClientError> {
-        let began = Instant::now();
         let cri = &self.cri;
+        for (id, command) in pod
+            .containers
+            .iter()
+            .zip(self.work.await_ready.iter().cycle())
+        {
+            cri.exec_sync(ExecSyncRequest {
+                container_id: id.clone(),
+                cmd: command.clone(),
+                timeout: 60,
+            })
+            .await?;
+        }
+        let began = Instant::now();
         for id in &pod.containers {
             let call = remove::stop_container(cri, id, self.work.grace);
             timed(times, "StopContainer", call).await?;
