@@ -129,8 +129,8 @@ fn process(text: &str) -> Result<(String, i32), String> {
 /// Something that starts a pod or its equal.
 #[derive(Debug)]
 enum Target {
-    Runtime(Bencher),
-    Bare(Helper),
+    Runtime(Box<Bencher>),
+    Bare(Box<Helper>),
 }
 
 impl Target {
@@ -278,7 +278,7 @@ async fn targets(
             runtime: version.runtime_name,
             version: version.runtime_version,
         });
-        targets.push(Target::Runtime(Bencher {
+        targets.push(Target::Runtime(Box::new(Bencher {
             name: name.clone(),
             endpoint: endpoint.clone(),
             handler: handler.unwrap_or_default(),
@@ -287,18 +287,15 @@ async fn targets(
                 ..args.workload(image, logs)
             },
             cri,
-        }));
+        })));
     }
     for (rootfs, cgroups) in args
         .floor
         .iter()
         .flat_map(|rootfs| [(rootfs, true), (rootfs, false)])
     {
-        targets.push(Target::Bare(Helper::floor(
-            rootfs,
-            &args.floor_cmd,
-            cgroups,
-        )?));
+        let helper = Helper::floor(rootfs, &args.floor_cmd, cgroups)?;
+        targets.push(Target::Bare(Box::new(helper)));
     }
     for (name, binary) in &args.oci {
         let rootfs = args
@@ -312,7 +309,7 @@ async fn targets(
             })?;
         let seccomp = args.oci_seccomp.as_deref();
         let helper = Helper::oci(name, binary, rootfs, &args.floor_cmd, seccomp)?;
-        targets.push(Target::Bare(helper));
+        targets.push(Target::Bare(Box::new(helper)));
     }
     Ok(targets)
 }
