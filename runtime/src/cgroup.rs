@@ -21,6 +21,7 @@ struct V1 {
     cpuset: bool,
     memory: bool,
     devices: bool,
+    freezer: bool,
 }
 
 impl Hierarchies {
@@ -57,6 +58,7 @@ impl Hierarchies {
                         cpuset: has("cpuset"),
                         memory: has("memory"),
                         devices: has("devices"),
+                        freezer: has("freezer"),
                         mount,
                     });
                 }
@@ -183,6 +185,16 @@ impl Hierarchies {
             // On a hybrid host this reaches only what was born there; the loop below gets the rest.
             let _ = fs::write(inside(v2, cgroup).join("cgroup.kill"), "1");
         }
+        self.signal_each(cgroup, signal);
+        if signal == libc::SIGKILL {
+            // In a frozen v1 cgroup the signal only waits.
+            for v1 in self.v1.iter().filter(|v| v.freezer) {
+                thaw(&inside(&v1.mount, cgroup));
+            }
+        }
+    }
+
+    fn signal_each(&self, cgroup: &Path, signal: i32) {
         let mut seen = Vec::new();
         // Bounded: a fork bomb must not hold the caller for ever; whoever needs all gone calls again.
         for _ in 0..32 {
@@ -270,6 +282,13 @@ pub fn send(pidfd: &OwnedFd, signal: i32) {
             std::ptr::null::<libc::siginfo_t>(),
             0,
         );
+    }
+}
+
+fn thaw(dir: &Path) {
+    let _ = fs::write(dir.join("freezer.state"), "THAWED");
+    for child in children(dir) {
+        thaw(&child);
     }
 }
 

@@ -61,6 +61,10 @@ pub fn kill_cgroup(
     let deadline = Instant::now() + KILL_DEADLINE;
     for process in also {
         send(process, libc::SIGKILL);
+    }
+    // Before the first wait: this also thaws what is frozen.
+    cgroups.signal_all(cgroup, libc::SIGKILL);
+    for process in also {
         wait(process, deadline);
     }
     loop {

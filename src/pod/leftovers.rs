@@ -3,16 +3,12 @@
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-
-/// How long killed processes get to leave their cgroup.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Between two looks at a dying cgroup: v1 tells nobody that it became empty.
-const LOOK: Duration = Duration::from_millis(10);
+use slipway_runtime::cgroup::Hierarchies;
+use slipway_runtime::removal;
 
 /// Kills every process in the cgroup (absolute path in each hierarchy) and below, then removes it. Blocks
 /// for up to a few seconds. One that is not there is no error.
@@ -23,25 +19,11 @@ pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
     let Some(relative) = plain(cgroup) else {
         return Ok(());
     };
-    let dirs: Vec<_> = hierarchies()
-        .into_iter()
-        .map(|root| root.join(relative))
-        .collect();
-    // All of them first: what is frozen in one hierarchy dies in the others only when it is thawed.
-    for dir in &dirs {
-        kill_all(dir);
-    }
-    let mut problems = Vec::new();
-    for dir in dirs.iter().filter(|dir| dir.is_dir()) {
-        if let Err(e) = empty_and_remove(dir) {
-            problems.push(format!("cgroup {}: {e}", dir.display()));
-        }
-    }
-    if problems.is_empty() {
-        Ok(())
-    } else {
-        Err(problems)
-    }
+    let failed = |e: &dyn std::fmt::Display| vec![format!("cgroup {cgroup}: {e}")];
+    let cgroups = Hierarchies::detect().map_err(|e| failed(&e))?;
+    let path = Path::new("/").join(relative);
+    removal::kill_cgroup(&cgroups, &path, &[]).map_err(|e| failed(&e))?;
+    cgroups.remove(&path).map_err(|e| failed(&e))
 }
 
 /// The path below a hierarchy's root; `None` for the root itself, where every process of the machine is,
@@ -50,41 +32,6 @@ fn plain(cgroup: &str) -> Option<&str> {
     let relative = cgroup.trim_start_matches('/');
     let part = |part: &str| !part.is_empty() && part != "." && part != "..";
     (!relative.is_empty() && relative.split('/').all(part)).then_some(relative)
-}
-
-/// Sends SIGKILL to every process in a cgroup and below.
-fn kill_all(dir: &Path) {
-    // v2 does it in one write, whatever forks meanwhile, frozen or not.
-    if std::fs::write(dir.join("cgroup.kill"), "1").is_ok() {
-        return;
-    }
-    each_below(dir, &mut |d| {
-        for pid in processes(d) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
-        // The file is there in v1's freezer hierarchy only.
-        if d.join("freezer.state").exists() {
-            let _ = std::fs::write(d.join("freezer.state"), "THAWED");
-        }
-    });
-}
-
-fn empty_and_remove(dir: &Path) -> io::Result<()> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        kill_all(dir);
-        let mut result = Ok(());
-        each_below(dir, &mut |d| match std::fs::remove_dir(d) {
-            Err(e) if e.kind() != ErrorKind::NotFound => result = Err(e),
-            _ => {}
-        });
-        match result {
-            Err(e) if e.kind() == ErrorKind::ResourceBusy && Instant::now() < until => {
-                std::thread::sleep(LOOK);
-            }
-            other => return other,
-        }
-    }
 }
 
 /// Kills every process in the PID namespace that is pinned at `path`: the init of a pod whose keeper died,
@@ -113,34 +60,6 @@ pub fn kill_pid_namespace(path: &Path) {
     }
 }
 
-/// Calls `visit` for every directory below `dir` and then for itself.
-fn each_below(dir: &Path, visit: &mut impl FnMut(&Path)) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|t| t.is_dir()) {
-            each_below(&entry.path(), visit);
-        }
-    }
-    visit(dir);
-}
-
-fn processes(dir: &Path) -> Vec<i32> {
-    let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    // 0 stands for a process outside of our PID namespace; kill(0) would hit ourselves.
-    text.lines()
-        .filter_map(|line| line.parse().ok())
-        .filter(|pid| *pid > 1)
-        .collect()
-}
-
-/// Mount points of all cgroup hierarchies, v1 and v2.
-fn hierarchies() -> Vec<PathBuf> {
-    mounts()
-        .into_iter()
-        .filter(|m| m.kind.starts_with("cgroup"))
-        .map(|m| m.point)
-        .collect()
-}
-
 /// Detaches everything mounted below `dir`, deepest first, but not `dir` itself.
 ///
 /// # Errors
@@ -148,14 +67,11 @@ fn hierarchies() -> Vec<PathBuf> {
 pub fn unmount_below(dir: &Path) -> Result<(), Vec<String>> {
     let mut problems = Vec::new();
     for mount in mounts().into_iter().rev() {
-        if mount.point != dir
-            && mount.point.starts_with(dir)
-            && let Err(e) = umount2(
-                &mount.point,
-                MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
-            )
+        if mount != dir
+            && mount.starts_with(dir)
+            && let Err(e) = umount2(&mount, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
         {
-            problems.push(format!("mount {}: {e}", mount.point.display()));
+            problems.push(format!("mount {}: {e}", mount.display()));
         }
     }
     if problems.is_empty() {
@@ -167,15 +83,13 @@ pub fn unmount_below(dir: &Path) -> Result<(), Vec<String>> {
 
 /// Whether a file system is mounted at exactly this (canonical) path.
 pub fn is_mount_point(path: &Path) -> bool {
-    mounts().iter().any(|m| m.point == path)
+    mounts().iter().any(|m| m == path)
 }
 
 /// Removes a cgroup (absolute path in each hierarchy) in which nobody is. One in use, or not there, is left.
 pub fn remove_empty_cgroup(cgroup: &str) {
-    if let Some(relative) = plain(cgroup) {
-        for root in hierarchies() {
-            let _ = std::fs::remove_dir(root.join(relative));
-        }
+    if let (Some(relative), Ok(cgroups)) = (plain(cgroup), Hierarchies::detect()) {
+        cgroups.remove_empty(&Path::new("/").join(relative), true);
     }
 }
 
@@ -196,23 +110,14 @@ pub fn remove_tree(dir: &Path) -> Vec<String> {
     problems
 }
 
-struct MountEntry {
-    point: PathBuf,
-    kind: String,
-}
-
-fn mounts() -> Vec<MountEntry> {
+/// Mount points of this process's mount namespace, in mounting order.
+fn mounts() -> Vec<PathBuf> {
     use std::os::unix::ffi::OsStringExt as _;
     let text = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
     text.split(|b| *b == b'\n')
         .filter_map(|line| {
-            let mut fields = line.split(|b| *b == b' ');
-            let point = unescape(fields.nth(4)?);
-            let kind = fields.skip_while(|f| *f != b"-").nth(1)?;
-            Some(MountEntry {
-                point: std::ffi::OsString::from_vec(point).into(),
-                kind: String::from_utf8_lossy(kind).into_owned(),
-            })
+            let point = unescape(line.split(|b| *b == b' ').nth(4)?);
+            Some(std::ffi::OsString::from_vec(point).into())
         })
         .collect()
 }

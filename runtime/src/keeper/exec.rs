@@ -11,7 +11,7 @@ use slipway_proto::keeper::{
     Error as WireError, ErrorKind, Exec as ExecCall, ExecResult, response::Result as Answer,
 };
 
-use super::container::not_found;
+use super::container::{Container, not_found};
 use super::{Keeper, wire_error};
 use crate::confine::SETUP_FAILED;
 use crate::creator::{report, set_oom_score};
@@ -84,6 +84,9 @@ impl Keeper {
         };
 
         setns(init, CloneFlags::CLONE_NEWPID).map_err(|e| {
+            if let Some((leaf, _)) = &leaf {
+                let _ = std::fs::remove_dir(leaf);
+            }
             wire_error(
                 ErrorKind::WrongState,
                 format!("can't exec in container {id}: its PID namespace is gone: {e}"),
@@ -95,7 +98,7 @@ impl Keeper {
             let kept = [&stdin, &stdout, &stderr, init, &setup_write].map(|fd| fd.as_raw_fd());
             sys::close_all_but(&kept);
             let stdio = [stdin, stdout, stderr];
-            let joined = self.join(container.oom_score_adj, &container.cgroup, init, &stdio);
+            let joined = self.join(container, init, confinement.user().uid, &stdio);
             if let Err((step, e)) = joined {
                 report(
                     setup_write.as_raw_fd(),
@@ -146,15 +149,15 @@ impl Keeper {
     /// Everything between fork and [`crate::confine::Confinement::enter`]; runs in the child.
     fn join(
         &self,
-        oom_score_adj: i32,
-        cgroup: &std::path::Path,
+        container: &Container,
         init: &OwnedFd,
+        uid: u32,
         stdio: &[OwnedFd; 3],
     ) -> Result<(), (&'static str, io::Error)> {
         self.cgroups
-            .join_v1(cgroup)
+            .join_v1(&container.cgroup)
             .map_err(|e| ("join the container's cgroup", e))?;
-        set_oom_score(oom_score_adj);
+        set_oom_score(container.oom_score_adj);
         let namespaces = CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWIPC
@@ -162,12 +165,6 @@ impl Keeper {
             | CloneFlags::CLONE_NEWCGROUP;
         setns(init, namespaces).map_err(|e| ("join the container's namespaces", e.into()))?;
         nix::unistd::setsid().map_err(|e| ("make a session", e.into()))?;
-        let uid = self
-            .containers
-            .values()
-            .find(|c| c.cgroup == cgroup)
-            .and_then(|c| c.confinement.as_ref())
-            .map_or(0, |c| c.user().uid);
         for (fd, to) in stdio.iter().zip(0..) {
             // A process that is not root could not open /dev/stdout otherwise.
             let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
