@@ -14,6 +14,8 @@ tests![
     etc_files_are_there,
     the_image_by_every_name,
     a_scratch_image_runs,
+    a_layer_that_stands_twice,
+    an_image_without_layers,
     what_later_issues_bring_is_refused,
     no_command_is_refused,
     absent_images_are_refused,
@@ -332,6 +334,45 @@ async fn a_scratch_image_runs(env: Env) -> Result<()> {
     let report = probe_of(&daemon, |c| c.image = of_image("scratch")).await?;
     assert_eq!(report.get("ids"), "0 0 0 0");
     assert_eq!(report.get("arg.0"), "/probe");
+    Ok(())
+}
+
+async fn a_layer_that_stands_twice(env: Env) -> Result<()> {
+    let daemon = env.bare_daemon().await?;
+    daemon.pull("repeated").await?;
+    let report = probe_of(&daemon, |c| {
+        c.image = of_image("repeated");
+        c.command = vec!["/bin/probe".into(), "status".into()];
+    })
+    .await?;
+    assert_eq!(report.get("ids"), "0 0 0 0");
+    Ok(())
+}
+
+async fn an_image_without_layers(env: Env) -> Result<()> {
+    let daemon = env.bare_daemon().await?;
+    daemon.pull("no-layers").await?;
+    let pod = daemon.pod(|_| {}).await?;
+    // Its command comes from the host.
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"];
+    let busybox = busybox
+        .into_iter()
+        .find(|p| std::path::Path::new(p).exists());
+    let Some(busybox) = busybox else {
+        return skip("busybox-static is not installed");
+    };
+    let container = pod
+        .run(&["/busybox", "echo", "mounted"], |c| {
+            c.image = of_image("no-layers");
+            c.mounts = vec![cri::Mount {
+                container_path: "/busybox".into(),
+                host_path: busybox.into(),
+                readonly: true,
+                ..Default::default()
+            }];
+        })
+        .await?;
+    assert_eq!(container.exited().await?.exit_code, 0);
     Ok(())
 }
 
