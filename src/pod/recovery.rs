@@ -104,11 +104,16 @@ impl Node {
     fn collect_networks(self: &Arc<Self>, valid: Vec<String>) {
         let node = self.clone();
         self.tasks.spawn(async move {
+            // Before any pod of this daemon can be among them.
+            let attached = node.cni.attached().await.unwrap_or_default();
             if let Err(e) = node.cni.gc(&valid).await {
                 tracing::warn!(
                     error = chain(&e),
                     "can't give back the network of pods that are gone"
                 );
+                for id in attached.into_iter().filter(|id| !valid.contains(id)) {
+                    node.detach_later(id);
+                }
             }
         });
     }

@@ -177,10 +177,11 @@ impl Node {
     }
 
     /// Leaves nothing of a pod that could not be made. Every step is tried; what fails is logged.
-    async fn undo_pod(&self, id: &str, dir: &Path) {
+    async fn undo_pod(self: &Arc<Self>, id: &str, dir: &Path) {
         let mut problems = Vec::new();
         if let Err(e) = self.cni.del(id, None).await {
             problems.push(super::error::chain(&e));
+            self.detach_later(id.to_owned());
         }
         let keeper = Keeper::at(id, dir);
         if let Err(e) = keeper.teardown(self.config().limits.delete_timeout).await {

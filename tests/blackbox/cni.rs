@@ -13,6 +13,8 @@ tests![
     a_plugin_that_is_missing,
     a_later_plugin_that_fails,
     a_delete_that_fails_is_tried_again,
+    what_a_failed_pod_leaves_is_given_back_later,
+    an_answer_without_an_address,
     plugins_get_what_the_specification_says,
     no_configuration_then_one,
     a_broken_configuration,
@@ -270,6 +272,56 @@ async fn a_delete_that_fails_is_tried_again(env: Env) -> Result<()> {
     std::fs::remove_file(&broken)?;
     pod.stop().await?;
     pod.remove().await?;
+    Ok(())
+}
+
+/// The kubelet never learns the id of a pod that could not be made, so nobody asks for its removal.
+async fn what_a_failed_pod_leaves_is_given_back_later(env: Env) -> Result<()> {
+    let (log, broken) = (env.root.join("calls"), env.root.join("broken"));
+    std::fs::write(&broken, "")?;
+    plugin(
+        &env,
+        "down",
+        &format!(
+            "[ ! -e '{0}' ] || [ \"$CNI_COMMAND\" = VERSION ] || {{ echo '{{\"code\": 11, \"msg\": \"the backend is down\"}}'; exit 1; }}; echo $CNI_COMMAND $CNI_CONTAINERID >>'{1}'",
+            broken.display(),
+            log.display()
+        ),
+    )?;
+    let daemon = with_plugins(&env, &[serde_json::json!({"type": "down"})]).await?;
+    let mut config = config::pod(&daemon);
+    config::own_network(&mut config);
+    let status = daemon
+        .run_pod(config)
+        .await
+        .map(|p| p.id)
+        .expect_err("a pod without a network");
+    assert!(status.message().contains("the backend is down"), "{status}");
+    std::fs::remove_file(&broken)?;
+    eventually(
+        "a DEL after the plugin works again",
+        Duration::from_secs(20),
+        || async {
+            let calls = std::fs::read_to_string(&log).unwrap_or_default();
+            Ok(calls.lines().any(|l| l.starts_with("DEL ")).then_some(()))
+        },
+    )
+    .await
+}
+
+async fn an_answer_without_an_address(env: Env) -> Result<()> {
+    let daemon = with_plugins(&env, &[serde_json::json!({"type": "mean"})]).await?;
+    for answer in [
+        r#"{"cniVersion": "1.0.0"}"#,
+        r#"{"cniVersion": "1.0.0", "interfaces": [{"name": "other", "sandbox": "x"}], "ips": [{"address": "10.9.8.7/24", "interface": 0}]}"#,
+    ] {
+        plugin(
+            &env,
+            "mean",
+            &format!("[ \"$CNI_COMMAND\" = ADD ] && echo '{answer}'; exit 0"),
+        )?;
+        refuses(&daemon, &["no address", "fake", "eth0"]).await?;
+    }
     Ok(())
 }
 
