@@ -126,18 +126,29 @@ impl Keepers {
     /// [`ClientError::Socket`] or [`ClientError::Zygote`].
     pub async fn spawn(&self, pod_id: &str, pod_dir: &Path) -> Result<Keeper, ClientError> {
         let keeper = Keeper::at(pod_id, pod_dir);
-        let listener = keeper.listen().map_err(|source| ClientError::Socket {
-            dir: pod_dir.to_owned(),
-            source,
-        })?;
-        self.zygote
-            .spawn_keeper(pod_id, pod_dir, listener.as_fd())
-            .await
-            .map_err(|source| ClientError::Zygote {
-                pod: pod_id.to_owned(),
+        let mut tried_before = false;
+        loop {
+            let listener = keeper.listen().map_err(|source| ClientError::Socket {
+                dir: pod_dir.to_owned(),
                 source,
             })?;
-        Ok(keeper)
+            let spawned = self
+                .zygote
+                .spawn_keeper(pod_id, pod_dir, listener.as_fd())
+                .await;
+            match spawned {
+                Ok(_) => return Ok(keeper),
+                // A zygote that died may have forked before: the next keeper gets a socket of its own, and
+                // one that nobody calls ends by itself.
+                Err(ZygoteError::Lost(_)) if !tried_before => tried_before = true,
+                Err(source) => {
+                    return Err(ClientError::Zygote {
+                        pod: pod_id.to_owned(),
+                        source,
+                    });
+                }
+            }
+        }
     }
 }
 
@@ -251,7 +262,10 @@ impl Keeper {
         exec: proto::Exec,
         stdio: [BorrowedFd<'_>; 3],
     ) -> Result<ExecResult, ClientError> {
-        match self.call("Exec", Call::Exec(exec), &stdio, None).await? {
+        // The keeper kills it when its time is up; this is for a keeper that does not.
+        let limit = Some(exec.timeout_ms).filter(|ms| *ms > 0);
+        let limit = limit.map(|ms| Duration::from_millis(ms) + SHORT);
+        match self.call("Exec", Call::Exec(exec), &stdio, limit).await? {
             Some(Answer::Exec(r)) => Ok(r),
             _ => Err(self.unexpected("Exec")),
         }
@@ -386,7 +400,10 @@ impl Keeper {
 
     fn listen(&self) -> io::Result<UnixListener> {
         let path = self.socket_path()?;
-        UnixListener::bind(&path.1)
+        match std::fs::remove_file(&path.1) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => UnixListener::bind(&path.1),
+        }
     }
 
     /// A path to the socket that fits `sun_path` (108 bytes) wherever the run root is, with the
@@ -417,6 +434,17 @@ impl Keeper {
         timeout: Option<Duration>,
     ) -> Result<Option<Answer>, ClientError> {
         let request = wire::frame(&Request { call: Some(call) });
+        if request.len() > wire::MAX_MESSAGE {
+            // The keeper would hang up in the middle of it.
+            return Err(ClientError::Keeper {
+                kind: ErrorKind::Invalid,
+                message: format!(
+                    "{name} takes {} bytes, of {} at most: command, environment, mounts and annotations are too large",
+                    request.len(),
+                    wire::MAX_MESSAGE
+                ),
+            });
+        }
         let round = async {
             let mut stream = self.connect().await?;
             let answer: Response = async {

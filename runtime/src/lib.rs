@@ -28,3 +28,4 @@ pub mod wire;
 pub mod zygote;
 
 pub use creator::SPEC_FILE;
+pub use keeper::PID_FILE;

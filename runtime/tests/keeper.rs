@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::HashMap;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use oci_spec::runtime::Capability;
 use slipway_proto::keeper::{
     ContainerState, CreateContainer, ErrorKind, Overlay, Phase, SetupSandbox, User,
 };
-use slipway_runtime::client::{Events, Keeper, Keepers};
+use slipway_runtime::client::{ClientError, Events, Keeper, Keepers};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -39,7 +39,7 @@ fn main() {
     let keepers = Keepers::launch().unwrap();
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let mut failed = 0;
+    let (mut passed, mut failed) = (0, 0);
     macro_rules! run {
         ($($test:ident),* $(,)?) => {$(
             let name = stringify!($test);
@@ -51,7 +51,7 @@ fn main() {
                     });
                 }));
                 runtime.block_on(pod.end());
-                println!("test {name} ... {}", if result.is_ok() { "ok" } else { failed += 1; "FAILED" });
+                println!("test {name} ... {}", if result.is_ok() { passed += 1; "ok" } else { failed += 1; "FAILED" });
             }
         )*};
     }
@@ -62,13 +62,15 @@ fn main() {
         a_background_child_does_not_hold_an_exec,
         commands_that_cannot_run,
         a_shared_pid_namespace_has_an_init_that_leads_nowhere,
+        the_pod_ends_with_its_init,
+        death_by_a_real_time_signal,
         logs_are_reopened_without_loss,
         oom_is_told,
         deleting_a_running_container_leaves_nothing,
         a_bad_user_leaves_nothing,
     );
     println!(
-        "test result: {}. {failed} failed",
+        "test result: {}. {passed} passed; {failed} failed",
         if failed == 0 { "ok" } else { "FAILED" }
     );
     std::process::exit(i32::from(failed > 0));
@@ -165,6 +167,18 @@ impl Pod {
 
     fn dir(&self) -> PathBuf {
         self.root.path().join("pods").join(self.keeper.pod_id())
+    }
+
+    /// Process id of its init, as this process sees it.
+    fn init(&self) -> i32 {
+        let children = format!("/proc/{0}/task/{0}/children", self.keeper_pid);
+        let children = std::fs::read_to_string(children).unwrap();
+        let is_init = |pid: &&str| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name == "slipway-init\n")
+        };
+        let pid = children.split_whitespace().find(is_init);
+        pid.expect("the pod's init").parse().unwrap()
     }
 
     fn log(&self, id: &str) -> PathBuf {
@@ -427,6 +441,18 @@ async fn a_timed_out_exec_leaves_nothing(pod: &Pod) {
     assert!(output.timed_out);
     let left = pod.exec("c", "for p in /proc/[0-9]*; do cat $p/cmdline 2>/dev/null; echo; done | grep 432[1] || true").await;
     assert!(left.trim().is_empty(), "left over: {left}");
+    // Its cgroup goes with what was in it, at the latest before a later exec.
+    let host = slipway_runtime::cgroup::Hierarchies::detect().unwrap();
+    let Some(cgroup) = host.v2_dir(&Path::new(&pod.cgroup).join("c")) else {
+        return;
+    };
+    let leaves = || {
+        let entries = std::fs::read_dir(&cgroup).unwrap().flatten();
+        entries.filter(|e| e.file_name().to_string_lossy().starts_with("exec-"))
+    };
+    while leaves().count() > 0 {
+        pod.exec("c", "true").await;
+    }
 }
 
 async fn a_background_child_does_not_hold_an_exec(pod: &Pod) {
@@ -513,11 +539,46 @@ async fn a_shared_pid_namespace_has_an_init_that_leads_nowhere(pod: &Pod) {
     pod.keeper.signal("c", libc::SIGTERM, true).await.unwrap();
     wait_for_exit(&mut events, "c").await;
     let text = pod.log_text("c");
+    let init = Path::new("/proc").join(pod.init().to_string());
+    let status = std::fs::read_to_string(init.join("status")).unwrap();
+    for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "CapPrm:\t0000000000000000"] {
+        assert!(status.contains(line), "{line:?} is not in {status}");
+    }
+    for (kind, file) in [("network", "net"), ("ipc", "ipc"), ("uts", "uts")] {
+        let inode = |path: PathBuf| std::fs::metadata(path).unwrap().ino();
+        let pinned = inode(pod.namespaces[kind].clone().into());
+        assert_eq!(inode(init.join("ns").join(file)), pinned, "{kind}");
+    }
     assert!(text.starts_with("slipway-init\n"), "{text}");
     assert!(text.ends_with("done\n"), "{text}");
     for leak in ["home", "work", "boot", "var", "socket", "pipe"] {
         assert!(!text.contains(leak), "PID 1 leads to {leak}: {text}");
     }
+}
+
+async fn the_pod_ends_with_its_init(pod: &Pod) {
+    let mut options = Options::shell("sleep 1000");
+    options.pid_namespace = Some(pod.namespaces["pid"].clone());
+    let mut events = pod.keeper.subscribe().await.unwrap();
+    pod.run("c", options).await;
+    let init = nix::unistd::Pid::from_raw(pod.init());
+    nix::sys::signal::kill(init, nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert_eq!(wait_for_exit(&mut events, "c").await.exit_code, 137);
+    while events.next().await.is_some() {}
+    assert!(pod.dir().join("exits/c.json").exists());
+    let error = pod.keeper.hello().await.unwrap_err();
+    assert!(matches!(error, ClientError::Gone { .. }), "{error}");
+}
+
+async fn death_by_a_real_time_signal(pod: &Pod) {
+    pod.run("c", Options::shell("sleep 1000")).await;
+    let args = ["/bin/sh", "-c", "kill -40 $$"].map(|a| a.as_bytes().to_vec());
+    let exec = pod
+        .keeper
+        .exec_sync("c", args.to_vec(), None, 1024)
+        .await
+        .unwrap();
+    assert_eq!(exec.exit_code, 128 + 40);
 }
 
 async fn logs_are_reopened_without_loss(pod: &Pod) {

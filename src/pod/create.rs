@@ -292,7 +292,7 @@ async fn make_dirs(
     let log_dir = log_path.and_then(Path::parent).map(Path::to_owned);
     let work = move || {
         let mut private = std::fs::DirBuilder::new();
-        private.mode(0o711);
+        private.mode(0o700);
         private.create(&dir).map_err(file("create", &dir))?;
         private.create(&layers).map_err(file("create", &layers))?;
         let inner = ["work", EMPTY].map(|name| layers.join(name));

@@ -12,6 +12,7 @@ use slipway_runtime::client::{ClientError, Keeper};
 use super::container::Container;
 use super::error::{PodError, chain, file};
 use super::events;
+use super::leftovers;
 use super::node::Node;
 use super::record::{self, ContainerRecord, PodRecord};
 use super::sandbox::Pod;
@@ -80,6 +81,11 @@ impl Node {
                             error = chain(&e),
                             "can't end the keeper of a half-made pod"
                         );
+                    }
+                    let own_dir = dir.clone();
+                    let end = move || leftovers::end_pod(&id, &own_dir);
+                    if let Err(error) = tokio::task::spawn_blocking(end).await {
+                        tracing::error!(%error, "can't end a half-made pod");
                     }
                     self.sweep_later(dir);
                 }
@@ -260,11 +266,15 @@ struct Adopted {
 
 fn make_private(dir: &Path) -> Result<(), PodError> {
     use std::os::unix::fs::DirBuilderExt as _;
+    use std::os::unix::fs::PermissionsExt;
+    // Nobody but root: a container may make a set-uid file in its writable layer, and no user of this host
+    // shall reach it. An older version was less strict.
     let mut builder = std::fs::DirBuilder::new();
     builder
         .recursive(true)
-        .mode(0o711)
+        .mode(0o700)
         .create(dir)
+        .and_then(|()| std::fs::set_permissions(dir, PermissionsExt::from_mode(0o700)))
         .map_err(file("create", dir))
 }
 

@@ -14,6 +14,7 @@ tests![
     names_are_still_taken,
     pods_on_a_network_are_found_and_taken_down,
     a_keeper_that_died,
+    a_keeper_that_hangs,
     an_unreadable_record_is_set_aside,
     a_create_that_was_cut_off,
     fifty_pods_are_found_again,
@@ -168,6 +169,25 @@ fn keeper(container: &Container) -> Result<nix::unistd::Pid> {
         .find_map(|l| l.strip_prefix("PPid:"))
         .context("PPid")?;
     Ok(nix::unistd::Pid::from_raw(parent.trim().parse()?))
+}
+
+async fn a_keeper_that_hangs(env: Env) -> Result<()> {
+    let daemon = env
+        .daemon_with(|s| s.set("limits.delete_timeout", "\"1s\""))
+        .await?;
+    daemon.pull("test").await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let container = pod.sleeper().await?;
+    let keeper = keeper(&container)?;
+    nix::sys::signal::kill(keeper, Signal::SIGSTOP)?;
+    pod.stop().await?;
+    pod.remove().await?;
+    container.gone().await?;
+    assert!(
+        !std::path::Path::new(&format!("/proc/{keeper}")).exists(),
+        "the keeper is still there"
+    );
+    Ok(())
 }
 
 async fn a_keeper_that_died(env: Env) -> Result<()> {

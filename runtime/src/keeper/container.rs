@@ -33,12 +33,14 @@ pub(super) struct Container {
     state: ContainerState,
     /// Process id of the creator while it works.
     creator: Option<i32>,
-    /// Pins the init: its number can't be given to another process while this is open.
+    /// The init.
     pub(super) pidfd: Option<OwnedFd>,
     /// What exec sessions are confined with; known once created.
     pub(super) confinement: Option<Confinement>,
     pub(super) oom_score_adj: i32,
     own_pid_namespace: bool,
+    /// The count of OOM kills when one last hit an exec session: they are not what ends the container.
+    pub(super) oom_kills_of_execs: u64,
     /// The call as it came; needed until the container is created.
     create: Option<CreateContainer>,
     stdout: Option<Output>,
@@ -75,6 +77,10 @@ impl Container {
 
     pub(super) fn state(&self) -> &ContainerState {
         &self.state
+    }
+
+    pub(super) fn has_exited(&self) -> bool {
+        self.state.phase() == Phase::Exited
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -220,6 +226,7 @@ impl Keeper {
             oom_score_adj: create.oom_score_adj,
             own_pid_namespace: creator::has_own_pid_namespace(&spec)
                 && create.pid_target.is_empty(),
+            oom_kills_of_execs: 0,
             create: Some(create),
             stdout: Some(stdout),
             stderr: Some(stderr),
@@ -263,7 +270,12 @@ impl Keeper {
         answer: Result<Answer, WireError>,
     ) {
         let Some(container) = self.containers.get_mut(id) else {
-            return;
+            // Deleted meanwhile.
+            let error = wire_error(
+                ErrorKind::NotFound,
+                format!("container {id} was deleted while it was created"),
+            );
+            return self.reply(connection, Err(error));
         };
         container.creator = None;
         let create = container.create.take();
@@ -289,10 +301,13 @@ impl Keeper {
                 let purpose = Purpose::Undo(id.to_owned(), error.message.clone(), error.kind);
                 self.drop_io(id);
                 if self.begin_delete(id, connection, purpose).is_err() {
-                    self.containers.remove(id);
                     self.reply(connection, Err(error));
                 }
             }
+        }
+        // Process ids are used again: an end that nobody claimed must not become another's.
+        if !self.containers.values().any(Container::is_creating) {
+            self.unclaimed.clear();
         }
     }
 
@@ -412,7 +427,7 @@ impl Keeper {
             // In a shared PID namespace the kernel does not end the rest of the container.
             self.cgroups.signal_all(&cgroup, libc::SIGKILL);
         }
-        let oom_killed = self.cgroups.oom_kills(&cgroup) > 0;
+        let oom_killed = self.cgroups.oom_kills(&cgroup) > container.oom_kills_of_execs;
         for stream in [Stream::Stdout, Stream::Stderr] {
             self.pump_all(id, stream);
         }
@@ -425,7 +440,8 @@ impl Keeper {
         state.set_phase(Phase::Exited);
         state.pid = 0;
         state.exit_code = code;
-        state.oom_killed = oom_killed && code == 128 + libc::SIGKILL;
+        // A container may outlive the death of a child, and then it has completed all the same.
+        state.oom_killed = oom_killed && code != 0;
         state.finished_at = now_ns();
         let Some(container) = self.containers.get(id) else {
             return;

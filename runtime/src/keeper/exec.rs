@@ -21,6 +21,7 @@ use crate::{cgroup, sys};
 #[derive(Debug)]
 pub(super) struct Exec {
     connection: u64,
+    container: String,
     /// Its own cgroup in the v2 hierarchy, if there is one: what makes it killable as a whole.
     leaf: Option<PathBuf>,
     /// Where the child says that it could not be set up.
@@ -42,6 +43,7 @@ impl Keeper {
         call: &ExecCall,
         stdio: Vec<OwnedFd>,
     ) -> Result<(), WireError> {
+        self.tidy_leaves();
         let id = call.container_id.as_str();
         let failed = |what: &str, e: io::Error| {
             wire_error(
@@ -137,6 +139,7 @@ impl Keeper {
             pid,
             Exec {
                 connection,
+                container: id.to_owned(),
                 leaf,
                 setup,
                 deadline,
@@ -215,6 +218,14 @@ impl Keeper {
         }
     }
 
+    /// Removes the cgroups of ended execs in which nobody is any more.
+    pub(super) fn tidy_leaves(&mut self) {
+        self.stale_leaves.retain(|leaf| {
+            let removed = std::fs::remove_dir(leaf);
+            removed.is_err_and(|e| e.kind() != io::ErrorKind::NotFound)
+        });
+    }
+
     pub(super) fn exec_exited(&mut self, pid: i32, code: i32) {
         let Some(exec) = self.execs.remove(&pid) else {
             return;
@@ -225,9 +236,13 @@ impl Keeper {
             // What the first kill missed was born between the deadline and now.
             let _ = std::fs::write(leaf.join("cgroup.kill"), "1");
         }
-        if let Some(leaf) = &exec.leaf {
-            // Fails while the exec's background children live; it goes with the container then.
-            let _ = std::fs::remove_dir(leaf);
+        // While children of the exec live, or are about to die, it can't be removed.
+        self.stale_leaves.extend(exec.leaf);
+        self.tidy_leaves();
+        if code == 128 + libc::SIGKILL
+            && let Some(container) = self.containers.get_mut(&exec.container)
+        {
+            container.oom_kills_of_execs = self.cgroups.oom_kills(&container.cgroup);
         }
         let mut buffer = [0; 1024];
         let answer = match rustix::io::read(&exec.setup, &mut buffer) {
@@ -246,6 +261,8 @@ impl Keeper {
 
 /// Kills an exec with all that it started, also what left its session or lost its parent.
 fn kill_tree(pid: i32, exec: &Exec) {
+    // A privileged one may have left its cgroup.
+    signal(pid, libc::SIGKILL);
     let killed = exec
         .leaf
         .as_ref()
