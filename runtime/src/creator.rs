@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
@@ -23,6 +24,7 @@ use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::limits::{self, LimitError};
 use crate::rootfs::{self, RootfsError};
+use crate::terminal::Terminal;
 use crate::user::{self, UserError};
 use crate::{cgroup_view, detach, propagation, sys};
 
@@ -97,6 +99,38 @@ impl CreateError {
     }
 }
 
+/// What a container's standard streams are made of.
+pub enum Stdio {
+    /// The read end of its input, if that stays open, and the write ends of its outputs.
+    Pipes {
+        /// Read end.
+        stdin: Option<OwnedFd>,
+        /// Write end.
+        stdout: OwnedFd,
+        /// Write end.
+        stderr: OwnedFd,
+    },
+    /// A terminal, whose master end goes through this socket.
+    Terminal(OwnedFd),
+}
+
+impl Stdio {
+    /// The descriptors that the creator must not close.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        match self {
+            Self::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            } => {
+                let all = stdin.iter().chain([stdout, stderr]);
+                all.map(AsRawFd::as_raw_fd).collect()
+            }
+            Self::Terminal(socket) => vec![socket.as_raw_fd()],
+        }
+    }
+}
+
 /// What the creator takes over from the keeper.
 pub struct Inherited<'a> {
     /// The call.
@@ -107,10 +141,8 @@ pub struct Inherited<'a> {
     pub cgroups: &'a Hierarchies,
     /// The container's cgroup.
     pub cgroup: &'a Path,
-    /// Write ends of the container's output pipes.
-    pub stdout: OwnedFd,
-    /// Likewise.
-    pub stderr: OwnedFd,
+    /// The container's standard streams.
+    pub stdio: Stdio,
     /// Where the init says that it could not execute its command; closed by a successful execve.
     pub start_pipe: BorrowedFd<'a>,
     /// Path of the PID namespace to join instead of the spec's (mode TARGET).
@@ -127,8 +159,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         run_root,
         cgroups,
         cgroup,
-        stdout,
-        stderr,
+        stdio,
         start_pipe,
         pid_namespace,
     } = inherited;
@@ -174,8 +205,15 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let confinement = confinement(create, &spec, user)?;
     // A process that is not root could not open /dev/stdout otherwise: that opens the pipe's inode anew.
     let owner = rustix::fs::Uid::from_raw(confinement.user().uid);
-    for pipe in [&stdout, &stderr] {
-        let _ = rustix::fs::fchown(pipe, Some(owner), None);
+    if let Stdio::Pipes {
+        stdin,
+        stdout,
+        stderr,
+    } = &stdio
+    {
+        for pipe in stdin.iter().chain([stdout, stderr]) {
+            let _ = rustix::fs::fchown(pipe, Some(owner), None);
+        }
     }
     set_oom_score(create.oom_score_adj);
 
@@ -187,22 +225,47 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let config = dir.join("config.json");
     write_spec(&config, &spec)?;
 
+    let null = |write: bool| {
+        let opened = File::options().read(!write).write(write).open("/dev/null");
+        opened
+            .map(OwnedFd::from)
+            .map_err(|source| CreateError::Bundle {
+                path: PathBuf::from("/dev/null"),
+                source,
+            })
+    };
+    let (terminal, stdin, stdout, stderr) = match stdio {
+        Stdio::Pipes {
+            stdin: Some(stdin),
+            stdout,
+            stderr,
+        } => (None, stdin, stdout, stderr),
+        Stdio::Pipes {
+            stdin: None,
+            stdout,
+            stderr,
+        } => (None, null(false)?, stdout, stderr),
+        // The init opens its terminal when it is in its root.
+        Stdio::Terminal(socket) => (
+            Some(Rc::new(socket)),
+            null(false)?,
+            null(true)?,
+            null(true)?,
+        ),
+    };
     let executor = Enter {
         confinement,
         args,
         view,
+        terminal,
         start_pipe: start_pipe.as_raw_fd(),
     };
-    let null = File::open("/dev/null").map_err(|source| CreateError::Bundle {
-        path: PathBuf::from("/dev/null"),
-        source,
-    })?;
     let user = executor.confinement.user().clone();
     let container = ContainerBuilder::new(create.id.clone(), SyscallType::default())
         .with_executor(executor)
         .with_root_path(dir.join(LIBCONTAINER_ROOT))
         .map_err(|e| CreateError::Libcontainer(chain(&e)))?
-        .with_stdin(null)
+        .with_stdin(stdin)
         .with_stdout(stdout)
         .with_stderr(stderr)
         .as_init(dir)
@@ -277,6 +340,8 @@ fn for_libcontainer(
         .set_no_new_privileges(None)
         .set_rlimits(None::<Vec<PosixRlimit>>)
         .set_oom_score_adj(None)
+        // It would want a console socket; terminals are ours.
+        .set_terminal(None)
         .set_apparmor_profile(None)
         .set_cwd(PathBuf::from("/"))
         // Never empty: libcontainer would ask the name service, inside the container's root.
@@ -335,6 +400,8 @@ struct Enter {
     confinement: Confinement,
     args: Vec<Vec<u8>>,
     view: Option<View>,
+    /// Where the master end of the container's terminal goes, if it has one.
+    terminal: Option<Rc<OwnedFd>>,
     start_pipe: RawFd,
 }
 
@@ -348,11 +415,24 @@ impl Executor for Enter {
     /// The last step of the init before it waits for StartContainer: it is in the container's root, and has
     /// all its privileges.
     fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {
-        self.view.as_ref().map_or(Ok(()), View::show).map_err(|e| {
-            ExecutorValidationError::ArgValidationError(format!(
-                "can't mount the container's view of its cgroups: {e}"
-            ))
-        })
+        let failed = |step: &'static str| {
+            move |e: io::Error| {
+                ExecutorValidationError::ArgValidationError(format!("can't {step}: {e}"))
+            }
+        };
+        let view = self.view.as_ref().map_or(Ok(()), View::show);
+        view.map_err(failed("mount the container's view of its cgroups"))?;
+        if let Some(socket) = &self.terminal {
+            let terminal = Terminal::open(self.confinement.user().uid)
+                .map_err(failed("open the container's terminal"))?;
+            terminal
+                .show_as_console()
+                .map_err(failed("mount the container's terminal on /dev/console"))?;
+            terminal
+                .take(socket.as_fd())
+                .map_err(failed("take the container's terminal"))?;
+        }
+        Ok(())
     }
 
     fn setup_envs(

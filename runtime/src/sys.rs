@@ -130,6 +130,12 @@ pub fn reset_signals() {
     }
 }
 
+/// Makes writing to a pipe that nobody reads an error, not a death. What is forked resets it.
+pub fn ignore_broken_pipes() {
+    // SAFETY: setting a disposition to SIG_IGN has no preconditions.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
 /// Blocks SIGCHLD and returns a non-blocking descriptor that becomes readable when it arrives.
 ///
 /// # Errors

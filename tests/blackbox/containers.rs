@@ -380,8 +380,6 @@ async fn what_later_issues_bring_is_refused(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let changes: &[Change<cri::ContainerConfig>] = &[
-        ("tty", |c| c.tty = true),
-        ("stdin", |c| c.stdin = true),
         ("image", |c| {
             c.mounts = vec![cri::Mount {
                 container_path: "/volume".into(),

@@ -31,6 +31,8 @@ impl Keeper {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             })),
             Some(Call::Signal(call)) => self.signal_container(&call.id, call.signal, call.all),
+            Some(Call::Attach(call)) => self.attach(&call, fds),
+            Some(Call::CloseStdin(call)) => self.close_stdin(&call.id),
             Some(Call::ReopenLog(call)) => self.reopen_log(&call.id),
             Some(Call::Snapshot(_)) => Ok(Answer::Snapshot(SnapshotResult {
                 containers: self

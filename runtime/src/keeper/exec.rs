@@ -1,7 +1,7 @@
 //! Exec sessions: one fork inside the keeper, born in the container's PID namespace and cgroup.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use super::container::{Container, not_found};
 use super::{Keeper, wire_error};
 use crate::confine::SETUP_FAILED;
 use crate::creator::{report, set_oom_score};
+use crate::terminal::Terminal;
 use crate::{cgroup, sys};
 
 /// A running exec session.
@@ -62,12 +63,12 @@ impl Keeper {
                 format!("can't exec in container {id}: it is not running"),
             ));
         };
-        let [stdin, stdout, stderr] = <[OwnedFd; 3]>::try_from(stdio).map_err(|_| {
-            wire_error(
+        if stdio.len() != if call.tty { 1 } else { 3 } {
+            return Err(wire_error(
                 ErrorKind::Invalid,
-                "an exec needs three descriptors: stdin, stdout, stderr",
-            )
-        })?;
+                "an exec needs three descriptors (stdin, stdout, stderr), or on a terminal one (a socket)",
+            ));
+        }
         if call.args.is_empty() {
             return Err(wire_error(ErrorKind::Invalid, "an exec needs a command"));
         }
@@ -97,9 +98,9 @@ impl Keeper {
         let forked = sys::clone_process(&options);
         if matches!(forked, Ok(sys::Forked::Child)) {
             sys::reset_signals();
-            let kept = [&stdin, &stdout, &stderr, init, &setup_write].map(|fd| fd.as_raw_fd());
+            let kept = stdio.iter().chain([init, &setup_write]);
+            let kept: Vec<_> = kept.map(AsRawFd::as_raw_fd).collect();
             sys::close_all_but(&kept);
-            let stdio = [stdin, stdout, stderr];
             let joined = self.join(container, init, confinement.user().uid, &stdio);
             if let Err((step, e)) = joined {
                 report(
@@ -109,7 +110,10 @@ impl Keeper {
                 );
                 sys::exit_now(SETUP_FAILED);
             }
-            let error = confinement.enter(&call.args);
+            let error = match call.tty {
+                true => confinement.on_terminal().enter(&call.args),
+                false => confinement.enter(&call.args),
+            };
             // As a shell does it: the caller sees the text on standard error and the code.
             let text = format!("{}\n", error.chain());
             // SAFETY: descriptor 2 is the exec's standard error.
@@ -155,7 +159,7 @@ impl Keeper {
         container: &Container,
         init: &OwnedFd,
         uid: u32,
-        stdio: &[OwnedFd; 3],
+        stdio: &[OwnedFd],
     ) -> Result<(), (&'static str, io::Error)> {
         self.cgroups
             .join_v1(&container.cgroup)
@@ -168,7 +172,13 @@ impl Keeper {
             | CloneFlags::CLONE_NEWCGROUP;
         setns(init, namespaces).map_err(|e| ("join the container's namespaces", e.into()))?;
         nix::unistd::setsid().map_err(|e| ("make a session", e.into()))?;
-        for (fd, to) in stdio.iter().zip(0..) {
+        if let [socket] = stdio {
+            Terminal::open(uid)
+                .and_then(|terminal| terminal.take(socket.as_fd()))
+                .map_err(|e| ("open a terminal in the container", e))?;
+        }
+        let pipes = stdio.iter().filter(|_| stdio.len() > 1);
+        for (fd, to) in pipes.zip(0..) {
             // A process that is not root could not open /dev/stdout otherwise.
             let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
                 rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo

@@ -4,6 +4,7 @@
 //! files, knows their exit codes, and answers the daemon on `keeper.sock`. Whatever may take time or crash
 //! (mounts, libcontainer, killing a cgroup) runs in a forked [`job`].
 
+mod attach;
 mod connection;
 mod container;
 mod dispatch;
@@ -121,6 +122,8 @@ impl Keeper {
         // Whatever a container's tree leaves behind outside its PID namespace comes to this process.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         let children = sys::child_signals()?;
+        // Readers of a container's output come and go.
+        sys::ignore_broken_pipes();
         let mut keeper = Self {
             pod_dir: pod_dir.to_owned(),
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,

@@ -85,6 +85,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
     let working_dir = process::working_dir(config, image)?;
 
     let mut oci_process = Process::default();
+    oci_process.set_terminal(config.tty.then_some(true));
     oci_process
         .set_terminal(None)
         // The creator resolves the user in the root file system.
@@ -162,6 +163,8 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         oom_score_adj: limits.oom_score_adj,
         working_dir,
         recursive_read_only: mounts.recursive_read_only,
+        tty: config.tty,
+        stdin: config.stdin,
     };
     Ok(ContainerPlan {
         create,
@@ -178,22 +181,11 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
 
 /// Refuses what a later version brings.
 fn supported(config: &cri::ContainerConfig) -> Result<()> {
-    let streams = "an open standard input and terminals are not there yet in this version; set it to \
-                   false";
-    let wanted = [
-        ("stdin", config.stdin, streams),
-        ("stdin_once", config.stdin_once, streams),
-        ("tty", config.tty, streams),
-        (
-            "CDI_devices",
-            !config.cdi_devices.is_empty(),
-            "CDI devices are not there yet in this version; use devices",
-        ),
-    ];
-    match wanted.into_iter().find(|(_, set, _)| *set) {
-        Some((field, _, what)) => Err(SpecError::unsupported(field, what)),
-        None => Ok(()),
+    if config.cdi_devices.is_empty() {
+        return Ok(());
     }
+    let what = "CDI devices are not there yet in this version; use devices";
+    Err(SpecError::unsupported("CDI_devices", what))
 }
 
 fn bounding(capabilities: &LinuxCapabilities) -> oci_spec::runtime::Capabilities {
