@@ -1,7 +1,6 @@
 //! Bind mounts: read-only, recursively, propagation, sources that are not plain.
 
 use std::path::Path;
-use std::time::Duration;
 
 use nix::mount::MsFlags;
 use tonic::Code;
@@ -399,6 +398,6 @@ async fn bad_paths_are_refused(env: Env) -> Result<()> {
         "{status}"
     );
     // One that hangs would be a test of its own; at least nothing waits here.
-    tokio::time::timeout(Duration::from_secs(5), pod.status()).await??;
+    tokio::time::timeout(seconds(5), pod.status()).await??;
     Ok(())
 }

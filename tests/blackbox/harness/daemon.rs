@@ -14,10 +14,13 @@ use tonic::transport::Channel;
 
 use super::{
     Context, Env, LOGIN_REGISTRY, REGISTRY, Result, bail, config, cri, ensure, eventually, image,
+    seconds,
 };
 
-/// Every call that takes longer has failed.
-const DEADLINE: Duration = Duration::from_secs(60);
+/// A call that takes longer has failed.
+fn deadline() -> Duration {
+    seconds(60)
+}
 /// In the environment of the daemon, and so of every process of it that keeps its environment.
 pub const MARK: &str = "SLIPWAY_BLACKBOX_TEST";
 /// The binary.
@@ -94,7 +97,7 @@ impl Daemon {
         std::fs::write(env.root.join("config.toml"), text)?;
         let socket = env.root.join("s.sock");
         let channel = tonic::transport::Endpoint::from_static("http://slipway")
-            .timeout(DEADLINE)
+            .timeout(deadline())
             .connect_with_connector_lazy(tower::service_fn(move |_| {
                 let socket = socket.clone();
                 async move {
@@ -131,7 +134,7 @@ impl Daemon {
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("starting {BINARY}"))?;
-        let until = tokio::time::Instant::now() + Duration::from_secs(20);
+        let until = tokio::time::Instant::now() + seconds(20);
         loop {
             let request = cri::VersionRequest {
                 version: "v1".to_owned(),
@@ -210,7 +213,7 @@ impl Daemon {
             .unwrap()
             .take()
             .context("the daemon is not running")?;
-        let status = tokio::time::timeout(Duration::from_secs(20), child.wait()).await;
+        let status = tokio::time::timeout(seconds(20), child.wait()).await;
         Ok(status.with_context(|| format!("the daemon does not end on {signal}"))??)
     }
 
@@ -263,7 +266,7 @@ impl Daemon {
             .args(args)
             .env("CONTAINER_RUNTIME_ENDPOINT", endpoint)
             .stdin(std::process::Stdio::null());
-        let done = tokio::time::timeout(DEADLINE, command.kill_on_drop(true).output()).await;
+        let done = tokio::time::timeout(deadline(), command.kill_on_drop(true).output()).await;
         let done = done.with_context(|| format!("slipway {args:?} does not end"))??;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok((
@@ -283,7 +286,7 @@ impl Daemon {
         let path = self.log_file();
         eventually(
             &format!("{words:?} in the daemon's log"),
-            Duration::from_secs(10),
+            seconds(10),
             || async {
                 let text = std::fs::read(&path)?;
                 let text =

@@ -5,10 +5,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::{Env, Skipped, Test, leaks};
+use super::{Env, Skipped, Test, leaks, seconds};
 
 /// A test that takes longer has failed.
-const LIMIT: Duration = Duration::from_secs(180);
+fn limit() -> Duration {
+    seconds(180)
+}
 
 enum Outcome {
     Passed,
@@ -112,7 +114,7 @@ async fn watched(test: Test, env: &Env) -> Outcome {
     }
     // A task of its own, so that a panic is a failure of this test alone.
     let mut task = tokio::spawn((test.run)(env.clone()));
-    let ended = tokio::time::timeout(LIMIT, &mut task).await;
+    let ended = tokio::time::timeout(limit(), &mut task).await;
     let outcome = match ended {
         Ok(Ok(Ok(()))) => Outcome::Passed,
         Ok(Ok(Err(error))) => match error.downcast_ref::<Skipped>() {
@@ -129,7 +131,7 @@ async fn watched(test: Test, env: &Env) -> Outcome {
         }),
         Err(_) => {
             task.abort();
-            Outcome::Failed(format!("not done after {LIMIT:?}"))
+            Outcome::Failed(format!("not done after {:?}", limit()))
         }
     };
     // What is still there is removed through the CRI; then nothing may be left.
