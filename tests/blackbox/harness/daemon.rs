@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -23,8 +23,12 @@ fn deadline() -> Duration {
 }
 /// In the environment of the daemon, and so of every process of it that keeps its environment.
 pub const MARK: &str = "SLIPWAY_BLACKBOX_TEST";
-/// The binary.
-pub const BINARY: &str = env!("CARGO_BIN_EXE_slipway");
+/// The binary: cargo's, or another build of the same sources (`hack/vm` strips it: a daemon copies itself
+/// into memory when it starts, which takes a slow machine long).
+pub static BINARY: LazyLock<String> = LazyLock::new(|| {
+    std::env::var("SLIPWAY_TEST_BINARY")
+        .unwrap_or_else(|_| env!("CARGO_BIN_EXE_slipway").to_owned())
+});
 
 /// What a daemon is started with.
 pub struct Setup {
@@ -123,7 +127,7 @@ impl Daemon {
             .create(true)
             .append(true)
             .open(self.log_file())?;
-        let mut child = Command::new(BINARY)
+        let mut child = Command::new(BINARY.as_str())
             .args(["serve", "--config"])
             .arg(env.root.join("config.toml"))
             .env(MARK, env.number.to_string())
@@ -133,7 +137,7 @@ impl Daemon {
             .stderr(log)
             .kill_on_drop(true)
             .spawn()
-            .with_context(|| format!("starting {BINARY}"))?;
+            .with_context(|| format!("starting {}", *BINARY))?;
         let until = tokio::time::Instant::now() + seconds(20);
         loop {
             let request = cri::VersionRequest {
@@ -260,7 +264,7 @@ impl Daemon {
 
     /// Runs the command line against this daemon: exit code, standard output, standard error.
     pub async fn command(&self, args: &[&str]) -> Result<(i32, String, String)> {
-        let mut command = Command::new(BINARY);
+        let mut command = Command::new(BINARY.as_str());
         let endpoint = format!("unix://{}", self.0.env.root.join("s.sock").display());
         command
             .args(args)
