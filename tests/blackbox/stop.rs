@@ -193,9 +193,10 @@ async fn a_created_container_stops(env: Env) -> Result<()> {
 async fn list_and_status_do_not_wait_for_a_stop(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let container = waiter(&daemon, &["15"], |_| {}).await?;
+    let grace = seconds(4).as_secs().cast_signed();
     let stop = tokio::spawn({
         let container = container.clone();
-        async move { container.stop(4).await }
+        async move { container.stop(grace).await }
     });
     container.says("signal 15").await?;
     let began = Instant::now();
