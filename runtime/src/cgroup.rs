@@ -116,7 +116,7 @@ impl Hierarchies {
         for dir in self.dirs(cgroup) {
             match dir.is_dir() {
                 true => made = false,
-                false => fs::create_dir_all(&dir)?,
+                false => fs::create_dir_all(&dir).map_err(|e| not_made(&dir, &e))?,
             }
         }
         for v1 in self.v1.iter().filter(|v| v.cpuset) {
@@ -276,6 +276,18 @@ pub fn pin(pid: i32) -> Option<OwnedFd> {
     rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
 }
 
+/// Why a directory could not be made. A limit on the number or depth of cgroups says "try again", which would
+/// not help anybody.
+fn not_made(dir: &Path, error: &io::Error) -> io::Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::EAGAIN) => {
+            "; cgroup.max.descendants or cgroup.max.depth of a cgroup above it forbids it"
+        }
+        _ => "",
+    };
+    io::Error::new(error.kind(), format!("{}: {error}{hint}", dir.display()))
+}
+
 /// Sends a signal through a pidfd; a process that has gone is no error.
 pub fn send(pidfd: &OwnedFd, signal: i32) {
     use std::os::fd::AsRawFd;
@@ -354,8 +366,15 @@ fn delegate(mount: &Path, cgroup: &Path) -> io::Result<()> {
             Ok(text.split_whitespace().map(str::to_owned).collect())
         };
         let given = words("cgroup.subtree_control")?;
-        for controller in words("cgroup.controllers")? {
-            if !given.contains(&controller) {
+        let missing: Vec<String> = words("cgroup.controllers")?
+            .into_iter()
+            .filter(|c| !given.contains(c))
+            .collect();
+        // In a cgroup that holds processes the kernel refuses the controllers of whole processes (memory, io),
+        // but takes those of threads (cpu, pids), and thereby makes it a threaded domain: no process could be
+        // born below it any more. The root alone may hold processes.
+        if !missing.is_empty() && (dir == mount || words("cgroup.procs")?.is_empty()) {
+            for controller in missing {
                 let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
             }
         }

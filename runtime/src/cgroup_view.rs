@@ -22,6 +22,8 @@ use rustix::mount::{
 
 use crate::cgroup::{Hierarchies, inside};
 
+/// What [`CGROUP_ROOT`] is mounted on.
+const SYS: &str = "/sys";
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// What a container sees of its cgroups.
@@ -34,7 +36,8 @@ pub struct View {
     read_only: bool,
 }
 
-/// Hides the host's cgroups from this mount namespace, which must be this process's own, and takes the
+/// Hides the host's cgroups from this mount namespace, which must be this process's own and whose mounts the
+/// spec's binds no longer need as they are (see [`crate::propagation`]), and takes the
 /// spec's `cgroup` mount out of it; what the container is to see instead is returned. In a cgroup namespace
 /// of its own on a pure v2 host it is an ordinary mount, and stays in the spec.
 ///
@@ -64,16 +67,15 @@ pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path) -> io::Result
         }
     }
     spec.set_mounts(Some(mounts));
-    // Private first: an unmount of a shared mount would reach the host's. libcontainer reads the mount
-    // table, so covering the hierarchies would not do.
-    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-    mount(
-        None::<&str>,
-        CGROUP_ROOT,
-        None::<&str>,
-        private,
-        None::<&str>,
-    )?;
+    // libcontainer reads the mount table, so covering the hierarchies would not do. Private first, and above all
+    // the mount that they are on: what is unmounted from a shared mount goes from the host's, too. (The tree is
+    // still shared here when a mount of the container is.)
+    for (place, flags) in [
+        (SYS, MsFlags::MS_PRIVATE),
+        (CGROUP_ROOT, MsFlags::MS_PRIVATE | MsFlags::MS_REC),
+    ] {
+        mount(None::<&str>, place, None::<&str>, flags, None::<&str>)?;
+    }
     umount2(CGROUP_ROOT, MntFlags::MNT_DETACH)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
     mount(

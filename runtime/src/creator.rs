@@ -219,9 +219,9 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
 
     let args = process_args(&spec)?;
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
+    propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let view = cgroup_view::hide(&mut spec, cgroups, cgroup)
         .map_err(in_cgroup("prepare the container's view of"))?;
-    propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let config = dir.join("config.json");
     write_spec(&config, &spec)?;
 

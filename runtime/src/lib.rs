@@ -17,6 +17,7 @@ mod detach;
 mod device_filter;
 mod keeper;
 mod limits;
+mod limits_v2;
 pub mod log;
 pub mod loopback;
 mod propagation;

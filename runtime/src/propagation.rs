@@ -2,7 +2,8 @@
 //!
 //! libcontainer binds a source as it finds it, so all mounts get the propagation of the whole tree. The
 //! tree is given the most open one that any mount asks for; sources that are to be more closed than that
-//! are bound aside, in the creator's mount namespace, with the propagation they need.
+//! are bound aside, in the creator's mount namespace, with the propagation they need. So are all of
+//! `/sys`: it is made private afterwards, and the host's cgroups are taken out of it ([`crate::cgroup_view`]).
 
 use std::fs;
 use std::io;
@@ -77,7 +78,7 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         let Some(source) = entry
             .source()
             .clone()
-            .filter(|_| is_bind(entry) && wanted < top)
+            .filter(|s| is_bind(entry) && (wanted < top || s.starts_with("/sys")))
         else {
             continue;
         };

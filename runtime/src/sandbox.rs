@@ -72,6 +72,11 @@ pub fn make(
     let step = |step: &'static str| move |source: io::Error| SandboxError::Step { step, source };
     let mut result = SetupSandboxResult::default();
     if !setup.cgroup.is_empty() {
+        // Without any, containers would run without limits and without a device filter, and nobody would know.
+        if cgroups.is_empty() {
+            let cause = "there is no cgroup file system below /sys/fs/cgroup; mount it, and run slipway check";
+            return Err(step("make the pod's cgroup")(io::Error::other(cause)));
+        }
         result.made_cgroup = cgroups
             .ensure(Path::new(&setup.cgroup))
             .map_err(step("make the pod's cgroup"))?;

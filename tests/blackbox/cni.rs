@@ -1,6 +1,6 @@
 //! CNI plugins that misbehave, and configurations that come and go.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tonic::Code;
 
@@ -163,11 +163,7 @@ async fn a_plugin_that_hangs(env: Env) -> Result<()> {
     let daemon = with_plugins(&env, &[serde_json::json!({"type": "hanging"})]).await?;
     let began = Instant::now();
     refuses(&daemon, &["hanging", "3 s"]).await?;
-    assert!(
-        began.elapsed() < Duration::from_secs(20),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(20), "{:?}", began.elapsed());
     let pid = read(env.root.join("plugins/pid"))?;
     assert!(
         !std::path::Path::new(&format!("/proc/{pid}")).exists(),
@@ -300,7 +296,7 @@ async fn what_a_failed_pod_leaves_is_given_back_later(env: Env) -> Result<()> {
     std::fs::remove_file(&broken)?;
     eventually(
         "a DEL after the plugin works again",
-        Duration::from_secs(20),
+        seconds(20),
         || async {
             let calls = std::fs::read_to_string(&log).unwrap_or_default();
             Ok(calls.lines().any(|l| l.starts_with("DEL ")).then_some(()))
@@ -423,17 +419,15 @@ async fn no_configuration_then_one(env: Env) -> Result<()> {
         env.root.join("net.d/10-test.conflist"),
         config::conflist(&env),
     )?;
-    eventually("NetworkReady", Duration::from_secs(10), || async {
+    eventually("NetworkReady", seconds(10), || async {
         Ok(network_ready(&daemon).await?.0.then_some(()))
     })
     .await?;
     daemon.run_pod(config).await?;
     std::fs::remove_file(env.root.join("net.d/10-test.conflist"))?;
-    eventually(
-        "NetworkReady to be false",
-        Duration::from_secs(10),
-        || async { Ok((!network_ready(&daemon).await?.0).then_some(())) },
-    )
+    eventually("NetworkReady to be false", seconds(10), || async {
+        Ok((!network_ready(&daemon).await?.0).then_some(()))
+    })
     .await?;
     // A pod that is there can be taken down all the same: DEL gets the configuration that ADD had.
     daemon.remove_everything().await
@@ -450,7 +444,7 @@ async fn a_broken_configuration(env: Env) -> Result<()> {
         env.root.join("net.d/20-test.conflist"),
         config::conflist(&env),
     )?;
-    eventually("NetworkReady", Duration::from_secs(10), || async {
+    eventually("NetworkReady", seconds(10), || async {
         Ok(network_ready(&daemon).await?.0.then_some(()))
     })
     .await

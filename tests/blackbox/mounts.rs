@@ -1,7 +1,6 @@
 //! Bind mounts: read-only, recursively, propagation, sources that are not plain.
 
 use std::path::Path;
-use std::time::Duration;
 
 use nix::mount::MsFlags;
 use tonic::Code;
@@ -16,6 +15,7 @@ tests![
     private_propagation,
     host_to_container_propagation,
     bidirectional_propagation,
+    the_hosts_cgroups,
     bidirectional_needs_a_shared_source,
     a_symlink_as_source,
     a_missing_source,
@@ -211,10 +211,46 @@ async fn host_to_container_propagation(env: Env) -> Result<()> {
 }
 
 async fn bidirectional_propagation(env: Env) -> Result<()> {
+    let host = || -> Vec<String> {
+        let mounts = leaks::mounts(std::path::Path::new("/"));
+        mounts
+            .into_iter()
+            .filter(|m| !m.starts_with("/run/"))
+            .collect()
+    };
+    let before = host();
     assert_eq!(
         propagates(&env, cri::MountPropagation::PropagationBidirectional).await?,
         (true, true)
     );
+    // While a container is made its mounts are shared with the host's; what is done to them then must not be.
+    assert_eq!(host(), before, "the host's own mounts");
+    Ok(())
+}
+
+/// What agents that watch a node mount: they must find its cgroups there, not the container's own.
+async fn the_hosts_cgroups(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let top = std::path::Path::new("/sys/fs/cgroup");
+    let hierarchy = daemon::names(top).into_iter().find(|n| n == "unified");
+    let below = hierarchy.map_or_else(String::new, |h| format!("/{h}"));
+    for (source, seen) in [("/sys", "/host/fs/cgroup"), ("/sys/fs/cgroup", "/host")] {
+        let container = pod
+            .run(&["sleep", "1000"], |c| {
+                c.mounts = vec![cri::Mount {
+                    readonly: true,
+                    ..bind(std::path::Path::new(source), "/host")
+                }];
+            })
+            .await?;
+        let own = format!("{seen}{below}{}/{}", env.cgroup, container.id);
+        container
+            .exec_output(&["ls", &format!("{own}/cgroup.procs")])
+            .await?;
+        // And its own view is what it is without that.
+        container.exec_output(&["ls", "/sys/fs/cgroup"]).await?;
+    }
     Ok(())
 }
 
@@ -399,6 +435,6 @@ async fn bad_paths_are_refused(env: Env) -> Result<()> {
         "{status}"
     );
     // One that hangs would be a test of its own; at least nothing waits here.
-    tokio::time::timeout(Duration::from_secs(5), pod.status()).await??;
+    tokio::time::timeout(seconds(5), pod.status()).await??;
     Ok(())
 }

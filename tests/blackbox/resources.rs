@@ -1,7 +1,5 @@
 //! Limits of resources: in the cgroup's files, and in effect.
 
-use std::time::Duration;
-
 use tonic::Code;
 
 use crate::harness::*;
@@ -363,6 +361,6 @@ async fn unified_is_refused_where_there_is_none(env: Env) -> Result<()> {
             "{status}"
         );
     }
-    tokio::time::timeout(Duration::from_secs(5), pod.status()).await??;
+    tokio::time::timeout(seconds(5), pod.status()).await??;
     Ok(())
 }

@@ -81,11 +81,9 @@ async fn exits_that_nobody_saw(env: Env) -> Result<()> {
             .await?;
         daemon.kill(signal).await?;
         std::fs::write(gate.join("open"), "")?;
-        eventually(
-            "the end of its process",
-            Duration::from_secs(10),
-            || async { Ok(container.processes().is_empty().then_some(())) },
-        )
+        eventually("the end of its process", seconds(10), || async {
+            Ok(container.processes().is_empty().then_some(()))
+        })
         .await?;
         daemon.launch().await?;
         let status = container.status().await?;
@@ -196,27 +194,16 @@ async fn a_keeper_that_died(env: Env) -> Result<()> {
     let container = pod.sleeper().await?;
     let other = daemon.run(&["sleep", "1000"]).await?;
     nix::sys::signal::kill(keeper(&container)?, Signal::SIGKILL)?;
-    eventually(
-        "the pod to be not ready",
-        Duration::from_secs(10),
-        || async {
-            Ok(
-                (pod.status().await?.state() == cri::PodSandboxState::SandboxNotready)
-                    .then_some(()),
-            )
-        },
-    )
+    eventually("the pod to be not ready", seconds(10), || async {
+        Ok((pod.status().await?.state() == cri::PodSandboxState::SandboxNotready).then_some(()))
+    })
     .await?;
-    eventually(
-        "the container to be exited",
-        Duration::from_secs(10),
-        || async {
-            Ok(
-                (container.status().await?.state() == cri::ContainerState::ContainerExited)
-                    .then_some(()),
-            )
-        },
-    )
+    eventually("the container to be exited", seconds(10), || async {
+        Ok(
+            (container.status().await?.state() == cri::ContainerState::ContainerExited)
+                .then_some(()),
+        )
+    })
     .await?;
     assert_eq!(
         other.status().await?.state(),
@@ -332,11 +319,7 @@ async fn fifty_pods_are_found_again(env: Env) -> Result<()> {
         all.iter()
             .all(|c| c.state() == cri::ContainerState::ContainerRunning)
     );
-    assert!(
-        began.elapsed() < Duration::from_secs(10),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(10), "{:?}", began.elapsed());
     Ok(())
 }
 
