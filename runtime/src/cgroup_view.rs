@@ -96,7 +96,13 @@ impl View {
             let Ok(name) = mount_point.strip_prefix(CGROUP_ROOT) else {
                 continue;
             };
-            let tree = open_tree(CWD, inside(mount_point, cgroup), flags)?;
+            // Without a cgroup namespace, which only a privileged container lacks on pure v2, its processes see
+            // their place in the whole.
+            let seen = match cgroups.unified() {
+                true => mount_point.to_owned(),
+                false => inside(mount_point, cgroup),
+            };
+            let tree = open_tree(CWD, seen, flags)?;
             trees.push((name.to_string_lossy().into_owned(), Rc::new(tree)));
         }
         Ok(Self {
@@ -116,7 +122,7 @@ impl View {
         if let [(name, tree)] = self.trees.as_slice()
             && name.is_empty()
         {
-            attach(tree.as_fd(), &open_dir(&self.top)?)?;
+            attach(tree.as_fd(), &open_place(&self.top)?)?;
             return remount(&self.top, flags);
         }
         let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -124,11 +130,11 @@ impl View {
         fsconfig_set_string(&fs, "size", "64k")?;
         fsconfig_create(&fs)?;
         let tmpfs = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
-        attach(tmpfs.as_fd(), &open_dir(&self.top)?)?;
+        attach(tmpfs.as_fd(), &open_place(&self.top)?)?;
         for (name, tree) in &self.trees {
             let at = self.top.join(name);
             rustix::fs::mkdir(&at, Mode::from_raw_mode(0o755))?;
-            attach(tree.as_fd(), &open_dir(&at)?)?;
+            attach(tree.as_fd(), &open_place(&at)?)?;
             remount(&at, flags)?;
             // Controllers that share a hierarchy ("cpu,cpuacct") are looked for under each name.
             for alias in name.split(',').filter(|alias| alias != name) {
@@ -139,17 +145,19 @@ impl View {
     }
 }
 
-fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+/// A place of this process's root, without following a link on the way.
+pub fn open_place(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat2(
         CWD,
         path,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        OFlags::PATH | OFlags::CLOEXEC,
         Mode::empty(),
         ResolveFlags::NO_SYMLINKS,
     )?)
 }
 
-fn attach(tree: BorrowedFd<'_>, at: &OwnedFd) -> io::Result<()> {
+/// Mounts a tree on a place.
+pub fn attach(tree: BorrowedFd<'_>, at: &OwnedFd) -> io::Result<()> {
     let by_descriptors =
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     Ok(move_mount(tree, "", at, "", by_descriptors)?)

@@ -23,10 +23,12 @@ use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::limits::{self, LimitError};
+use crate::own_dev::OwnDev;
+use crate::places::PlaceError;
 use crate::rootfs::{self, RootfsError};
 use crate::terminal::Terminal;
 use crate::user::{self, UserError};
-use crate::{cgroup_view, detach, propagation, sys};
+use crate::{cgroup_view, detach, own_dev, places, propagation, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -75,6 +77,12 @@ pub enum CreateError {
         #[source]
         source: io::Error,
     },
+    /// The image.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The source of a mount over `/dev`.
+    #[error("can't open the source of the mount on /dev")]
+    OwnDev(#[source] io::Error),
     /// A mount's source.
     #[error("can't set the propagation of a mount")]
     Propagation(#[source] io::Error),
@@ -90,9 +98,11 @@ impl CreateError {
     /// The class of the failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::User(_) | Self::Spec(_) | Self::Incomplete(_) | Self::Seccomp(_) => {
-                ErrorKind::Invalid
-            }
+            Self::Place(_)
+            | Self::User(_)
+            | Self::Spec(_)
+            | Self::Incomplete(_)
+            | Self::Seccomp(_) => ErrorKind::Invalid,
             Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
             _ => ErrorKind::Internal,
         }
@@ -200,6 +210,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     if !create.working_dir.is_empty() {
         rootfs::make_dir(&root, Path::new(&create.working_dir))?;
     }
+    places::secure(&root, &mut spec)?;
     drop(root);
 
     let confinement = confinement(create, &spec, user)?;
@@ -219,6 +230,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
 
     let args = process_args(&spec)?;
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
+    let own_dev = own_dev::take(&mut spec).map_err(CreateError::OwnDev)?;
     propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let view = cgroup_view::hide(&mut spec, cgroups, cgroup)
         .map_err(in_cgroup("prepare the container's view of"))?;
@@ -257,6 +269,8 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         confinement,
         args,
         view,
+        own_dev,
+        working_dir: PathBuf::from(&create.working_dir),
         terminal,
         start_pipe: start_pipe.as_raw_fd(),
     };
@@ -400,6 +414,9 @@ struct Enter {
     confinement: Confinement,
     args: Vec<Vec<u8>>,
     view: Option<View>,
+    own_dev: Option<OwnDev>,
+    /// To be made if it is missing; empty: none.
+    working_dir: PathBuf,
     /// Where the master end of the container's terminal goes, if it has one.
     terminal: Option<Rc<OwnedFd>>,
     start_pipe: RawFd,
@@ -422,6 +439,14 @@ impl Executor for Enter {
         };
         let view = self.view.as_ref().map_or(Ok(()), View::show);
         view.map_err(failed("mount the container's view of its cgroups"))?;
+        let own_dev = self.own_dev.as_ref().map_or(Ok(()), OwnDev::cover);
+        own_dev.map_err(failed("mount the container's /dev"))?;
+        if !self.working_dir.as_os_str().is_empty()
+            && let Ok(root) = rootfs::open_root(Path::new("/"))
+        {
+            // In a volume it could not be made before. If it can't be now, entering it says why.
+            let _ = rootfs::make_dir(&root, &self.working_dir);
+        }
         if let Some(socket) = &self.terminal {
             let terminal = Terminal::open(self.confinement.user().uid)
                 .map_err(failed("open the container's terminal"))?;

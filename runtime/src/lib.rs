@@ -20,6 +20,8 @@ mod limits;
 mod limits_v2;
 pub mod log;
 pub mod loopback;
+mod own_dev;
+mod places;
 mod propagation;
 pub mod removal;
 mod rootfs;

@@ -78,7 +78,7 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         let Some(source) = entry
             .source()
             .clone()
-            .filter(|s| is_bind(entry) && (wanted < top || s.starts_with("/sys")))
+            .filter(|s| is_bind(entry) && (wanted < top || shows_cgroups(s)))
         else {
             continue;
         };
@@ -92,6 +92,11 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         linux.set_rootfs_propagation(Some(top.name().to_owned()));
     }
     Ok(())
+}
+
+/// Whether the host's cgroups, which are hidden afterwards, are to be seen in it.
+fn shows_cgroups(source: &Path) -> bool {
+    source.starts_with("/sys") || Path::new("/sys").starts_with(source)
 }
 
 fn stage(source: &Path, at: &PathBuf, propagation: Propagation) -> io::Result<()> {

@@ -32,13 +32,6 @@ async fn probe_of(
     Ok(probe::Report::new(&pod.output(&[], change).await?))
 }
 
-fn of_image(name: &str) -> Option<cri::ImageSpec> {
-    Some(cri::ImageSpec {
-        image: image(name),
-        ..Default::default()
-    })
-}
-
 async fn command_and_arguments_meet_the_image(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     daemon.pull("entrypoint").await?;
@@ -46,7 +39,7 @@ async fn command_and_arguments_meet_the_image(env: Env) -> Result<()> {
         let words = |w: &[&str]| w.iter().map(|w| (*w).to_owned()).collect();
         let (command, args) = (words(command), words(args));
         let report = probe_of(&daemon, |c| {
-            c.image = of_image("entrypoint");
+            c.image = config::of_image("entrypoint");
             (c.command, c.args) = (command, args);
         })
         .await?;
@@ -82,7 +75,7 @@ async fn environment_of_image_and_config(env: Env) -> Result<()> {
         value: value.into(),
     };
     let report = probe_of(&daemon, |c| {
-        c.image = of_image("entrypoint");
+        c.image = config::of_image("entrypoint");
         c.envs = vec![
             set("B", "config"),
             set("C", "with = and spaces"),
@@ -158,7 +151,7 @@ async fn the_working_directory_is_made(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let [init, exec] = pod
         .probes(|c| {
-            c.image = of_image("entrypoint");
+            c.image = config::of_image("entrypoint");
         })
         .await?;
     assert_eq!(
@@ -331,7 +324,7 @@ async fn the_image_by_every_name(env: Env) -> Result<()> {
 async fn a_scratch_image_runs(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     daemon.pull("scratch").await?;
-    let report = probe_of(&daemon, |c| c.image = of_image("scratch")).await?;
+    let report = probe_of(&daemon, |c| c.image = config::of_image("scratch")).await?;
     assert_eq!(report.get("ids"), "0 0 0 0");
     assert_eq!(report.get("arg.0"), "/probe");
     Ok(())
@@ -341,7 +334,7 @@ async fn a_layer_that_stands_twice(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     daemon.pull("repeated").await?;
     let report = probe_of(&daemon, |c| {
-        c.image = of_image("repeated");
+        c.image = config::of_image("repeated");
         c.command = vec!["/bin/probe".into(), "status".into()];
     })
     .await?;
@@ -363,7 +356,7 @@ async fn an_image_without_layers(env: Env) -> Result<()> {
     };
     let container = pod
         .run(&["/busybox", "echo", "mounted"], |c| {
-            c.image = of_image("no-layers");
+            c.image = config::of_image("no-layers");
             c.mounts = vec![cri::Mount {
                 container_path: "/busybox".into(),
                 host_path: busybox.into(),
@@ -440,7 +433,7 @@ async fn no_command_is_refused(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let answer = pod
         .try_create(|c| {
-            c.image = of_image("no-command");
+            c.image = config::of_image("no-command");
             c.command.clear();
         })
         .await;

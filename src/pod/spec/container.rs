@@ -3,6 +3,7 @@
 use crate::cgroup::PodCgroup;
 use crate::error::{Result, SpecError};
 use crate::mounts::Circumstances;
+use crate::paths;
 use crate::sandbox::is_privileged;
 use crate::sources::security;
 use crate::{
@@ -66,7 +67,15 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         &mut warnings,
     )?;
     let all_devices = privileged.then_some(input.sources.all_devices.as_slice());
-    let devices = devices::of_container(&config.devices, &input.sources.devices, all_devices)?;
+    let own_mounts: Vec<_> = (config.mounts.iter())
+        .map(|mount| paths::clean(&mount.container_path))
+        .collect();
+    let devices = devices::of_container(
+        &config.devices,
+        &input.sources.devices,
+        all_devices,
+        &own_mounts,
+    )?;
     let readonly_rootfs = security.is_some_and(|s| s.readonly_rootfs);
     let at = Circumstances {
         privileged,
@@ -85,9 +94,8 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
     let working_dir = process::working_dir(config, image)?;
 
     let mut oci_process = Process::default();
-    oci_process.set_terminal(config.tty.then_some(true));
     oci_process
-        .set_terminal(None)
+        .set_terminal(config.tty.then_some(true))
         // The creator resolves the user in the root file system.
         .set_user(User::default())
         .set_args(Some(process::arguments(config, image)?))
