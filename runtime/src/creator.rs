@@ -17,12 +17,14 @@ use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespaceType, PosixRlimit, Process, Spec, UserBuilder};
 use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 use slipway_seccomp::Filter;
+use slipway_systemd::SystemdError;
 
 use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::limits::{self, LimitError};
 use crate::rootfs::{self, RootfsError};
+use crate::scope::{self, ScopeError};
 use crate::user::{self, UserError};
 use crate::{cgroup_view, detach, propagation, sys};
 
@@ -76,6 +78,9 @@ pub enum CreateError {
     /// A mount's source.
     #[error("can't set the propagation of a mount")]
     Propagation(#[source] io::Error),
+    /// The scope.
+    #[error(transparent)]
+    Scope(#[from] ScopeError),
     /// The limits.
     #[error(transparent)]
     Limits(#[from] LimitError),
@@ -92,6 +97,8 @@ impl CreateError {
                 ErrorKind::Invalid
             }
             Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
+            // systemd hung, or was not there: another attempt may succeed.
+            Self::Scope(ScopeError::Systemd(SystemdError::Timeout { .. })) => ErrorKind::TimedOut,
             _ => ErrorKind::Internal,
         }
     }
@@ -103,7 +110,8 @@ pub struct Inherited<'a> {
     pub create: &'a CreateContainer,
     /// The directory below which all pods' run directories are.
     pub run_root: &'a Path,
-    /// The host's cgroups; the container's own exists, and in v2 the creator was born in it.
+    /// The host's cgroups; the container's own exists, and in v2 the creator was born in it, unless systemd
+    /// is to make it.
     pub cgroups: &'a Hierarchies,
     /// The container's cgroup.
     pub cgroup: &'a Path,
@@ -144,6 +152,10 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
             source,
         }
     };
+    if create.systemd {
+        let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+        scope::enter(cgroups, cgroup, &create.id, resources)?;
+    }
     if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
         limits::apply(cgroups, cgroup, resources)?;
     }

@@ -22,6 +22,7 @@ mod propagation;
 pub mod removal;
 mod rootfs;
 pub mod sandbox;
+mod scope;
 mod sys;
 mod user;
 pub mod wire;

@@ -9,6 +9,7 @@ use nix::sched::{CloneFlags, unshare};
 use slipway_proto::keeper::{SetupSandbox, SetupSandboxResult};
 
 use crate::cgroup::Hierarchies;
+use crate::scope::{self, ScopeError};
 use crate::{loopback, sys};
 
 /// Why a sandbox could not be set up.
@@ -48,6 +49,9 @@ pub enum SandboxError {
     /// The loopback interface stays down.
     #[error(transparent)]
     Loopback(#[from] loopback::LoopbackError),
+    /// systemd did not make the pod's slice.
+    #[error("can't make the pod's slice")]
+    Slice(#[source] ScopeError),
     /// A step of the set-up failed.
     #[error("can't {step}")]
     Step {
@@ -70,7 +74,11 @@ pub fn make(
 ) -> Result<SetupSandboxResult, SandboxError> {
     let step = |step: &'static str| move |source: io::Error| SandboxError::Step { step, source };
     let mut result = SetupSandboxResult::default();
-    if !setup.cgroup.is_empty() {
+    if setup.systemd {
+        // What systemd does not know of must not be made in its part of the tree.
+        result.made_cgroup =
+            scope::make_slice(cgroups, Path::new(&setup.cgroup)).map_err(SandboxError::Slice)?;
+    } else if !setup.cgroup.is_empty() {
         result.made_cgroup = cgroups
             .ensure(Path::new(&setup.cgroup))
             .map_err(step("make the pod's cgroup"))?;

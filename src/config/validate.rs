@@ -1,6 +1,6 @@
 //! Values that parse but can't work.
 
-use crate::{CgroupDriver, Config};
+use crate::Config;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Component, Path};
@@ -37,10 +37,6 @@ impl Config {
         self.times(&mut problems);
         self.images(&mut problems);
         self.pods(&mut problems);
-        if self.cgroup.driver == CgroupDriver::Systemd {
-            let reason = "this version makes cgroups itself and can't ask systemd for them; use \"cgroupfs\"";
-            problems.add("cgroup.driver", reason);
-        }
         self.handlers(&mut problems);
         if problems.0.is_empty() {
             Ok(())
@@ -261,7 +257,6 @@ mod tests {
             ("state_root = '/var/../etc'", "state_root"),
             ("state_root = '/'", "state_root"),
             ("default_runtime = 'kata'", "default_runtime"),
-            ("cgroup.driver = 'systemd'", "cgroup.driver"),
             (
                 "images.max_parallel_downloads = 0",
                 "images.max_parallel_downloads",

@@ -23,7 +23,7 @@ pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
     let cgroups = Hierarchies::detect().map_err(|e| failed(&e))?;
     let path = Path::new("/").join(relative);
     removal::kill_cgroup(&cgroups, &path, &[]).map_err(|e| failed(&e))?;
-    cgroups.remove(&path).map_err(|e| failed(&e))
+    removal::remove_cgroup(&cgroups, &path).map_err(|e| failed(&e))
 }
 
 /// The path below a hierarchy's root; `None` for the root itself, where every process of the machine is,
@@ -89,7 +89,7 @@ pub fn is_mount_point(path: &Path) -> bool {
 /// Removes a cgroup (absolute path in each hierarchy) in which nobody is. One in use, or not there, is left.
 pub fn remove_empty_cgroup(cgroup: &str) {
     if let (Some(relative), Ok(cgroups)) = (plain(cgroup), Hierarchies::detect()) {
-        cgroups.remove_empty(&Path::new("/").join(relative), true);
+        removal::remove_pod_cgroup(&cgroups, &Path::new("/").join(relative), true);
     }
 }
 

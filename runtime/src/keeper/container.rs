@@ -163,11 +163,15 @@ impl Keeper {
             err_write.as_raw_fd(),
             start_write.as_raw_fd(),
         ];
-        // The creator is born in the container's cgroup (v2), so that nothing has to be migrated.
-        let born_in = self
-            .cgroups
-            .ensure(&cgroup)
-            .and_then(|_| self.cgroups.open_v2(&cgroup));
+        // The creator is born in the container's cgroup (v2), so that nothing has to be migrated. A scope of
+        // systemd's can only be made around it, when it is there.
+        let born_in = match create.systemd {
+            true => Ok(None),
+            false => self
+                .cgroups
+                .ensure(&cgroup)
+                .and_then(|_| self.cgroups.open_v2(&cgroup)),
+        };
         let job = born_in.and_then(|born_in| {
             let (create, start) = (&create, start_write.as_fd());
             let (cgroups, cgroup) = (self.cgroups.clone(), cgroup.as_path());
@@ -203,7 +207,9 @@ impl Keeper {
             Err(e) => {
                 self.forget(&stdout.pipe, stdout.token);
                 self.forget(&stderr.pipe, stderr.token);
-                let _ = self.cgroups.remove(&cgroup);
+                if !create.systemd {
+                    let _ = self.cgroups.remove(&cgroup);
+                }
                 return Err(internal("start the creator in the container's cgroup", &e));
             }
         };
@@ -412,7 +418,7 @@ impl Keeper {
             // In a shared PID namespace the kernel does not end the rest of the container.
             self.cgroups.signal_all(&cgroup, libc::SIGKILL);
         }
-        let oom_killed = self.cgroups.oom_kills(&cgroup) > 0;
+        let oom_killed = self.oom_kills(id, &cgroup) > 0;
         for stream in [Stream::Stdout, Stream::Stderr] {
             self.pump_all(id, stream);
         }
@@ -605,6 +611,7 @@ impl Keeper {
         if answer.is_ok() {
             self.drop_io(id);
             self.conclude_start(id);
+            self.oom.delete(id);
             self.containers.remove(id);
         }
         self.reply(connection, answer);

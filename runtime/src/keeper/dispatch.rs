@@ -7,10 +7,13 @@ use slipway_proto::keeper::{
     Empty, Error as WireError, ErrorKind, HelloResult, Request, SetupSandbox, SnapshotResult,
     request::Call, response::Result as Answer,
 };
+use slipway_systemd::SystemdError;
 
 use super::job::{Origin, Purpose};
+use super::oom::OomLedger;
 use super::{Keeper, wire_error};
 use crate::confine::chain;
+use crate::scope::ScopeError;
 use crate::{removal, sandbox, wire};
 
 impl Keeper {
@@ -96,6 +99,9 @@ impl Keeper {
                 .map_err(|e| {
                     let kind = match e {
                         sandbox::SandboxError::Sysctl { .. } => ErrorKind::Invalid,
+                        sandbox::SandboxError::Slice(ScopeError::Systemd(
+                            SystemdError::Timeout { .. },
+                        )) => ErrorKind::TimedOut,
                         _ => ErrorKind::Internal,
                     };
                     wire_error(kind, chain(&e))
@@ -111,6 +117,9 @@ impl Keeper {
         let answer = answer.map(|answer| match answer {
             Answer::SetupSandbox(mut made) => {
                 made.pid.clone_from(&self.sandbox.result.pid);
+                if let Some(cgroup) = &self.sandbox.cgroup {
+                    self.oom = OomLedger::new(self.cgroups.oom_kills(cgroup));
+                }
                 self.sandbox.result = made.clone();
                 Answer::SetupSandbox(made)
             }
@@ -162,7 +171,7 @@ impl Keeper {
                 sandbox::remove(ns_dir, shm_dir.as_deref());
             }
             if let Some(cgroup) = &pod_cgroup {
-                cgroups.remove_empty(cgroup, made_cgroup);
+                removal::remove_pod_cgroup(&cgroups, cgroup, made_cgroup);
             }
             match failures.as_slice() {
                 [] => Ok(Answer::Empty(Empty {})),

@@ -9,6 +9,7 @@ mod container;
 mod dispatch;
 mod exec;
 mod job;
+mod oom;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -29,6 +30,7 @@ use connection::Connection;
 use container::Container;
 use exec::Exec;
 use job::Job;
+use oom::OomLedger;
 
 /// Whose readiness an epoll event tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +66,7 @@ struct Keeper {
     unclaimed: HashMap<i32, i32>,
     pod_init: Option<i32>,
     sandbox: Sandbox,
+    oom: OomLedger,
     /// Set by Teardown: end once everything has been sent.
     ending: bool,
 }
@@ -121,6 +124,7 @@ impl Keeper {
             unclaimed: HashMap::new(),
             pod_init: None,
             sandbox: Sandbox::default(),
+            oom: OomLedger::default(),
             ending: false,
         };
         let token = keeper.token(Source::Listener);

@@ -109,10 +109,14 @@ impl Connection {
     }
 
     /// SASL, mechanism EXTERNAL: the kernel tells the other side who we are.
+    ///
+    /// BEGIN goes out with AUTH, as sd-bus does it, and nothing more before the answer: a systemd that finds
+    /// BEGIN and the first call in one read keeps the call in its buffer until something else arrives (seen
+    /// with 252), which then is never.
     fn authenticate(&mut self) -> Result<(), Trouble> {
         let uid = rustix::process::geteuid().as_raw().to_string();
         let hex: String = uid.bytes().map(|b| format!("{b:02x}")).collect();
-        self.send(format!("\0AUTH EXTERNAL {hex}\r\n").as_bytes())?;
+        self.send(format!("\0AUTH EXTERNAL {hex}\r\nBEGIN\r\n").as_bytes())?;
         let answer = loop {
             if let Some(end) = self.input.windows(2).position(|w| w == b"\r\n") {
                 let rest = self.input.split_off(end + 2);
@@ -128,7 +132,7 @@ impl Connection {
             let reason = format!("it does not let this user in (uid {uid}): {answer}");
             return Err(Trouble::Protocol(reason));
         }
-        self.send(b"BEGIN\r\n")
+        Ok(())
     }
 
     /// Makes sure that the end of this unit's jobs will be heard of. systemd's private socket brings every

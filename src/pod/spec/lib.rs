@@ -35,6 +35,7 @@ mod sysctl;
 #[cfg(test)]
 mod tests;
 
+pub use cgroup::CgroupDriver;
 pub use container::container;
 pub use error::{SpecError, SpecErrorKind};
 pub use host::HostFacts;

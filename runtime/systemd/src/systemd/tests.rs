@@ -31,8 +31,13 @@ impl Peer {
         };
         let auth = peer.line();
         assert!(auth.starts_with("\0AUTH EXTERNAL 3"), "{auth:?}");
-        peer.stream.write_all(b"OK 0123456789abcdef\r\n").unwrap();
+        // Sent before the answer, and nothing after it: see Connection::authenticate.
         assert_eq!(peer.line(), "BEGIN\r\n");
+        peer.stream.set_nonblocking(true).unwrap();
+        let more = peer.stream.read(&mut [0]).unwrap_err();
+        assert_eq!(more.kind(), std::io::ErrorKind::WouldBlock);
+        peer.stream.set_nonblocking(false).unwrap();
+        peer.stream.write_all(b"OK 0123456789abcdef\r\n").unwrap();
         peer
     }
 
