@@ -14,8 +14,11 @@ use slipway_systemd::{Scope, Systemd, SystemdError, Value, unit_of};
 
 use crate::cgroup::Hierarchies;
 
-/// How long systemd may take. Two hundred scopes at once take a second or two on an ordinary node.
-const START: Duration = Duration::from_secs(60);
+/// How long systemd may take for a scope: less than a CreateContainer may (limits.create_timeout), so that what
+/// is said names the unit.
+const START: Duration = Duration::from_secs(100);
+/// Likewise for a slice and limits.sandbox_timeout.
+const START_SLICE: Duration = Duration::from_secs(25);
 /// Likewise, for the end of a unit without processes.
 const STOP: Duration = Duration::from_secs(15);
 
@@ -92,7 +95,7 @@ pub fn make_slice(cgroups: &Hierarchies, cgroup: &Path) -> Result<bool, ScopeErr
     }
     let text = cgroup.to_string_lossy();
     let unit = unit_of(&text).ok_or_else(|| ScopeError::NoUnit(cgroup.to_owned()))?;
-    Systemd::here()?.start_slice(unit, "slipway pod", START, &exists)?;
+    Systemd::here()?.start_slice(unit, "slipway pod", START_SLICE, &exists)?;
     Ok(true)
 }
 

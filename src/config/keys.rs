@@ -65,7 +65,8 @@ pub(crate) const KEYS: &[Key] = &[
     fixed(
         "cgroup.driver",
         "Who makes cgroups; must match the kubelet's cgroupDriver.\n\
-         \"cgroupfs\": Slipway itself. Names of systemd slices work, too, as nested directories.",
+         \"cgroupfs\": Slipway itself. \"systemd\": scopes and slices of systemd's, where it is PID 1 on pure\n\
+         cgroup v2; what a node with systemd should have.",
     ),
     fixed(
         "images.max_parallel_downloads",

@@ -47,6 +47,7 @@ mod restart;
 mod seccomp;
 mod stop;
 mod sysctls;
+mod systemd;
 mod users;
 
 fn main() -> std::process::ExitCode {
@@ -70,6 +71,7 @@ fn main() -> std::process::ExitCode {
         filesystem::TESTS,
         devices::TESTS,
         resources::TESTS,
+        systemd::TESTS,
         network::TESTS,
         cni::TESTS,
         images::TESTS,
