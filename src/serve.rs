@@ -13,6 +13,7 @@ use slipway_proto::admin::admin_server::AdminServer;
 use slipway_proto::cri::image_service_server::ImageServiceServer;
 use slipway_proto::cri::runtime_service_server::RuntimeServiceServer;
 use slipway_runtime::client::Keepers;
+use slipway_runtime::placement::Placement;
 use slipway_spec::HostFacts;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -114,7 +115,30 @@ pub fn fits_host(config: &Config, host: &HostFacts) -> anyhow::Result<()> {
              /run/systemd/system); use \"cgroupfs\""
         );
     }
+    let monitor = config.cgroup.monitor.as_str();
+    anyhow::ensure!(
+        !monitor.ends_with(".slice") || monitor.starts_with('/') || host.systemd,
+        "cgroup.monitor: {monitor:?} is a slice, and systemd is not PID 1 here; use \"own\" or a path"
+    );
+    anyhow::ensure!(
+        !monitor.starts_with('/') || !host.systemd,
+        "cgroup.monitor: {monitor:?} is a path, and systemd is PID 1 here, which knows slices; use \"own\" \
+         or name.slice"
+    );
     Ok(())
+}
+
+/// Where keepers are to be born.
+fn placement(config: &Config, host: &HostFacts) -> Placement {
+    match config.cgroup.monitor.as_str() {
+        _ if !host.cgroup_v2 => Placement::Daemon,
+        "own" if host.systemd => Placement::Slice("system.slice".to_owned()),
+        "own" => Placement::Cgroup("/slipway-keepers".into()),
+        // From there into the pod's cgroup.
+        "daemon" | "pod" => Placement::Daemon,
+        path if path.starts_with('/') => Placement::Cgroup(path.into()),
+        slice => Placement::Slice(slice.to_owned()),
+    }
 }
 
 /// Runs the daemon until it is asked to end.
@@ -158,6 +182,16 @@ async fn run(
     let mut interrupt = signal(SignalKind::interrupt()).context("can't handle SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("can't handle SIGHUP")?;
 
+    if let Err(error) = keepers
+        .place(placement(&config, &HostFacts::detect()))
+        .await
+    {
+        // Nothing that pods need depends on it.
+        tracing::warn!(
+            error = crate::pod::chain(&error),
+            "keepers are where the daemon is"
+        );
+    }
     let store = store_config(&config);
     let images = tokio::task::spawn_blocking(move || ImageStore::open(store))
         .await?

@@ -18,6 +18,7 @@ mod keeper;
 mod limits;
 pub mod log;
 pub mod loopback;
+pub mod placement;
 mod propagation;
 pub mod removal;
 mod rootfs;

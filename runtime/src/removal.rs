@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::cgroup::{Hierarchies, send};
+use crate::placement::LEAF;
 use crate::scope;
 
 /// How long SIGKILL may take to work; a process in an uninterruptible wait survives it.
@@ -126,6 +127,10 @@ pub fn remove_cgroup(cgroups: &Hierarchies, cgroup: &Path) -> Result<(), Removal
 /// Removes a pod's cgroup after its containers' are gone, as [`Hierarchies::remove_empty`] does it: if it was
 /// made for the pod, and nobody is in it. A slice is stopped by systemd.
 pub fn remove_pod_cgroup(cgroups: &Hierarchies, cgroup: &Path, made: bool) {
+    // The keeper's own leaf, if it lived here; it has left it, or is dead.
+    if let Some(leaf) = cgroups.v2_dir(&cgroup.join(LEAF)) {
+        let _ = fs::remove_dir(leaf);
+    }
     // To stop a slice is to stop all that is in it.
     if made && cgroups.pids(cgroup).is_empty() {
         let _ = scope::stop(cgroups, cgroup);

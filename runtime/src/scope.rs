@@ -60,15 +60,30 @@ pub fn enter(
     id: &str,
     resources: Option<&LinuxResources>,
 ) -> Result<(), ScopeError> {
-    let (unit, slice) = names(cgroup)?;
     let properties = resources
         .map(properties)
         .unwrap_or_else(|| properties(&LinuxResources::default()));
+    enter_as(cgroup, &format!("slipway container {id}"), &properties)?;
+    // Delegate= brings the controllers that systemd knows; hugetlb is not among them.
+    cgroups.delegate(cgroup);
+    Ok(())
+}
+
+/// Asks systemd for the scope of this cgroup with these properties, and goes into it.
+///
+/// # Errors
+/// [`ScopeError`].
+pub fn enter_as(
+    cgroup: &Path,
+    description: &str,
+    properties: &[(&str, Value)],
+) -> Result<(), ScopeError> {
+    let (unit, slice) = names(cgroup)?;
     let scope = Scope {
         unit: &unit,
         slice: &slice,
-        description: &format!("slipway container {id}"),
-        properties: &properties,
+        description,
+        properties,
     };
     let joined = || own_cgroup().is_ok_and(|own| unit_of(&own.to_string_lossy()) == Some(&unit));
     Systemd::here()?.start_scope(&scope, START, &joined)?;
@@ -79,8 +94,6 @@ pub fn enter(
             expected: cgroup.to_owned(),
         });
     }
-    // Delegate= brings the controllers that systemd knows; hugetlb is not among them.
-    cgroups.delegate(cgroup);
     Ok(())
 }
 
@@ -133,7 +146,7 @@ fn names(cgroup: &Path) -> Result<(String, String), ScopeError> {
 }
 
 /// Where the calling process is in the v2 hierarchy.
-fn own_cgroup() -> io::Result<PathBuf> {
+pub fn own_cgroup() -> io::Result<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup")?;
     let own = text.lines().find_map(|line| line.strip_prefix("0::"));
     own.map(PathBuf::from)

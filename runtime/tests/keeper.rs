@@ -126,7 +126,7 @@ impl Pod {
         let id = format!("pod{n}");
         let dir = root.path().join("pods").join(&id);
         std::fs::create_dir_all(&dir).unwrap();
-        let keeper = keepers.spawn(&id, &dir).await.unwrap();
+        let keeper = keepers.spawn(&id, &dir, None).await.unwrap();
         let cgroup = format!("/slipway-keeper-test-{}/{id}", std::process::id());
         let made = keeper
             .setup_sandbox(

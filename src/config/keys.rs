@@ -69,6 +69,12 @@ pub(crate) const KEYS: &[Key] = &[
          cgroup v2; what a node with systemd should have.",
     ),
     fixed(
+        "cgroup.monitor",
+        "Where the pods' supervisors live (pure cgroup v2; elsewhere, where the daemon is): \"own\", a cgroup of\n\
+         their own; \"pod\", their pod's, which is charged for them; \"daemon\", the daemon's; or a slice of\n\
+         systemd's (\"name.slice\"), or a cgroup (\"/path\", where systemd is not PID 1).",
+    ),
+    fixed(
         "images.max_parallel_downloads",
         "Layers downloaded at the same time, over all pulls.",
     ),

@@ -21,6 +21,8 @@ tests![
     an_exec_has_its_leaf,
     what_a_dead_keeper_left_is_stopped,
     a_container_that_can_not_be_made_leaves_no_unit,
+    keepers_live_in_a_scope_of_their_own,
+    keepers_live_with_their_pod,
 ];
 
 const SOON: Duration = Duration::from_secs(30);
@@ -69,8 +71,17 @@ fn first_process(container: &Container) -> Result<Number> {
     Ok(Number::from_raw(pid.parse()?))
 }
 
+/// Over the bus: systemd's own socket is not for clients in another PID namespace, says systemctl.
+async fn systemctl(args: &[&str]) -> Result<String> {
+    output(
+        "env",
+        &[&["SYSTEMCTL_FORCE_BUS=1", "systemctl"], args].concat(),
+    )
+    .await
+}
+
 async fn show(unit: &str, property: &str) -> Result<String> {
-    let text = output("systemctl", &["show", unit, "-P", property]).await?;
+    let text = systemctl(&["show", unit, "-P", property]).await?;
     Ok(text.trim().to_owned())
 }
 
@@ -168,16 +179,13 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
     // The device filter is ours, and systemd does not put its own in its place.
     let exec = container.exec(&["sh", "-c", "echo >/dev/null"]).await?;
     assert_eq!(exec.code, 0, "{exec:?}");
-    output("systemctl", &["daemon-reload"]).await?;
-    output(
-        "systemctl",
-        &[
-            "set-property",
-            "--runtime",
-            &slice(&env, "pod"),
-            "MemoryMax=1G",
-        ],
-    )
+    systemctl(&["daemon-reload"]).await?;
+    systemctl(&[
+        "set-property",
+        "--runtime",
+        &slice(&env, "pod"),
+        "MemoryMax=1G",
+    ])
     .await?;
     stand()?;
     pod.stop().await?;
@@ -188,7 +196,7 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
 async fn the_kubelets_slice_stays(env: Env) -> Result<()> {
     let daemon = daemon(&env).await?;
     let slice = slice(&env, "kubelet");
-    output("systemctl", &["start", &slice]).await?;
+    systemctl(&["start", &slice]).await?;
     let pod = pod_in(&daemon, &slice).await?;
     let container = pod.sleeper().await?;
     let scope = scope_of(&container)?;
@@ -200,7 +208,7 @@ async fn the_kubelets_slice_stays(env: Env) -> Result<()> {
     pod.remove().await?;
     gone(&scope).await?;
     assert_eq!(show(&slice, "ActiveState").await?, "active");
-    output("systemctl", &["stop", &slice]).await?;
+    systemctl(&["stop", &slice]).await?;
     Ok(())
 }
 
@@ -331,4 +339,58 @@ async fn a_container_that_can_not_be_made_leaves_no_unit(env: Env) -> Result<()>
     pod.stop().await?;
     pod.remove().await?;
     gone(&dir(&path)).await
+}
+
+/// The keeper of a container's pod, and its cgroup.
+fn keeper(container: &Container) -> Result<(i32, String)> {
+    let init = first_process(container)?;
+    let stat = read(format!("/proc/{init}/stat"))?;
+    let rest = stat.rsplit(") ").next().context("stat")?;
+    let keeper: i32 = rest.split(' ').nth(1).context("ppid")?.parse()?;
+    let cgroup = read(format!("/proc/{keeper}/cgroup"))?;
+    Ok((keeper, cgroup.trim_start_matches("0::").to_owned()))
+}
+
+async fn keepers_live_in_a_scope_of_their_own(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = pod_in(&daemon, &slice(&env, "own")).await?;
+    let container = pod.sleeper().await?;
+    let (pid, cgroup) = keeper(&container)?;
+    assert_eq!(cgroup, "/system.slice/slipway-keepers.scope");
+    assert_eq!(read(format!("/proc/{pid}/oom_score_adj"))?, "-999");
+    // Another daemon finds the scope, and moves nobody.
+    daemon.end().await?;
+    daemon.launch().await?;
+    assert_eq!(keeper(&container)?, (pid, cgroup.clone()));
+    let second = pod_in(&daemon, &slice(&env, "own2")).await?;
+    assert_eq!(keeper(&second.sleeper().await?)?.1, cgroup);
+    for pod in [pod, second] {
+        pod.stop().await?;
+        pod.remove().await?;
+    }
+    Ok(())
+}
+
+async fn keepers_live_with_their_pod(env: Env) -> Result<()> {
+    if !stage::systemd() {
+        return skip("systemd is not PID 1 on pure cgroup v2 here");
+    }
+    let daemon = env
+        .daemon_with(|s| {
+            s.set("cgroup.driver", "\"systemd\"");
+            s.set("cgroup.monitor", "\"pod\"");
+        })
+        .await?;
+    daemon.pull("test").await?;
+    let name = slice(&env, "with");
+    let pod = pod_in(&daemon, &name).await?;
+    let container = pod.sleeper().await?;
+    let path = show(&name, "ControlGroup").await?;
+    let (pid, cgroup) = keeper(&container)?;
+    assert_eq!(cgroup, format!("{path}/slipway-keeper-{}.scope", pod.id));
+    assert_eq!(read(format!("/proc/{pid}/oom_score_adj"))?, "-999");
+    pod.stop().await?;
+    gone(&dir(&path)).await?;
+    pod.remove().await?;
+    Ok(())
 }

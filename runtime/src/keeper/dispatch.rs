@@ -14,7 +14,7 @@ use super::oom::OomLedger;
 use super::{Keeper, wire_error};
 use crate::confine::chain;
 use crate::scope::ScopeError;
-use crate::{removal, sandbox, wire};
+use crate::{placement, removal, sandbox, wire};
 
 impl Keeper {
     pub(super) fn dispatch(&mut self, connection: u64, request: Request, fds: Vec<OwnedFd>) {
@@ -80,6 +80,11 @@ impl Keeper {
         self.sandbox.ns_dir = path(&setup.ns_dir);
         self.sandbox.shm_dir = path(&setup.shm_dir);
         self.sandbox.cgroup = path(&setup.cgroup);
+        if setup.keeper_in_slice
+            && let Err(e) = self.enter_slice(&setup)
+        {
+            return self.reply(connection, Err(e));
+        }
         if setup.new_pid {
             match sandbox::start_init(&setup) {
                 Ok((pid, path)) => {
@@ -113,10 +118,24 @@ impl Keeper {
         }
     }
 
+    /// Goes into a scope in the pod's slice. That may block: nothing else happens in this pod yet.
+    fn enter_slice(&mut self, setup: &SetupSandbox) -> Result<(), WireError> {
+        let home = crate::scope::own_cgroup().unwrap_or_else(|_| PathBuf::from("/"));
+        let cgroup = PathBuf::from(&setup.cgroup);
+        let entered = crate::scope::make_slice(&self.cgroups, &cgroup).and_then(|made| {
+            self.birth.made_cgroup = made;
+            placement::enter_slice(&cgroup, &self.pod_id)
+        });
+        entered.map_err(|e| wire_error(ErrorKind::Internal, chain(&e)))?;
+        self.birth.home = Some(home);
+        Ok(())
+    }
+
     pub(super) fn sandbox_made(&mut self, connection: u64, answer: Result<Answer, WireError>) {
         let answer = answer.map(|answer| match answer {
             Answer::SetupSandbox(mut made) => {
                 made.pid.clone_from(&self.sandbox.result.pid);
+                made.made_cgroup |= self.birth.made_cgroup;
                 if let Some(cgroup) = &self.sandbox.cgroup {
                     self.oom = OomLedger::new(self.cgroups.oom_kills(cgroup));
                 }
@@ -131,6 +150,9 @@ impl Keeper {
     /// Kills everything, removes everything, and ends the keeper.
     fn tear_down(&mut self, connection: u64) {
         let cgroups = self.cgroups.clone();
+        if let Some(home) = &self.birth.home {
+            placement::leave(&cgroups, home);
+        }
         let mut doomed = Vec::new();
         let mut inits = Vec::new();
         for container in self.containers.values() {

@@ -48,7 +48,9 @@ enum Source {
 
 /// All that a keeper holds.
 struct Keeper {
+    pod_id: String,
     pod_dir: PathBuf,
+    birth: Birth,
     epoll: OwnedFd,
     listener: UnixListener,
     children: OwnedFd,
@@ -80,15 +82,24 @@ struct Sandbox {
     shm_dir: Option<PathBuf>,
 }
 
+/// What a keeper inherits from the zygote beside its socket.
+#[derive(Debug, Default)]
+pub struct Birth {
+    /// The pod's cgroup was made for it to be born in.
+    pub made_cgroup: bool,
+    /// Set when it is in its pod's cgroup: where it goes when that is to be removed.
+    pub home: Option<PathBuf>,
+}
+
 /// Runs a keeper until its pod is torn down.
-pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd) -> ! {
+pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd, birth: Birth) -> ! {
     let log = pod_dir.join("keeper.log");
     let id = pod_id.to_owned();
     // Nobody reads a keeper's standard error.
     std::panic::set_hook(Box::new(move |info| {
         let _ = std::fs::write(&log, format!("keeper of pod {id}: {info}\n"));
     }));
-    let code = match Keeper::new(pod_dir, listener).and_then(|mut k| k.run()) {
+    let code = match Keeper::new(pod_id, pod_dir, listener, birth).and_then(|mut k| k.run()) {
         Ok(()) => 0,
         Err(e) => {
             let _ = std::fs::write(
@@ -102,14 +113,16 @@ pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd) -> ! {
 }
 
 impl Keeper {
-    fn new(pod_dir: &Path, listener: OwnedFd) -> io::Result<Self> {
+    fn new(pod_id: &str, pod_dir: &Path, listener: OwnedFd, birth: Birth) -> io::Result<Self> {
         let listener = UnixListener::from(listener);
         listener.set_nonblocking(true)?;
         // Whatever a container's tree leaves behind outside its PID namespace comes to this process.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         let children = sys::child_signals()?;
         let mut keeper = Self {
+            pod_id: pod_id.to_owned(),
             pod_dir: pod_dir.to_owned(),
+            birth,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             listener,
             children,

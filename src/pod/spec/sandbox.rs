@@ -48,6 +48,8 @@ pub fn sandbox(
         cgroup: PodCgroup::new(&linux.cgroup_parent, id, options.cgroups(host))?.path,
         systemd: options.cgroup_driver == CgroupDriver::Systemd,
         ns_dir: text(dir.join("ns")),
+        // The daemon's to decide.
+        keeper_in_slice: false,
         shm_bytes: if ipc { options.shm_bytes } else { 0 },
         shm_dir: if ipc {
             text(dir.join("shm"))
