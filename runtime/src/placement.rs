@@ -21,7 +21,7 @@ const SCOPE: &str = "slipway-keepers.scope";
 /// The cgroup of a keeper in its pod's.
 pub(crate) const LEAF: &str = "slipway-keeper";
 /// How long systemd may take; the daemon waits for it with its start.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Where keepers are to be.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

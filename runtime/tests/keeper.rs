@@ -141,6 +141,7 @@ impl Pod {
                     ns_dir: dir.join("ns").to_string_lossy().into_owned(),
                     shm_bytes: 1 << 20,
                     shm_dir: dir.join("shm").to_string_lossy().into_owned(),
+                    ..SetupSandbox::default()
                 },
                 LONG,
             )

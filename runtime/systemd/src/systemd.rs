@@ -205,7 +205,12 @@ impl Systemd {
                 // Asked for before, and not yet done?
                 if c.job(unit)?.is_some() {
                     let result = c.wait(&Awaited::Unit(unit))?;
-                    return if done() { Ok(()) } else { ended(&result) };
+                    return match ended(&result) {
+                        Ok(()) if done() => Ok(()),
+                        // Of somebody else who asked at the same time.
+                        Ok(()) => Err(Trouble::Exists("active".to_owned())),
+                        Err(e) => Err(e),
+                    };
                 }
                 let state = c.state(unit)?;
                 if done() {

@@ -292,7 +292,9 @@ fn a_systemd_that_says_nothing_is_not_waited_for_for_ever() {
 
 #[test]
 fn a_systemd_that_restarts_is_asked_again() {
-    let fake = fake(false, |listener| {
+    let moved = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let joined = moved.clone();
+    let fake = fake(false, move |listener| {
         // Gone before a word, then after the call.
         drop(listener.accept().unwrap());
         let mut peer = Peer::accept(&listener);
@@ -308,9 +310,26 @@ fn a_systemd_that_restarts_is_asked_again() {
             "/org/freedesktop/systemd1/unit/slipway_2d4f_2escope"
         );
         peer.job_property(&call, 7);
+        moved.store(true, std::sync::atomic::Ordering::SeqCst);
         peer.job_removed(JOB, "slipway-4f.scope", "done");
     });
-    fake.start(ENOUGH).unwrap();
+    let joined = || joined.load(std::sync::atomic::Ordering::SeqCst);
+    fake.systemd.start_scope(&SCOPE, ENOUGH, &joined).unwrap();
+    fake.thread.join().unwrap();
+}
+
+#[test]
+fn somebody_elses_scope_of_the_name_is_not_taken_for_ours() {
+    let fake = fake(false, |listener| {
+        let mut peer = Peer::accept(&listener);
+        let call = peer.expect("StartTransientUnit");
+        peer.refuse(&call, UNIT_EXISTS);
+        let call = peer.expect("Get");
+        peer.job_property(&call, 7);
+        peer.job_removed(JOB, "slipway-4f.scope", "done");
+    });
+    let error = fake.start(ENOUGH).unwrap_err();
+    assert!(matches!(error, SystemdError::Exists { .. }), "{error}");
 }
 
 #[test]
@@ -322,7 +341,10 @@ fn what_was_done_although_the_answer_got_lost_is_not_done_again() {
         Peer::accept(&listener);
     });
     let asked = std::cell::Cell::new(false);
-    let joined = || asked.replace(true) || true;
+    let joined = || {
+        asked.set(true);
+        true
+    };
     fake.systemd.start_scope(&SCOPE, ENOUGH, &joined).unwrap();
     fake.thread.join().unwrap();
     assert!(asked.get());
