@@ -286,7 +286,7 @@ mod tests {
             state_root = "/c"
             default_runtime = "d"
             log = { format = "json", level = "trace" }
-            cgroup = { driver = "systemd" }
+            cgroup = { driver = "systemd", monitor = "pod" }
             [images]
             max_parallel_downloads = 1
             pull_progress_timeout = "1s"

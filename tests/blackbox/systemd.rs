@@ -143,7 +143,8 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
             let resources = linux.resources.get_or_insert_default();
             resources.memory_limit_in_bytes = 64 << 20;
             resources.cpu_shares = 1024;
-            resources.cpu_quota = 12_500;
+            // Whole per cent of a CPU: finer ones systemd cannot keep.
+            resources.cpu_quota = 13_000;
             resources.cpu_period = 100_000;
             resources.cpuset_cpus = "0".into();
             let high = ("memory.high".to_owned(), "50331648".to_owned());
@@ -167,7 +168,7 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
             ("memory.max", "67108864"),
             ("memory.high", "50331648"),
             ("cpu.weight", "39"),
-            ("cpu.max", "12500 100000"),
+            ("cpu.max", "13000 100000"),
             ("cpuset.cpus", "0"),
             ("pids.max", "max"),
         ] {
