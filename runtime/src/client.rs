@@ -15,6 +15,7 @@ use slipway_proto::keeper::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
+use crate::placement::Placement;
 use crate::wire;
 use crate::zygote::{ZygoteError, ZygoteProcess};
 
@@ -120,11 +121,24 @@ impl Keepers {
         })
     }
 
-    /// Forks a keeper for a new pod, whose run directory exists.
+    /// Says where keepers are to be; see [`ZygoteProcess::place`].
+    ///
+    /// # Errors
+    /// [`ZygoteError`].
+    pub async fn place(&self, placement: Placement) -> Result<(), ZygoteError> {
+        self.zygote.place(placement).await
+    }
+
+    /// Forks a keeper for a new pod, whose run directory exists; `cgroup`: in a leaf of this cgroup (v2).
     ///
     /// # Errors
     /// [`ClientError::Socket`] or [`ClientError::Zygote`].
-    pub async fn spawn(&self, pod_id: &str, pod_dir: &Path) -> Result<Keeper, ClientError> {
+    pub async fn spawn(
+        &self,
+        pod_id: &str,
+        pod_dir: &Path,
+        cgroup: Option<&str>,
+    ) -> Result<Keeper, ClientError> {
         let keeper = Keeper::at(pod_id, pod_dir);
         let mut tried_before = false;
         loop {
@@ -134,7 +148,7 @@ impl Keepers {
             })?;
             let spawned = self
                 .zygote
-                .spawn_keeper(pod_id, pod_dir, listener.as_fd())
+                .spawn_keeper(pod_id, pod_dir, listener.as_fd(), cgroup)
                 .await;
             match spawned {
                 Ok(_) => return Ok(keeper),

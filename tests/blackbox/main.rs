@@ -48,6 +48,7 @@ mod restart;
 mod seccomp;
 mod stop;
 mod sysctls;
+mod systemd;
 mod users;
 mod v2;
 
@@ -73,6 +74,7 @@ fn main() -> std::process::ExitCode {
         devices::TESTS,
         resources::TESTS,
         v2::TESTS,
+        systemd::TESTS,
         network::TESTS,
         cni::TESTS,
         images::TESTS,
