@@ -8,9 +8,12 @@ mod exec;
 mod filter;
 mod images;
 mod info;
+mod metrics;
 mod pods;
 mod runtime_service;
 mod signal;
+mod stats;
+mod stream;
 mod unimplemented;
 
 pub use images::Images;

@@ -43,23 +43,39 @@ pub async fn remove(
 }
 
 pub fn list(node: &Node, request: &cri::ListPodSandboxRequest) -> cri::ListPodSandboxResponse {
-    let filter = request.filter.as_ref();
-    let items = node
-        .pods
-        .all()
-        .iter()
-        .filter(|pod| pod_fits(filter, pod.id(), pod.stage(), &pod.record.config.labels))
-        .map(|pod| cri::PodSandbox {
-            id: pod.id().to_owned(),
-            metadata: Some(pod.metadata()),
-            state: pod_state(pod.stage()) as i32,
-            created_at: pod.record.created_at,
-            labels: pod.record.config.labels.clone(),
-            annotations: pod.record.config.annotations.clone(),
-            runtime_handler: pod.record.handler.clone(),
-        })
-        .collect();
-    cri::ListPodSandboxResponse { items }
+    cri::ListPodSandboxResponse {
+        items: chosen(node, request.filter.as_ref())
+            .iter()
+            .map(|pod| listed(pod))
+            .collect(),
+    }
+}
+
+/// The pods that pass the filter, as they are when they are reached.
+pub fn stream(
+    node: &Node,
+    request: cri::StreamPodSandboxesRequest,
+) -> impl Iterator<Item = cri::PodSandbox> + Send + 'static {
+    let found = chosen(node, request.filter.as_ref());
+    found.into_iter().map(|pod| listed(&pod))
+}
+
+fn chosen(node: &Node, filter: Option<&cri::PodSandboxFilter>) -> Vec<Arc<Pod>> {
+    let mut found = node.pods.all();
+    found.retain(|pod| pod_fits(filter, pod.id(), pod.stage(), &pod.record.config.labels));
+    found
+}
+
+fn listed(pod: &Pod) -> cri::PodSandbox {
+    cri::PodSandbox {
+        id: pod.id().to_owned(),
+        metadata: Some(pod.metadata()),
+        state: pod_state(pod.stage()) as i32,
+        created_at: pod.record.created_at,
+        labels: pod.record.config.labels.clone(),
+        annotations: pod.record.config.annotations.clone(),
+        runtime_handler: pod.record.handler.clone(),
+    }
 }
 
 pub async fn status(

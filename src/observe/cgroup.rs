@@ -148,8 +148,7 @@ pub fn usage(layout: &Layout, cgroup: &Path) -> Usage {
     let mut reader = Reader::new();
     if let Some(dir) = layout.v2(cgroup) {
         reader.enter(&dir);
-        let [cpu, memory, io] =
-            PRESSURES.map(|name| reader.text(name).and_then(Pressure::parse));
+        let [cpu, memory, io] = PRESSURES.map(|name| reader.text(name).and_then(Pressure::parse));
         usage.cpu_pressure = cpu;
         usage.memory_pressure = memory;
         usage.io_pressure = io;
@@ -433,14 +432,21 @@ mod tests {
                     total_pgfault 5\ntotal_pgmajfault 1\ntotal_inactive_file 150\n";
         let (memory, swap) = memory_v1(600, stat);
         assert_eq!((memory.working_set(), memory.available()), (450, Some(550)));
-        assert_eq!((memory.rss, memory.cache, memory.page_faults), (200, 300, 5));
+        assert_eq!(
+            (memory.rss, memory.cache, memory.page_faults),
+            (200, 300, 5)
+        );
         let swap = swap.unwrap();
         assert_eq!((swap.usage, swap.limit), (100, Some(500)));
         assert_eq!(swap.available(), Some(400));
         let unlimited = "hierarchical_memory_limit 9223372036854771712\ntotal_inactive_file 900\n";
         let (memory, swap) = memory_v1(600, unlimited);
         assert_eq!((memory.limit, memory.available(), swap), (None, None, None));
-        assert_eq!(memory.working_set(), 0, "the files are read one after the other");
+        assert_eq!(
+            memory.working_set(),
+            0,
+            "the files are read one after the other"
+        );
     }
 
     #[test]
@@ -517,6 +523,9 @@ mod tests {
         let layout = Layout::detect().unwrap();
         let usage = usage(&layout, Path::new("/slipway-no-such-cgroup"));
         assert!(usage.cpu.is_none() && usage.memory.is_none() && usage.io_pressure.is_none());
-        assert_eq!(detail(&layout, Path::new("/slipway-no-such-cgroup")).threads, 0);
+        assert_eq!(
+            detail(&layout, Path::new("/slipway-no-such-cgroup")).threads,
+            0
+        );
     }
 }

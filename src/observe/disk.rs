@@ -93,7 +93,11 @@ impl Ledger {
             book.walking = thread.is_ok();
         }
         let waiting = |book: &Book| {
-            let first = |id| book.entries.get(id).is_some_and(|e| e.queued && e.counted.is_none());
+            let first = |id| {
+                book.entries
+                    .get(id)
+                    .is_some_and(|e| e.queued && e.counted.is_none())
+            };
             layers.iter().any(|(id, ..)| first(id))
         };
         while book.walking && waiting(&book) {
@@ -182,7 +186,9 @@ pub fn measure(root: &Path) -> io::Result<DiskUsage> {
     // Each is a chain of names from the root to a directory that has not been read.
     let mut later: Vec<Vec<CString>> = vec![Vec::new()];
     while let Some(mut chain) = later.pop() {
-        let begin = chain.iter().try_fold(top.try_clone()?, |at, name| open(&at, name));
+        let begin = chain
+            .iter()
+            .try_fold(top.try_clone()?, |at, name| open(&at, name));
         let Ok(dir) = begin.and_then(Level::new) else {
             continue;
         };
@@ -345,15 +351,30 @@ mod tests {
         let first = ledger.usage(&layer(false), patience)[0].unwrap();
         assert_eq!(first.usage.inodes, 1);
         std::fs::write(dir.path().join("f"), "x").unwrap();
-        assert_eq!(ledger.usage(&layer(false), patience)[0], Some(first), "still fresh");
+        assert_eq!(
+            ledger.usage(&layer(false), patience)[0],
+            Some(first),
+            "still fresh"
+        );
         // Its end makes it count again.
         let until = Instant::now() + patience;
-        while ledger.usage(&layer(true), patience)[0].unwrap().usage.inodes != 2 {
+        while ledger.usage(&layer(true), patience)[0]
+            .unwrap()
+            .usage
+            .inodes
+            != 2
+        {
             assert!(Instant::now() < until);
             std::thread::sleep(Duration::from_millis(5));
         }
         ledger.forget("c");
-        assert_eq!(ledger.usage(&layer(true), patience)[0].unwrap().usage.inodes, 2);
+        assert_eq!(
+            ledger.usage(&layer(true), patience)[0]
+                .unwrap()
+                .usage
+                .inodes,
+            2
+        );
         let gone = [("x".to_owned(), dir.path().join("absent"), false)];
         assert_eq!(ledger.usage(&gone, patience), [None]);
     }

@@ -93,10 +93,7 @@ mod tests {
             hybrid.v1("cpuacct", pod),
             dir("/sys/fs/cgroup/cpu,cpuacct/pod/c")
         );
-        assert_eq!(
-            hybrid.v1("memory", pod),
-            dir("/sys/fs/cgroup/memory/pod/c")
-        );
+        assert_eq!(hybrid.v1("memory", pod), dir("/sys/fs/cgroup/memory/pod/c"));
         assert_eq!(hybrid.v1("pids", pod), None);
         assert_eq!(hybrid.v2(pod), dir("/sys/fs/cgroup/unified/pod/c"));
         assert!(!hybrid.unified());

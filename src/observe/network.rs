@@ -59,7 +59,9 @@ fn visit(namespace: &Path) -> io::Result<Vec<Interface>> {
         std::os::fd::AsFd::as_fd(&fd),
         Some(LinkNameSpaceType::Network),
     )?;
-    Ok(parse(&std::fs::read_to_string("/proc/thread-self/net/dev")?))
+    Ok(parse(&std::fs::read_to_string(
+        "/proc/thread-self/net/dev",
+    )?))
 }
 
 /// Reads /proc/net/dev (proc(5)).

@@ -56,7 +56,11 @@ pub fn look(layout: &Layout, cgroup: &Path, init: i32) -> Processes {
 fn collect(dir: &Path, depth: usize, pids: &mut Vec<i32>) {
     let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     // 0 is a process of a PID namespace that we don't see.
-    pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|p| *p > 0));
+    pids.extend(
+        text.lines()
+            .filter_map(|l| l.parse::<i32>().ok())
+            .filter(|p| *p > 0),
+    );
     if depth == 0 {
         return;
     }
@@ -70,7 +74,12 @@ fn collect(dir: &Path, depth: usize, pids: &mut Vec<i32>) {
 fn descriptors(pid: i32) -> (u64, u64) {
     let entries = fs::read_dir(format!("/proc/{pid}/fd"));
     let (mut all, mut sockets) = (0, 0);
-    for entry in entries.into_iter().flatten().flatten().take(MOST_DESCRIPTORS) {
+    for entry in entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .take(MOST_DESCRIPTORS)
+    {
         all += 1;
         if fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:")) {
             sockets += 1;
@@ -102,7 +111,10 @@ mod tests {
         let (after, more) = descriptors(pid);
         assert!(before > 0 && after >= before && more >= sockets);
         assert!(open_files(&fs::read_to_string("/proc/self/limits").unwrap()).is_some());
-        assert_eq!(open_files("Max open files            unlimited  unlimited files"), Some(u64::MAX));
+        assert_eq!(
+            open_files("Max open files            unlimited  unlimited files"),
+            Some(u64::MAX)
+        );
         assert_eq!(open_files("Max cpu time 1 2 seconds"), None);
     }
 }

@@ -59,7 +59,12 @@ mod tests {
         let text = "some avg10=0.12 avg60=3.00 avg300=0.50 total=77\nfull avg10=0.00 avg60=1.00 avg300=0.00 total=5\n";
         let pressure = Pressure::parse(text).unwrap();
         assert_eq!(
-            (pressure.some.avg10, pressure.some.avg60, pressure.some.avg300, pressure.some.total),
+            (
+                pressure.some.avg10,
+                pressure.some.avg60,
+                pressure.some.avg300,
+                pressure.some.total
+            ),
             (0.12, 3.0, 0.5, 77)
         );
         assert_eq!((pressure.full.avg60, pressure.full.total), (1.0, 5));

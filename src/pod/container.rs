@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use slipway_image::ImageLease;
+use slipway_observe::Rate;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
 
@@ -27,6 +28,10 @@ pub struct Container {
     /// Starting and removing take turns; nothing else waits here.
     pub turn: tokio::sync::Mutex<()>,
     stop_signalled: AtomicBool,
+    /// Its last CPU sample.
+    pub rate: Mutex<Rate>,
+    /// What limits are in force now; the record has those that it was created with or found with.
+    resources: RwLock<cri::LinuxContainerResources>,
     /// Keeps the image's layers.
     lease: Mutex<Option<ImageLease>>,
 }
@@ -41,12 +46,14 @@ impl Container {
         lease: Option<ImageLease>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            resources: RwLock::new(record.resources.clone()),
             record,
             dir,
             keeper,
             cell,
             turn: tokio::sync::Mutex::new(()),
             stop_signalled: AtomicBool::new(false),
+            rate: Mutex::default(),
             lease: Mutex::new(lease),
         })
     }
@@ -65,6 +72,11 @@ impl Container {
     pub fn name(&self) -> String {
         let m = self.metadata();
         container_name(&self.record.pod_id, &m.name, m.attempt)
+    }
+
+    /// What limits are in force now.
+    pub fn resources(&self) -> cri::LinuxContainerResources {
+        self.resources.read().clone()
     }
 
     /// Its state now.

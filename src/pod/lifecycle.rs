@@ -302,6 +302,7 @@ impl Node {
         self.containers.remove(id);
         pod.remove_cell(id);
         container.release_image();
+        self.ledger.forget(id);
         self.container_names.release(&container.name(), id);
         self.sweep_later(record_trash);
         self.sweep_later(layers_trash);

@@ -23,6 +23,7 @@ mod recovery;
 mod run;
 pub mod sandbox;
 pub mod state;
+pub mod stats;
 mod stop;
 pub mod store;
 

@@ -8,6 +8,8 @@ use parking_lot::RwLock;
 use slipway_config::Config;
 use slipway_image::{Credentials, Image, ImageStore};
 use slipway_network::Cni;
+use slipway_observe::Layout;
+use slipway_observe::disk::Ledger;
 use slipway_proto::cri::{CreateContainerRequest, RunPodSandboxRequest};
 use slipway_runtime::client::Keepers;
 use slipway_seccomp::ProfileCache;
@@ -22,6 +24,7 @@ use super::names::Names;
 use super::phases::Traces;
 use super::probe;
 use super::sandbox::Pod;
+use super::stats;
 use super::store::{Found, Store};
 use crate::memory;
 
@@ -52,6 +55,10 @@ pub struct Node {
     pub seccomp: ProfileCache,
     /// Where the time of the last operations went.
     pub traces: Traces,
+    /// Where cgroups are, for statistics.
+    pub layout: Layout,
+    /// Sizes of writable layers.
+    pub ledger: Arc<Ledger>,
     /// The node's pod network range, as the kubelet said; kept for the operator's information.
     pub pod_cidr: RwLock<String>,
     /// Work that a shutdown waits for.
@@ -77,6 +84,8 @@ impl Node {
             host: HostFacts::detect(),
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
+            layout: stats::layout(),
+            ledger: Arc::default(),
             pod_cidr: RwLock::default(),
             tasks,
             config: RwLock::new(Arc::new(config)),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use slipway_observe::Rate;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
@@ -31,6 +32,8 @@ pub struct Pod {
     pub dir: PathBuf,
     /// Its supervisor.
     pub keeper: Keeper,
+    /// Its last CPU sample.
+    pub rate: Mutex<Rate>,
     stage: watch::Sender<PodStage>,
     /// Creating a container shares it; taking the pod down has it alone.
     order: RwLock<()>,
@@ -44,6 +47,7 @@ impl Pod {
         Arc::new(Self {
             keeper: Keeper::at(&record.id, dir),
             dir: dir.to_owned(),
+            rate: Mutex::default(),
             stage: watch::Sender::new(stage),
             order: RwLock::new(()),
             cells: Mutex::default(),
