@@ -9,6 +9,7 @@ use slipway_proto::cri;
 
 use super::filter::{container_fits, container_state};
 use super::signal;
+use crate::pod::state::Status;
 use crate::pod::{Container, Node, PodError};
 
 pub async fn create(
@@ -95,13 +96,14 @@ pub fn status(
         HashMap::new()
     };
     Ok(cri::ContainerStatusResponse {
-        status: Some(container_status(&container)),
+        status: Some(container_status(&container, container.status())),
         info,
     })
 }
 
-fn container_status(container: &Container) -> cri::ContainerStatus {
-    let (record, status) = (&container.record, container.status());
+/// A container's status on the wire.
+pub fn container_status(container: &Container, status: Status) -> cri::ContainerStatus {
+    let record = &container.record;
     let image = record.config.image.clone().unwrap_or_default();
     cri::ContainerStatus {
         id: container.id().to_owned(),

@@ -4,6 +4,7 @@
 mod call;
 mod code;
 mod containers;
+mod events;
 mod exec;
 mod filter;
 mod images;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::json;
 use slipway_proto::cri;
 
+use super::containers::container_status;
 use super::filter::{pod_fits, pod_state};
 use crate::pod::state::PodStage;
 use crate::pod::{Node, Pod, PodError, now};
@@ -89,15 +90,20 @@ pub async fn status(
         HashMap::new()
     };
     Ok(cri::PodSandboxStatusResponse {
-        status: Some(pod_status(&pod)),
+        status: Some(pod_status(&pod, pod.stage())),
         info,
-        // For the evented PLEG, which a later issue brings.
-        containers_statuses: Vec::new(),
+        // For the evented PLEG, which puts them beside the events.
+        containers_statuses: node
+            .containers_of_pod(&pod)
+            .iter()
+            .map(|c| container_status(c, c.status()))
+            .collect(),
         timestamp: now(),
     })
 }
 
-fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
+/// A pod's status on the wire.
+pub fn pod_status(pod: &Pod, stage: PodStage) -> cri::PodSandboxStatus {
     let config = &pod.record.config;
     let security = config
         .linux
@@ -107,7 +113,7 @@ fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
         .and_then(|s| s.namespace_options.clone())
         .unwrap_or_default();
     // A stopped pod has given its addresses back; they may be another's by now.
-    let ips = if pod.stage() == PodStage::Ready {
+    let ips = if stage == PodStage::Ready {
         pod.record.ips.as_slice()
     } else {
         &[]
@@ -124,7 +130,7 @@ fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
     cri::PodSandboxStatus {
         id: pod.id().to_owned(),
         metadata: Some(pod.metadata()),
-        state: pod_state(pod.stage()) as i32,
+        state: pod_state(stage) as i32,
         created_at: pod.record.created_at,
         network: Some(cri::PodSandboxNetworkStatus { ip, additional_ips }),
         linux: Some(cri::LinuxPodSandboxStatus {

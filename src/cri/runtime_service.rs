@@ -9,8 +9,8 @@ use tracing::Instrument as _;
 
 use super::call::{Kind, call, container_span, node_span, pod_span};
 use super::stream::{self, Batches};
-use super::unimplemented::{Nothing, later};
-use super::{containers, exec, info, metrics, pods, stats};
+use super::unimplemented::later;
+use super::{containers, events, exec, info, metrics, pods, stats};
 use crate::pod::Node;
 
 /// The RuntimeService.
@@ -444,13 +444,17 @@ impl RuntimeService for Runtime {
         .await
     }
 
-    type GetContainerEventsStream = Nothing<cri::ContainerEventResponse>;
+    type GetContainerEventsStream = Batches<cri::ContainerEventResponse>;
 
     async fn get_container_events(
         &self,
         _: Request<cri::GetEventsRequest>,
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
-        later("GetContainerEvents")
+        let node = &self.0;
+        let span = node_span("GetContainerEvents");
+        call(Kind::Look, async move { Ok(events::follow(node)) })
+            .instrument(span)
+            .await
     }
 
     type StreamPodSandboxMetricsStream = Batches<cri::StreamPodSandboxMetricsResponse>;

@@ -91,7 +91,7 @@ impl Container {
 
     /// Changes its state; `change` says whether it did.
     pub fn update(&self, change: impl FnOnce(&mut Status) -> bool) {
-        self.cell.status.send_if_modified(change);
+        self.cell.change(change);
     }
 
     /// Waits until it has exited, but not longer than `patience`. Returns whether it has.

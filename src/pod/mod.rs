@@ -10,6 +10,7 @@ mod create;
 pub mod error;
 mod events;
 mod exec;
+pub mod feed;
 mod files;
 pub mod handlers;
 mod leftovers;

@@ -19,6 +19,7 @@ use tracing::Instrument as _;
 
 use super::container::Container;
 use super::error::PodError;
+use super::feed::Feed;
 use super::handlers::Runtimes;
 use super::names::Names;
 use super::phases::Traces;
@@ -57,6 +58,8 @@ pub struct Node {
     pub traces: Traces,
     /// Where cgroups are, for statistics.
     pub layout: Layout,
+    /// Where what happens is told.
+    pub feed: Arc<Feed>,
     /// Sizes of writable layers.
     pub ledger: Arc<Ledger>,
     /// The node's pod network range, as the kubelet said; kept for the operator's information.
@@ -85,6 +88,7 @@ impl Node {
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
             layout: stats::layout(),
+            feed: Arc::default(),
             ledger: Arc::default(),
             pod_cidr: RwLock::default(),
             tasks,
@@ -151,6 +155,14 @@ impl Node {
     pub fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
         self.find_container(id)?
             .ok_or_else(|| PodError::NoContainer { id: id.to_owned() })
+    }
+
+    /// The finished containers of a pod, found through the pod: nobody else's are looked at.
+    pub fn containers_of_pod(&self, pod: &Pod) -> Vec<Arc<Container>> {
+        let cells = pod.cells().into_iter();
+        cells
+            .filter_map(|(id, _)| self.containers.get(&id))
+            .collect()
     }
 
     /// The finished containers of a pod.

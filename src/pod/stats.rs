@@ -132,7 +132,7 @@ impl Node {
 
     fn pods_now(&self, pods: Vec<Arc<Pod>>) -> Vec<PodSample> {
         let interfaces = interfaces(&pods);
-        let members: Vec<_> = pods.iter().map(|pod| self.members(pod)).collect();
+        let members: Vec<_> = pods.iter().map(|pod| self.containers_of_pod(pod)).collect();
         let mut containers = self
             .containers_now(members.iter().flatten().cloned().collect())
             .into_iter();
@@ -170,7 +170,7 @@ impl Node {
         let members: Vec<_> = pods
             .iter()
             .map(|pod| {
-                let mut members = self.members(pod);
+                let mut members = self.containers_of_pod(pod);
                 members.retain(|c| c.stage() == Stage::Running);
                 members
             })
@@ -207,14 +207,6 @@ impl Node {
                 samples: metrics::of_interfaces(&interfaces.unwrap_or_default()),
                 containers: measured.by_ref().take(members.len()).collect(),
             })
-            .collect()
-    }
-
-    /// A pod's finished containers, found through the pod: nobody else's are looked at.
-    fn members(&self, pod: &Pod) -> Vec<Arc<Container>> {
-        let cells = pod.cells().into_iter();
-        cells
-            .filter_map(|(id, _)| self.containers.get(&id))
             .collect()
     }
 }
