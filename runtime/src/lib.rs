@@ -20,6 +20,7 @@ pub mod log;
 pub mod loopback;
 mod propagation;
 pub mod removal;
+mod resize;
 mod rootfs;
 pub mod sandbox;
 mod sys;

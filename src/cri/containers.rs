@@ -28,6 +28,17 @@ pub async fn start(
     Ok(cri::StartContainerResponse {})
 }
 
+pub async fn update(
+    node: &Arc<Node>,
+    request: cri::UpdateContainerResourcesRequest,
+) -> Result<cri::UpdateContainerResourcesResponse, PodError> {
+    let linux = request.linux.ok_or_else(|| {
+        PodError::Invalid("UpdateContainerResources needs linux resources".to_owned())
+    })?;
+    node.resize_container(&request.container_id, linux).await?;
+    Ok(cri::UpdateContainerResourcesResponse {})
+}
+
 pub async fn stop(
     node: &Arc<Node>,
     request: cri::StopContainerRequest,

@@ -8,6 +8,7 @@ use slipway_proto::cri;
 
 use super::containers::container_status;
 use super::filter::{pod_fits, pod_state};
+use crate::pod::sandbox::Sizes;
 use crate::pod::state::PodStage;
 use crate::pod::{Node, Pod, PodError, now};
 
@@ -33,6 +34,18 @@ pub async fn stop(
 ) -> Result<cri::StopPodSandboxResponse, PodError> {
     node.stop_pod(&request.pod_sandbox_id).await?;
     Ok(cri::StopPodSandboxResponse {})
+}
+
+pub async fn update(
+    node: &Arc<Node>,
+    request: cri::UpdatePodSandboxResourcesRequest,
+) -> Result<cri::UpdatePodSandboxResourcesResponse, PodError> {
+    let sizes = Sizes {
+        overhead: request.overhead,
+        resources: request.resources,
+    };
+    node.resize_pod(&request.pod_sandbox_id, sizes).await?;
+    Ok(cri::UpdatePodSandboxResourcesResponse {})
 }
 
 pub async fn remove(

@@ -236,9 +236,17 @@ impl RuntimeService for Runtime {
 
     async fn update_container_resources(
         &self,
-        _: Request<cri::UpdateContainerResourcesRequest>,
+        request: Request<cri::UpdateContainerResourcesRequest>,
     ) -> Result<Response<cri::UpdateContainerResourcesResponse>, Status> {
-        later("UpdateContainerResources")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("UpdateContainerResources", &r.container_id);
+        call(
+            Kind::Change,
+            async move { containers::update(node, r).await },
+        )
+        .instrument(span)
+        .await
     }
 
     async fn exec(
@@ -357,9 +365,14 @@ impl RuntimeService for Runtime {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<cri::UpdatePodSandboxResourcesResponse>, Status> {
-        later("UpdatePodSandboxResources")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("UpdatePodSandboxResources", &r.pod_sandbox_id);
+        call(Kind::Change, async move { pods::update(node, r).await })
+            .instrument(span)
+            .await
     }
 
     type StreamPodSandboxesStream = Batches<cri::StreamPodSandboxesResponse>;

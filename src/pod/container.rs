@@ -79,6 +79,11 @@ impl Container {
         self.resources.read().clone()
     }
 
+    /// Other limits are in force from now on.
+    pub(super) fn set_resources(&self, resources: cri::LinuxContainerResources) {
+        *self.resources.write() = resources;
+    }
+
     /// Its state now.
     pub fn status(&self) -> Status {
         self.cell.status.borrow().clone()

@@ -21,6 +21,7 @@ pub mod phases;
 mod probe;
 pub mod record;
 mod recovery;
+mod resize;
 mod run;
 pub mod sandbox;
 pub mod state;

@@ -79,6 +79,25 @@ impl Cell {
     }
 }
 
+/// The resources of a pod as a whole, as the kubelet said them last.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Sizes {
+    /// What the pod needs beside its containers.
+    pub overhead: Option<cri::LinuxContainerResources>,
+    /// The sum of its containers', or what its own specification says.
+    pub resources: Option<cri::LinuxContainerResources>,
+}
+
+impl Sizes {
+    fn of(record: &PodRecord) -> Self {
+        let linux = record.config.linux.as_ref();
+        Self {
+            overhead: linux.and_then(|l| l.overhead.clone()),
+            resources: linux.and_then(|l| l.resources.clone()),
+        }
+    }
+}
+
 /// A pod sandbox.
 pub struct Pod {
     /// What does not change; `stopped` in it is as of the last start of the daemon.
@@ -87,6 +106,8 @@ pub struct Pod {
     pub dir: PathBuf,
     /// Its supervisor.
     pub keeper: Keeper,
+    /// What the pod was sized to last; the record has what it was made or found with.
+    sizes: Mutex<Sizes>,
     /// Its last CPU sample.
     pub rate: Mutex<Rate>,
     stage: watch::Sender<PodStage>,
@@ -105,6 +126,7 @@ impl Pod {
         Arc::new(Self {
             keeper: Keeper::at(&record.id, dir),
             dir: dir.to_owned(),
+            sizes: Mutex::new(Sizes::of(&record)),
             rate: Mutex::default(),
             feed,
             end_told: AtomicBool::new(stage == PodStage::Stopped),
@@ -189,6 +211,29 @@ impl Pod {
     /// Held while the pod is taken down: nothing is being created then.
     pub async fn exclusive(&self) -> RwLockWriteGuard<'_, ()> {
         self.order.write().await
+    }
+
+    /// Takes over what the pod is sized to now, as far as it is given, and returns the record that says so.
+    pub fn resize(&self, to: Sizes) -> PodRecord {
+        let mut sizes = self.sizes.lock();
+        sizes.overhead = to.overhead.or(sizes.overhead.take());
+        sizes.resources = to.resources.or(sizes.resources.take());
+        self.with_sizes(&sizes)
+    }
+
+    /// The record as it is now.
+    pub fn record_now(&self) -> PodRecord {
+        self.with_sizes(&self.sizes.lock())
+    }
+
+    fn with_sizes(&self, sizes: &Sizes) -> PodRecord {
+        let mut record = self.record.clone();
+        if *sizes != Sizes::default() {
+            let linux = record.config.linux.get_or_insert_default();
+            linux.overhead.clone_from(&sizes.overhead);
+            linux.resources.clone_from(&sizes.resources);
+        }
+        record
     }
 
     /// Whether the pod has namespaces or addresses of its own network.

@@ -66,7 +66,7 @@ impl Node {
             })?;
         self.end_keeper(pod).await?;
         events::settle(pod);
-        let mut stopped = pod.record.clone();
+        let mut stopped = pod.record_now();
         stopped.stopped = true;
         record::write(&pod.dir, &stopped)?;
         pod.advance(PodStage::Stopped);
