@@ -30,6 +30,7 @@ mod cni;
 mod confinement;
 mod containers;
 mod devices;
+mod events;
 mod exec;
 mod filesystem;
 mod hygiene;
@@ -45,8 +46,10 @@ mod pods;
 mod resources;
 mod restart;
 mod seccomp;
+mod stats;
 mod stop;
 mod sysctls;
+mod update;
 mod users;
 
 fn main() -> std::process::ExitCode {
@@ -70,6 +73,9 @@ fn main() -> std::process::ExitCode {
         filesystem::TESTS,
         devices::TESTS,
         resources::TESTS,
+        stats::TESTS,
+        events::TESTS,
+        update::TESTS,
         network::TESTS,
         cni::TESTS,
         images::TESTS,
