@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::file::{Reader, keyed};
+use crate::file::{Kept, Reader, keyed};
 use crate::{Layout, Pressure, now};
 
 /// cgroup v1 says "no limit" with a number near 2^63; nobody has so much memory.
@@ -139,76 +139,123 @@ pub struct Hugepages {
     pub peak: Option<u64>,
 }
 
-/// Reads what every stats call tells of a cgroup (absolute path in each hierarchy).
-pub fn usage(layout: &Layout, cgroup: &Path) -> Usage {
-    let mut usage = Usage {
-        at: now(),
-        ..Usage::default()
-    };
-    let mut reader = Reader::new();
-    if let Some(dir) = layout.v2(cgroup) {
-        reader.enter(&dir);
-        let [cpu, memory, io] = PRESSURES.map(|name| reader.text(name).and_then(Pressure::parse));
-        usage.cpu_pressure = cpu;
-        usage.memory_pressure = memory;
-        usage.io_pressure = io;
-        if layout.unified() {
-            usage.cpu = cpu_time(&mut reader);
-            (usage.memory, usage.swap) = memory_v2(&mut reader);
-            return usage;
-        }
-    }
-    if let Some(dir) = layout.v1("cpuacct", cgroup) {
-        usage.cpu = reader.enter(&dir).number("cpuacct.usage");
-    }
-    if let Some(dir) = layout.v1("memory", cgroup) {
-        reader.enter(&dir);
-        if let Some(now) = reader.number("memory.usage_in_bytes")
-            && let Some(text) = reader.text("memory.stat")
-        {
-            let (memory, swap) = memory_v1(now, text);
-            usage.memory = Some(memory);
-            usage.swap = swap;
-        }
-    }
-    usage
+/// Reads what every stats call tells of one cgroup, again and again: its files stay open, because opening them
+/// costs several times what reading them does.
+#[derive(Debug, Default)]
+pub struct Sampler {
+    files: Vec<Kept>,
 }
 
-fn cpu_time(reader: &mut Reader) -> Option<u64> {
-    let text = reader.text("cpu.stat")?;
-    let found = keyed(text).find(|(key, _)| *key == "usage_usec");
+impl Sampler {
+    /// What the cgroup (absolute path in each hierarchy) has used until now.
+    pub fn usage(&mut self, layout: &Layout, cgroup: &Path) -> Usage {
+        let mut usage = Usage {
+            at: now(),
+            ..Usage::default()
+        };
+        let mut files = Files {
+            kept: &mut self.files,
+            next: 0,
+        };
+        let unified = layout.v2(cgroup);
+        if let Some(dir) = &unified {
+            let [cpu, memory, io] =
+                PRESSURES.map(|name| files.with(dir, name, Pressure::parse).flatten());
+            usage.cpu_pressure = cpu;
+            usage.memory_pressure = memory;
+            usage.io_pressure = io;
+        }
+        match unified.filter(|_| layout.unified()) {
+            Some(dir) => {
+                usage.cpu = files.with(&dir, "cpu.stat", cpu_time).flatten();
+                (usage.memory, usage.swap) = memory_v2(&mut files, &dir);
+            }
+            None => {
+                let dir = layout.v1("cpuacct", cgroup);
+                usage.cpu = dir.and_then(|dir| files.number(&dir, "cpuacct.usage"));
+                if let Some(dir) = layout.v1("memory", cgroup)
+                    && let Some(now) = files.number(&dir, "memory.usage_in_bytes")
+                    && let Some((memory, swap)) =
+                        files.with(&dir, "memory.stat", |text| memory_v1(now, text))
+                {
+                    usage.memory = Some(memory);
+                    usage.swap = swap;
+                }
+            }
+        }
+        usage
+    }
+
+    /// Closes the files: the cgroup has ended.
+    pub fn close(&mut self) {
+        self.files = Vec::new();
+    }
+}
+
+/// The files of a [`Sampler`] in the order in which it reads them, which is always the same.
+struct Files<'a> {
+    kept: &'a mut Vec<Kept>,
+    next: usize,
+}
+
+impl Files<'_> {
+    fn with<T>(&mut self, dir: &Path, name: &str, read: impl FnOnce(&str) -> T) -> Option<T> {
+        if self.kept.len() == self.next {
+            self.kept.push(Kept::default());
+        }
+        let file = &mut self.kept[self.next];
+        self.next += 1;
+        file.with(dir, name, read)
+    }
+
+    fn number(&mut self, dir: &Path, name: &str) -> Option<u64> {
+        let number = |text: &str| text.trim().parse().ok();
+        self.with(dir, name, number).flatten()
+    }
+
+    /// A limit; `None` for `max`, too.
+    fn limit(&mut self, dir: &Path, name: &str) -> Option<u64> {
+        self.number(dir, name)
+    }
+}
+
+fn cpu_time(stat: &str) -> Option<u64> {
+    let found = keyed(stat).find(|(key, _)| *key == "usage_usec");
     found.map(|(_, micros)| micros.saturating_mul(1000))
 }
 
-fn memory_v2(reader: &mut Reader) -> (Option<Memory>, Option<Swap>) {
-    let Some(now) = reader.number("memory.current") else {
-        return (None, None);
-    };
-    let mut memory = Memory {
-        usage: now,
-        ..Memory::default()
-    };
-    let Some(text) = reader.text("memory.stat") else {
-        return (None, None);
-    };
-    for (key, value) in keyed(text) {
-        match key {
-            "anon" => memory.rss = value,
-            "file" => memory.cache = value,
-            "file_mapped" => memory.mapped_file = value,
-            "kernel" => memory.kernel = Some(value),
-            "inactive_file" => memory.inactive_file = value,
-            "pgfault" => memory.page_faults = value,
-            "pgmajfault" => memory.major_page_faults = value,
-            _ => {}
+fn memory_v2(files: &mut Files<'_>, dir: &Path) -> (Option<Memory>, Option<Swap>) {
+    // All are read, whatever the others say: see Files.
+    let usage = files.number(dir, "memory.current");
+    let memory = files.with(dir, "memory.stat", |text| {
+        let mut memory = Memory::default();
+        for (key, value) in keyed(text) {
+            match key {
+                "anon" => memory.rss = value,
+                "file" => memory.cache = value,
+                "file_mapped" => memory.mapped_file = value,
+                "kernel" => memory.kernel = Some(value),
+                "inactive_file" => memory.inactive_file = value,
+                "pgfault" => memory.page_faults = value,
+                "pgmajfault" => memory.major_page_faults = value,
+                _ => {}
+            }
         }
-    }
-    memory.limit = reader.limit("memory.max").flatten();
-    let swap = reader.number("memory.swap.current").map(|usage| Swap {
-        usage,
-        limit: reader.limit("memory.swap.max").flatten(),
+        memory
     });
-    (Some(memory), swap)
+    let limit = files.limit(dir, "memory.max");
+    let swapped = files.number(dir, "memory.swap.current");
+    let swap_limit = files.limit(dir, "memory.swap.max");
+    let memory = memory.zip(usage).map(|(memory, usage)| Memory {
+        usage,
+        limit,
+        ..memory
+    });
+    let swap = swapped.map(|usage| Swap {
+        usage,
+        limit: swap_limit,
+    });
+    (memory, swap)
 }
 
 fn memory_v1(now: u64, stat: &str) -> (Memory, Option<Swap>) {
@@ -453,23 +500,29 @@ mod tests {
     fn memory_of_version_two() {
         let dir = tempfile::tempdir().unwrap();
         let put = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-        let mut reader = Reader::new();
-        reader.enter(dir.path());
-        assert_eq!(memory_v2(&mut reader), (None, None));
+        let mut kept = Vec::new();
+        let mut read = || {
+            let mut files = Files {
+                kept: &mut kept,
+                next: 0,
+            };
+            memory_v2(&mut files, dir.path())
+        };
+        assert_eq!(read(), (None, None));
         put("memory.current", "1000\n");
         put(
             "memory.stat",
             "anon 400\nfile 500\nkernel 90\nfile_mapped 4\ninactive_file 300\npgfault 8\npgmajfault 2\n",
         );
         put("memory.max", "max\n");
-        let (memory, swap) = memory_v2(&mut reader);
+        let (memory, swap) = read();
         let memory = memory.unwrap();
         assert_eq!((memory.working_set(), memory.available()), (700, None));
         assert_eq!((memory.rss, memory.kernel, swap), (400, Some(90), None));
         put("memory.max", "2000\n");
         put("memory.swap.current", "30\n");
         put("memory.swap.max", "100\n");
-        let (memory, swap) = memory_v2(&mut reader);
+        let (memory, swap) = read();
         assert_eq!(memory.unwrap().available(), Some(1300));
         assert_eq!(swap.unwrap().available(), Some(70));
     }
@@ -521,7 +574,8 @@ mod tests {
     #[test]
     fn a_cgroup_that_is_not_there_has_used_nothing() {
         let layout = Layout::detect().unwrap();
-        let usage = usage(&layout, Path::new("/slipway-no-such-cgroup"));
+        let mut sampler = Sampler::default();
+        let usage = sampler.usage(&layout, Path::new("/slipway-no-such-cgroup"));
         assert!(usage.cpu.is_none() && usage.memory.is_none() && usage.io_pressure.is_none());
         assert_eq!(
             detail(&layout, Path::new("/slipway-no-such-cgroup")).threads,

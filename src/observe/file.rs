@@ -1,6 +1,10 @@
 //! Reading the kernel's small files with as few system calls as there can be.
 
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -71,6 +75,70 @@ impl Reader {
     }
 }
 
+/// A file that stays open between reads, as long as descriptors are not scarce.
+#[derive(Debug, Default)]
+pub struct Kept(Option<OwnedFd>);
+
+/// How many files stay open in all of this process.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    static CONTENT: RefCell<Vec<u8>> = RefCell::new(vec![0; ROOM]);
+}
+
+impl Kept {
+    /// Reads the file, which is opened when it is not; `None` when it is gone.
+    pub fn with<T>(&mut self, dir: &Path, name: &str, read: impl FnOnce(&str) -> T) -> Option<T> {
+        CONTENT.with_borrow_mut(|content| {
+            let length = self.fill(dir, name, content)?;
+            std::str::from_utf8(&content[..length]).ok().map(read)
+        })
+    }
+
+    fn fill(&mut self, dir: &Path, name: &str, content: &mut [u8]) -> Option<usize> {
+        if let Some(fd) = &self.0 {
+            // Such a file comes whole with the first read, and anew with each read at its beginning.
+            match rustix::io::pread(fd, &mut *content, 0) {
+                Ok(length) => return Some(length),
+                // The cgroup is gone; another of the same name is another cgroup.
+                Err(_) => self.close(),
+            }
+        }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(dir.join(name), flags, Mode::empty()).ok()?;
+        let length = rustix::io::pread(&fd, content, 0).ok()?;
+        if OPEN.fetch_add(1, Ordering::Relaxed) < most_open() {
+            self.0 = Some(fd);
+        } else {
+            OPEN.fetch_sub(1, Ordering::Relaxed);
+        }
+        Some(length)
+    }
+
+    fn close(&mut self) {
+        if self.0.take().is_some() {
+            OPEN.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Half of the descriptors that this process may have: the rest is for those that can't do without.
+fn most_open() -> usize {
+    static MOST: OnceLock<usize> = OnceLock::new();
+    *MOST.get_or_init(|| {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        limit
+            .current
+            .map_or(usize::MAX, |n| usize::try_from(n / 2).unwrap_or(usize::MAX))
+    })
+}
+
 /// The lines `key value` of a file, such as memory.stat.
 pub fn keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines()
@@ -81,6 +149,20 @@ pub fn keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kept_file_is_read_anew_each_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("n");
+        let mut kept = Kept::default();
+        let mut read = || kept.with(dir.path(), "n", str::to_owned);
+        assert_eq!(read(), None);
+        std::fs::write(&path, "1\n").unwrap();
+        assert_eq!(read().as_deref(), Some("1\n"));
+        std::fs::write(&path, "22\n").unwrap();
+        assert_eq!(read().as_deref(), Some("22\n"));
+        assert!(OPEN.load(Ordering::Relaxed) >= 1);
+    }
 
     #[test]
     fn numbers_limits_and_tables() {

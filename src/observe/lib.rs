@@ -5,8 +5,8 @@
 //! from the answer: a container may end at any time, and that is no failure of a statistic.
 //!
 //! ```text
-//! Layout ── where the controllers are ─► cgroup::usage   the few files that every stats call reads
-//!                                        cgroup::detail  the rest, for metrics
+//! Layout ── where the controllers are ─► cgroup::Sampler  the few files that every stats call reads
+//!                                        cgroup::detail   the rest, for metrics
 //! network::read ── one thread that visits the namespaces
 //! disk::Ledger ─── walks writable layers off the caller's path, and remembers
 //! Rate ─────────── nanocores from two samples

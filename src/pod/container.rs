@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use slipway_image::ImageLease;
-use slipway_observe::Rate;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
 
@@ -15,6 +14,7 @@ use super::names::container_name;
 use super::record::ContainerRecord;
 use super::sandbox::Cell;
 use super::state::{Stage, Status};
+use super::stats::Meter;
 
 /// A container.
 pub struct Container {
@@ -28,8 +28,8 @@ pub struct Container {
     /// Starting and removing take turns; nothing else waits here.
     pub turn: tokio::sync::Mutex<()>,
     stop_signalled: AtomicBool,
-    /// Its last CPU sample.
-    pub rate: Mutex<Rate>,
+    /// Its use of the machine, as far as that is remembered between two samples.
+    pub meter: Mutex<Meter>,
     /// What limits are in force now; the record has those that it was created with or found with.
     resources: RwLock<cri::LinuxContainerResources>,
     /// Keeps the image's layers.
@@ -53,7 +53,7 @@ impl Container {
             cell,
             turn: tokio::sync::Mutex::new(()),
             stop_signalled: AtomicBool::new(false),
-            rate: Mutex::default(),
+            meter: Mutex::default(),
             lease: Mutex::new(lease),
         })
     }

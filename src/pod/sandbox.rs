@@ -8,7 +8,6 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use slipway_observe::Rate;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
@@ -19,6 +18,7 @@ use super::names::pod_name;
 use super::node::now;
 use super::record::PodRecord;
 use super::state::{PodStage, Stage, Status};
+use super::stats::Meter;
 
 /// A container's state, shared by the container, those who wait for its end, and the pod's event stream.
 pub struct Cell {
@@ -108,8 +108,8 @@ pub struct Pod {
     pub keeper: Keeper,
     /// What the pod was sized to last; the record has what it was made or found with.
     sizes: Mutex<Sizes>,
-    /// Its last CPU sample.
-    pub rate: Mutex<Rate>,
+    /// Its use of the machine, as far as that is remembered between two samples.
+    pub meter: Mutex<Meter>,
     stage: watch::Sender<PodStage>,
     feed: Arc<Feed>,
     /// Whether its end has been told.
@@ -127,7 +127,7 @@ impl Pod {
             keeper: Keeper::at(&record.id, dir),
             dir: dir.to_owned(),
             sizes: Mutex::new(Sizes::of(&record)),
-            rate: Mutex::default(),
+            meter: Mutex::default(),
             feed,
             end_told: AtomicBool::new(stage == PodStage::Stopped),
             stage: watch::Sender::new(stage),

@@ -8,11 +8,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use slipway_observe::cgroup::{self, Usage};
+use slipway_observe::cgroup::{self, Sampler, Usage};
 use slipway_observe::disk::{self, Counted};
 use slipway_observe::metrics::{self, Asked, ContainerView, Sample};
 use slipway_observe::network::{self, Interface};
-use slipway_observe::{Layout, process};
+use slipway_observe::{Layout, Rate, process};
 
 use super::container::Container;
 use super::error::PodError;
@@ -26,6 +26,22 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const WORTH_A_THREAD: usize = 32;
 /// The most threads of one call.
 const THREADS: usize = 4;
+
+/// What is remembered of a container or pod between two samples.
+#[derive(Debug, Default)]
+pub struct Meter {
+    files: Sampler,
+    rate: Rate,
+}
+
+impl Meter {
+    /// A sample, and the nanocores used lately.
+    fn read(&mut self, layout: &Layout, cgroup: &str) -> (Usage, Option<u64>) {
+        let usage = self.files.usage(layout, Path::new(cgroup));
+        let nano_cores = usage.cpu.and_then(|cpu| self.rate.sample(usage.at, cpu));
+        (usage, nano_cores)
+    }
+}
 
 /// What a container uses.
 pub struct ContainerSample {
@@ -117,10 +133,16 @@ impl Node {
         let counts = self.ledger.usage(&layers, PATIENCE);
         let each = containers.into_iter().zip(counts).collect();
         side_by_side(each, |(container, layer)| {
-            let alive = container.stage() != Stage::Exited;
-            let cgroup = Path::new(&container.record.cgroup);
-            let usage = alive.then(|| cgroup::usage(&self.layout, cgroup));
-            let nano_cores = usage.and_then(|u| container.rate.lock().sample(u.at, u.cpu?));
+            let mut meter = container.meter.lock();
+            let read = match container.stage() {
+                Stage::Exited => {
+                    meter.files.close();
+                    None
+                }
+                _ => Some(meter.read(&self.layout, &container.record.cgroup)),
+            };
+            drop(meter);
+            let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));
             ContainerSample {
                 usage,
                 nano_cores,
@@ -146,13 +168,20 @@ impl Node {
             })
             .collect();
         side_by_side(each, |(pod, interfaces, containers)| {
-            let alive = pod.stage() != PodStage::Stopped;
-            let cgroup = Path::new(&pod.record.cgroup);
-            let usage = alive.then(|| cgroup::usage(&self.layout, cgroup));
-            let nano_cores = usage.and_then(|u| pod.rate.lock().sample(u.at, u.cpu?));
-            let processes = alive
-                .then(|| cgroup::thread_count(&self.layout, cgroup))
-                .flatten();
+            let mut meter = pod.meter.lock();
+            let read = match pod.stage() {
+                PodStage::Stopped => {
+                    meter.files.close();
+                    None
+                }
+                _ => Some(meter.read(&self.layout, &pod.record.cgroup)),
+            };
+            drop(meter);
+            let processes = read.and_then(|_| {
+                let cgroup = Path::new(&pod.record.cgroup);
+                cgroup::thread_count(&self.layout, cgroup)
+            });
+            let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));
             PodSample {
                 usage,
                 nano_cores,
