@@ -253,6 +253,8 @@ async fn run(
     notify(&[NotifyState::Stopping]);
     // New daemons must not mistake ours for a live one's while it drains.
     let _ = std::fs::remove_file(&listen);
+    // Subscribers would hold their connections for ever.
+    node.feed.close();
     let _ = stop.send(());
     let drained = tokio::time::timeout(DRAIN, async {
         let _ = (&mut server).await;

@@ -379,6 +379,26 @@ impl Keeper {
             .map(drop)
     }
 
+    /// Changes a container's limits to what `resources` (OCI LinuxResources as JSON) names; all or nothing.
+    ///
+    /// # Errors
+    /// `WrongState` when more memory is in use than the new limit allows, or the container has ended;
+    /// `Invalid` for what the kernel refuses; `Unsupported` by a keeper of an older version.
+    pub async fn update(
+        &self,
+        id: &str,
+        resources: Vec<u8>,
+        timeout: Duration,
+    ) -> Result<(), ClientError> {
+        let call = Call::UpdateContainer(proto::UpdateContainer {
+            id: id.to_owned(),
+            resources,
+        });
+        self.call("UpdateContainer", call, &[], Some(timeout))
+            .await
+            .map(drop)
+    }
+
     /// Reopens a container's log file; works whatever the container's state.
     ///
     /// # Errors

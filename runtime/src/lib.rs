@@ -25,6 +25,7 @@ pub mod placement;
 mod places;
 mod propagation;
 pub mod removal;
+mod resize;
 mod rootfs;
 pub mod sandbox;
 mod scope;

@@ -9,6 +9,7 @@ use slipway_proto::cri;
 
 use super::filter::{container_fits, container_state};
 use super::signal;
+use crate::pod::state::Status;
 use crate::pod::{Container, Node, PodError};
 
 pub async fn create(
@@ -25,6 +26,17 @@ pub async fn start(
 ) -> Result<cri::StartContainerResponse, PodError> {
     node.start_container(&request.container_id).await?;
     Ok(cri::StartContainerResponse {})
+}
+
+pub async fn update(
+    node: &Arc<Node>,
+    request: cri::UpdateContainerResourcesRequest,
+) -> Result<cri::UpdateContainerResourcesResponse, PodError> {
+    let linux = request.linux.ok_or_else(|| {
+        PodError::Invalid("UpdateContainerResources needs linux resources".to_owned())
+    })?;
+    node.resize_container(&request.container_id, linux).await?;
+    Ok(cri::UpdateContainerResourcesResponse {})
 }
 
 pub async fn stop(
@@ -46,33 +58,42 @@ pub async fn remove(
 
 pub fn list(node: &Node, request: &cri::ListContainersRequest) -> cri::ListContainersResponse {
     let filter = request.filter.as_ref();
-    let containers = node
-        .containers
-        .all()
-        .iter()
-        .filter(|c| {
-            container_fits(
-                filter,
-                c.id(),
-                &c.record.pod_id,
-                c.stage(),
-                &c.record.config.labels,
-            )
-        })
-        .map(|c| cri::Container {
-            id: c.id().to_owned(),
-            pod_sandbox_id: c.record.pod_id.clone(),
-            metadata: Some(c.metadata()),
-            image: c.record.config.image.clone(),
-            image_ref: c.record.image_ref.clone(),
-            state: container_state(c.stage()) as i32,
-            created_at: c.status().created_at,
-            labels: c.record.config.labels.clone(),
-            annotations: c.record.config.annotations.clone(),
-            image_id: c.record.image_id.clone(),
-        })
-        .collect();
-    cri::ListContainersResponse { containers }
+    cri::ListContainersResponse {
+        containers: chosen(node, filter).iter().map(|c| listed(c)).collect(),
+    }
+}
+
+/// The containers that pass the filter, as they are when they are reached.
+pub fn stream(
+    node: &Node,
+    request: cri::StreamContainersRequest,
+) -> impl Iterator<Item = cri::Container> + Send + 'static {
+    let found = chosen(node, request.filter.as_ref());
+    found.into_iter().map(|container| listed(&container))
+}
+
+fn chosen(node: &Node, filter: Option<&cri::ContainerFilter>) -> Vec<Arc<Container>> {
+    let mut found = node.containers.all();
+    found.retain(|c| {
+        let labels = &c.record.config.labels;
+        container_fits(filter, c.id(), &c.record.pod_id, c.stage(), labels)
+    });
+    found
+}
+
+fn listed(c: &Container) -> cri::Container {
+    cri::Container {
+        id: c.id().to_owned(),
+        pod_sandbox_id: c.record.pod_id.clone(),
+        metadata: Some(c.metadata()),
+        image: c.record.config.image.clone(),
+        image_ref: c.record.image_ref.clone(),
+        state: container_state(c.stage()) as i32,
+        created_at: c.status().created_at,
+        labels: c.record.config.labels.clone(),
+        annotations: c.record.config.annotations.clone(),
+        image_id: c.record.image_id.clone(),
+    }
 }
 
 pub fn status(
@@ -86,13 +107,14 @@ pub fn status(
         HashMap::new()
     };
     Ok(cri::ContainerStatusResponse {
-        status: Some(container_status(&container)),
+        status: Some(container_status(&container, container.status())),
         info,
     })
 }
 
-fn container_status(container: &Container) -> cri::ContainerStatus {
-    let (record, status) = (&container.record, container.status());
+/// A container's status on the wire.
+pub fn container_status(container: &Container, status: Status) -> cri::ContainerStatus {
+    let record = &container.record;
     let image = record.config.image.clone().unwrap_or_default();
     cri::ContainerStatus {
         id: container.id().to_owned(),
@@ -114,7 +136,7 @@ fn container_status(container: &Container) -> cri::ContainerStatus {
         mounts: record.mounts.clone(),
         log_path: record.log_path.clone(),
         resources: Some(cri::ContainerResources {
-            linux: Some(record.resources.clone()),
+            linux: Some(container.resources()),
             windows: None,
         }),
         image_id: record.image_id.clone(),

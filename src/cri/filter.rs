@@ -69,6 +69,29 @@ pub fn container_fits(
     })
 }
 
+/// Whether a container's statistics are asked for.
+pub fn container_stats_fit(
+    filter: Option<&cri::ContainerStatsFilter>,
+    id: &str,
+    pod_id: &str,
+    labels: &HashMap<String, String>,
+) -> bool {
+    filter.is_none_or(|f| {
+        id_fits(id, &f.id)
+            && id_fits(pod_id, &f.pod_sandbox_id)
+            && labels_fit(labels, &f.label_selector)
+    })
+}
+
+/// Whether a pod's statistics are asked for.
+pub fn pod_stats_fit(
+    filter: Option<&cri::PodSandboxStatsFilter>,
+    id: &str,
+    labels: &HashMap<String, String>,
+) -> bool {
+    filter.is_none_or(|f| id_fits(id, &f.id) && labels_fit(labels, &f.label_selector))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

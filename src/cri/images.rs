@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 
 use super::call::{Kind, call, image_span, node_span};
-use super::unimplemented::{Nothing, later};
+use super::stream::{self, Batches};
 use crate::pod::{Node, PodError, now};
 
 /// The ImageService.
@@ -36,13 +36,20 @@ impl ImageService for Images {
             .await
     }
 
-    type StreamImagesStream = Nothing<cri::StreamImagesResponse>;
+    type StreamImagesStream = Batches<cri::StreamImagesResponse>;
 
     async fn stream_images(
         &self,
-        _: Request<cri::StreamImagesRequest>,
+        request: Request<cri::StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
-        later("StreamImages")
+        let filter = request.into_inner().filter;
+        let asked = filter.and_then(|f| f.image).unwrap_or_default().image;
+        let images = chosen(&self.0, &asked).into_iter().map(|i| on_wire(&i));
+        let message = |images| cri::StreamImagesResponse { images };
+        let work = async { Ok(stream::of(images, message)) };
+        call(Kind::Look, work)
+            .instrument(image_span("StreamImages", &asked))
+            .await
     }
 
     async fn image_status(
@@ -92,12 +99,16 @@ impl ImageService for Images {
 }
 
 fn list(node: &Node, asked: &str) -> cri::ListImagesResponse {
-    let found = match asked {
-        "" => node.images.list(),
-        name => node.images.resolve(name).into_iter().collect(),
-    };
+    let found = chosen(node, asked);
     cri::ListImagesResponse {
         images: found.iter().map(|image| on_wire(image)).collect(),
+    }
+}
+
+fn chosen(node: &Node, asked: &str) -> Vec<Arc<Image>> {
+    match asked {
+        "" => node.images.list(),
+        name => node.images.resolve(name).into_iter().collect(),
     }
 }
 

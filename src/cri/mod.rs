@@ -4,13 +4,17 @@
 mod call;
 mod code;
 mod containers;
+mod events;
 mod exec;
 mod filter;
 mod images;
 mod info;
+mod metrics;
 mod pods;
 mod runtime_service;
 mod signal;
+mod stats;
+mod stream;
 mod unimplemented;
 
 pub use images::Images;

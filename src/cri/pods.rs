@@ -6,7 +6,9 @@ use std::sync::Arc;
 use serde_json::json;
 use slipway_proto::cri;
 
+use super::containers::container_status;
 use super::filter::{pod_fits, pod_state};
+use crate::pod::sandbox::Sizes;
 use crate::pod::state::PodStage;
 use crate::pod::{Node, Pod, PodError, now};
 
@@ -34,6 +36,18 @@ pub async fn stop(
     Ok(cri::StopPodSandboxResponse {})
 }
 
+pub async fn update(
+    node: &Arc<Node>,
+    request: cri::UpdatePodSandboxResourcesRequest,
+) -> Result<cri::UpdatePodSandboxResourcesResponse, PodError> {
+    let sizes = Sizes {
+        overhead: request.overhead,
+        resources: request.resources,
+    };
+    node.resize_pod(&request.pod_sandbox_id, sizes).await?;
+    Ok(cri::UpdatePodSandboxResourcesResponse {})
+}
+
 pub async fn remove(
     node: &Arc<Node>,
     request: cri::RemovePodSandboxRequest,
@@ -43,23 +57,39 @@ pub async fn remove(
 }
 
 pub fn list(node: &Node, request: &cri::ListPodSandboxRequest) -> cri::ListPodSandboxResponse {
-    let filter = request.filter.as_ref();
-    let items = node
-        .pods
-        .all()
-        .iter()
-        .filter(|pod| pod_fits(filter, pod.id(), pod.stage(), &pod.record.config.labels))
-        .map(|pod| cri::PodSandbox {
-            id: pod.id().to_owned(),
-            metadata: Some(pod.metadata()),
-            state: pod_state(pod.stage()) as i32,
-            created_at: pod.record.created_at,
-            labels: pod.record.config.labels.clone(),
-            annotations: pod.record.config.annotations.clone(),
-            runtime_handler: pod.record.handler.clone(),
-        })
-        .collect();
-    cri::ListPodSandboxResponse { items }
+    cri::ListPodSandboxResponse {
+        items: chosen(node, request.filter.as_ref())
+            .iter()
+            .map(|pod| listed(pod))
+            .collect(),
+    }
+}
+
+/// The pods that pass the filter, as they are when they are reached.
+pub fn stream(
+    node: &Node,
+    request: cri::StreamPodSandboxesRequest,
+) -> impl Iterator<Item = cri::PodSandbox> + Send + 'static {
+    let found = chosen(node, request.filter.as_ref());
+    found.into_iter().map(|pod| listed(&pod))
+}
+
+fn chosen(node: &Node, filter: Option<&cri::PodSandboxFilter>) -> Vec<Arc<Pod>> {
+    let mut found = node.pods.all();
+    found.retain(|pod| pod_fits(filter, pod.id(), pod.stage(), &pod.record.config.labels));
+    found
+}
+
+fn listed(pod: &Pod) -> cri::PodSandbox {
+    cri::PodSandbox {
+        id: pod.id().to_owned(),
+        metadata: Some(pod.metadata()),
+        state: pod_state(pod.stage()) as i32,
+        created_at: pod.record.created_at,
+        labels: pod.record.config.labels.clone(),
+        annotations: pod.record.config.annotations.clone(),
+        runtime_handler: pod.record.handler.clone(),
+    }
 }
 
 pub async fn status(
@@ -73,15 +103,20 @@ pub async fn status(
         HashMap::new()
     };
     Ok(cri::PodSandboxStatusResponse {
-        status: Some(pod_status(&pod)),
+        status: Some(pod_status(&pod, pod.stage())),
         info,
-        // For the evented PLEG, which a later issue brings.
-        containers_statuses: Vec::new(),
+        // For the evented PLEG, which puts them beside the events.
+        containers_statuses: node
+            .containers_of_pod(&pod)
+            .iter()
+            .map(|c| container_status(c, c.status()))
+            .collect(),
         timestamp: now(),
     })
 }
 
-fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
+/// A pod's status on the wire.
+pub fn pod_status(pod: &Pod, stage: PodStage) -> cri::PodSandboxStatus {
     let config = &pod.record.config;
     let security = config
         .linux
@@ -91,7 +126,7 @@ fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
         .and_then(|s| s.namespace_options.clone())
         .unwrap_or_default();
     // A stopped pod has given its addresses back; they may be another's by now.
-    let ips = if pod.stage() == PodStage::Ready {
+    let ips = if stage == PodStage::Ready {
         pod.record.ips.as_slice()
     } else {
         &[]
@@ -108,7 +143,7 @@ fn pod_status(pod: &Pod) -> cri::PodSandboxStatus {
     cri::PodSandboxStatus {
         id: pod.id().to_owned(),
         metadata: Some(pod.metadata()),
-        state: pod_state(pod.stage()) as i32,
+        state: pod_state(stage) as i32,
         created_at: pod.record.created_at,
         network: Some(cri::PodSandboxNetworkStatus { ip, additional_ips }),
         linux: Some(cri::LinuxPodSandboxStatus {

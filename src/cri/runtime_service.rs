@@ -8,8 +8,9 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 
 use super::call::{Kind, call, container_span, node_span, pod_span};
-use super::unimplemented::{Nothing, later};
-use super::{containers, exec, info, pods};
+use super::stream::{self, Batches};
+use super::unimplemented::later;
+use super::{containers, events, exec, info, metrics, pods, stats};
 use crate::pod::Node;
 
 /// The RuntimeService.
@@ -235,9 +236,17 @@ impl RuntimeService for Runtime {
 
     async fn update_container_resources(
         &self,
-        _: Request<cri::UpdateContainerResourcesRequest>,
+        request: Request<cri::UpdateContainerResourcesRequest>,
     ) -> Result<Response<cri::UpdateContainerResourcesResponse>, Status> {
-        later("UpdateContainerResources")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("UpdateContainerResources", &r.container_id);
+        call(
+            Kind::Change,
+            async move { containers::update(node, r).await },
+        )
+        .instrument(span)
+        .await
     }
 
     async fn exec(
@@ -263,30 +272,53 @@ impl RuntimeService for Runtime {
 
     async fn container_stats(
         &self,
-        _: Request<cri::ContainerStatsRequest>,
+        request: Request<cri::ContainerStatsRequest>,
     ) -> Result<Response<cri::ContainerStatsResponse>, Status> {
-        later("ContainerStats")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("ContainerStats", &r.container_id);
+        call(Kind::Look, async move { stats::container(node, r).await })
+            .instrument(span)
+            .await
     }
 
     async fn list_container_stats(
         &self,
-        _: Request<cri::ListContainerStatsRequest>,
+        request: Request<cri::ListContainerStatsRequest>,
     ) -> Result<Response<cri::ListContainerStatsResponse>, Status> {
-        later("ListContainerStats")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = node_span("ListContainerStats");
+        call(
+            Kind::Look,
+            async move { stats::list_containers(node, r).await },
+        )
+        .instrument(span)
+        .await
     }
 
     async fn pod_sandbox_stats(
         &self,
-        _: Request<cri::PodSandboxStatsRequest>,
+        request: Request<cri::PodSandboxStatsRequest>,
     ) -> Result<Response<cri::PodSandboxStatsResponse>, Status> {
-        later("PodSandboxStats")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("PodSandboxStats", &r.pod_sandbox_id);
+        call(Kind::Look, async move { stats::pod(node, r).await })
+            .instrument(span)
+            .await
     }
 
     async fn list_pod_sandbox_stats(
         &self,
-        _: Request<cri::ListPodSandboxStatsRequest>,
+        request: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Result<Response<cri::ListPodSandboxStatsResponse>, Status> {
-        later("ListPodSandboxStats")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = node_span("ListPodSandboxStats");
+        call(Kind::Look, async move { stats::list_pods(node, r).await })
+            .instrument(span)
+            .await
     }
 
     async fn checkpoint_container(
@@ -314,74 +346,151 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Result<Response<cri::ListMetricDescriptorsResponse>, Status> {
-        later("ListMetricDescriptors")
+        let span = node_span("ListMetricDescriptors");
+        call(Kind::Look, async move { Ok(metrics::descriptors()) })
+            .instrument(span)
+            .await
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Result<Response<cri::ListPodSandboxMetricsResponse>, Status> {
-        later("ListPodSandboxMetrics")
+        let node = &self.0;
+        let span = node_span("ListPodSandboxMetrics");
+        call(Kind::Look, async move { metrics::list(node).await })
+            .instrument(span)
+            .await
     }
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<cri::UpdatePodSandboxResourcesResponse>, Status> {
-        later("UpdatePodSandboxResources")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("UpdatePodSandboxResources", &r.pod_sandbox_id);
+        call(Kind::Change, async move { pods::update(node, r).await })
+            .instrument(span)
+            .await
     }
 
-    type StreamPodSandboxesStream = Nothing<cri::StreamPodSandboxesResponse>;
+    type StreamPodSandboxesStream = Batches<cri::StreamPodSandboxesResponse>;
 
     async fn stream_pod_sandboxes(
         &self,
-        _: Request<cri::StreamPodSandboxesRequest>,
+        request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Result<Response<Self::StreamPodSandboxesStream>, Status> {
-        later("StreamPodSandboxes")
+        let r = request.into_inner();
+        let node = self.0.clone();
+        let span = node_span("StreamPodSandboxes");
+        call(Kind::Look, async move {
+            Ok(stream::of(pods::stream(&node, r), |pod_sandboxes| {
+                cri::StreamPodSandboxesResponse { pod_sandboxes }
+            }))
+        })
+        .instrument(span)
+        .await
     }
 
-    type StreamContainersStream = Nothing<cri::StreamContainersResponse>;
+    type StreamContainersStream = Batches<cri::StreamContainersResponse>;
 
     async fn stream_containers(
         &self,
-        _: Request<cri::StreamContainersRequest>,
+        request: Request<cri::StreamContainersRequest>,
     ) -> Result<Response<Self::StreamContainersStream>, Status> {
-        later("StreamContainers")
+        let r = request.into_inner();
+        let node = self.0.clone();
+        let span = node_span("StreamContainers");
+        call(Kind::Look, async move {
+            Ok(stream::of(containers::stream(&node, r), |containers| {
+                cri::StreamContainersResponse { containers }
+            }))
+        })
+        .instrument(span)
+        .await
     }
 
-    type StreamContainerStatsStream = Nothing<cri::StreamContainerStatsResponse>;
+    type StreamContainerStatsStream = Batches<cri::StreamContainerStatsResponse>;
 
     async fn stream_container_stats(
         &self,
-        _: Request<cri::StreamContainerStatsRequest>,
+        request: Request<cri::StreamContainerStatsRequest>,
     ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
-        later("StreamContainerStats")
+        let r = request.into_inner();
+        let node = self.0.clone();
+        let span = node_span("StreamContainerStats");
+        call(Kind::Look, async move {
+            let found = stats::chosen_containers(&node, r.filter.as_ref());
+            let measure = move |group| {
+                let node = node.clone();
+                async move { stats::of_containers(&node, group).await }
+            };
+            Ok(stream::measured(found, measure, |container_stats| {
+                cri::StreamContainerStatsResponse { container_stats }
+            }))
+        })
+        .instrument(span)
+        .await
     }
 
-    type StreamPodSandboxStatsStream = Nothing<cri::StreamPodSandboxStatsResponse>;
+    type StreamPodSandboxStatsStream = Batches<cri::StreamPodSandboxStatsResponse>;
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _: Request<cri::StreamPodSandboxStatsRequest>,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
-        later("StreamPodSandboxStats")
+        let r = request.into_inner();
+        let node = self.0.clone();
+        let span = node_span("StreamPodSandboxStats");
+        call(Kind::Look, async move {
+            let found = stats::chosen_pods(&node, r.filter.as_ref());
+            let measure = move |group| {
+                let node = node.clone();
+                async move { stats::of_pods(&node, group).await }
+            };
+            Ok(stream::measured(found, measure, |pod_sandbox_stats| {
+                cri::StreamPodSandboxStatsResponse { pod_sandbox_stats }
+            }))
+        })
+        .instrument(span)
+        .await
     }
 
-    type GetContainerEventsStream = Nothing<cri::ContainerEventResponse>;
+    type GetContainerEventsStream = Batches<cri::ContainerEventResponse>;
 
     async fn get_container_events(
         &self,
         _: Request<cri::GetEventsRequest>,
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
-        later("GetContainerEvents")
+        let node = &self.0;
+        let span = node_span("GetContainerEvents");
+        call(Kind::Look, async move { Ok(events::follow(node)) })
+            .instrument(span)
+            .await
     }
 
-    type StreamPodSandboxMetricsStream = Nothing<cri::StreamPodSandboxMetricsResponse>;
+    type StreamPodSandboxMetricsStream = Batches<cri::StreamPodSandboxMetricsResponse>;
 
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
-        later("StreamPodSandboxMetrics")
+        let node = self.0.clone();
+        let span = node_span("StreamPodSandboxMetrics");
+        call(Kind::Look, async move {
+            let found = node.pods.all();
+            let measure = move |group| {
+                let node = node.clone();
+                async move { metrics::of_pods(&node, group).await }
+            };
+            Ok(stream::measured(found, measure, |pod_sandbox_metrics| {
+                cri::StreamPodSandboxMetricsResponse {
+                    pod_sandbox_metrics,
+                }
+            }))
+        })
+        .instrument(span)
+        .await
     }
 }

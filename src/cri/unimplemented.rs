@@ -1,12 +1,6 @@
 //! Calls that Slipway does not serve yet.
 
-use std::pin::Pin;
-
-use tokio_stream::Stream;
 use tonic::{Response, Status};
-
-/// The stream of a call that is not served yet.
-pub type Nothing<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// The answer of a call that is not served yet.
 #[allow(clippy::unnecessary_wraps)] // It is an answer like any other.

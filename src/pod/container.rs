@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use slipway_image::ImageLease;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
@@ -14,6 +14,7 @@ use super::names::container_name;
 use super::record::ContainerRecord;
 use super::sandbox::Cell;
 use super::state::{Stage, Status};
+use super::stats::Meter;
 
 /// A container.
 pub struct Container {
@@ -27,6 +28,10 @@ pub struct Container {
     /// Starting and removing take turns; nothing else waits here.
     pub turn: tokio::sync::Mutex<()>,
     stop_signalled: AtomicBool,
+    /// Its use of the machine, as far as that is remembered between two samples.
+    pub meter: Mutex<Meter>,
+    /// What limits are in force now; the record has those that it was created with or found with.
+    resources: RwLock<cri::LinuxContainerResources>,
     /// Keeps the image's layers.
     lease: Mutex<Option<ImageLease>>,
 }
@@ -41,12 +46,14 @@ impl Container {
         lease: Option<ImageLease>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            resources: RwLock::new(record.resources.clone()),
             record,
             dir,
             keeper,
             cell,
             turn: tokio::sync::Mutex::new(()),
             stop_signalled: AtomicBool::new(false),
+            meter: Mutex::default(),
             lease: Mutex::new(lease),
         })
     }
@@ -67,6 +74,16 @@ impl Container {
         container_name(&self.record.pod_id, &m.name, m.attempt)
     }
 
+    /// What limits are in force now.
+    pub fn resources(&self) -> cri::LinuxContainerResources {
+        self.resources.read().clone()
+    }
+
+    /// Other limits are in force from now on.
+    pub(super) fn set_resources(&self, resources: cri::LinuxContainerResources) {
+        *self.resources.write() = resources;
+    }
+
     /// Its state now.
     pub fn status(&self) -> Status {
         self.cell.status.borrow().clone()
@@ -79,7 +96,7 @@ impl Container {
 
     /// Changes its state; `change` says whether it did.
     pub fn update(&self, change: impl FnOnce(&mut Status) -> bool) {
-        self.cell.status.send_if_modified(change);
+        self.cell.change(change);
     }
 
     /// Waits until it has exited, but not longer than `patience`. Returns whether it has.

@@ -92,7 +92,8 @@ impl Node {
                     phases = describe(&laps),
                     "container created"
                 );
-                self.containers.insert(&id, container);
+                self.containers.insert(&id, container.clone());
+                cell.announce(&container);
                 self.traces.add(Trace {
                     method: "CreateContainer",
                     pod_id: pod.id().to_owned(),
@@ -175,7 +176,7 @@ impl Node {
             })?;
         phases.mark("create");
         let created_at = cell.status.borrow().created_at;
-        cell.status.send_if_modified(|status| {
+        cell.change(|status| {
             status.pid = if status.finished_at == 0 { made.pid } else { 0 };
             true
         });

@@ -62,7 +62,7 @@ pub fn take(pod: &Pod, news: &ContainerState) {
     let Some(cell) = pod.cell(&news.id) else {
         return;
     };
-    let changed = cell.status.send_if_modified(|status| status.apply(news));
+    let changed = cell.change(|status| status.apply(news));
     if changed && news.phase() == Phase::Exited {
         let status = cell.status.borrow().clone();
         tracing::info!(
@@ -77,7 +77,7 @@ pub fn take(pod: &Pod, news: &ContainerState) {
 }
 
 /// Settles the state of everything that the dead keeper held.
-pub async fn keeper_died(pod: &Pod) {
+pub async fn keeper_died(pod: &Arc<Pod>) {
     let unexpected = pod.stage() == PodStage::Ready;
     pod.advance(PodStage::NotReady);
     if unexpected {
@@ -105,6 +105,7 @@ pub async fn keeper_died(pod: &Pod) {
         }
     }
     settle(pod);
+    pod.ended();
 }
 
 /// Gives every container of a dead keeper an end: from its exit file, or as lost.
@@ -114,7 +115,7 @@ pub fn settle(pod: &Pod) {
             continue;
         }
         let end = exit_file(&pod.dir, &id);
-        cell.status.send_if_modified(|status| match &end {
+        cell.change(|status| match &end {
             Some(end) => status.apply(end),
             None => status.lost(
                 now(),

@@ -10,6 +10,7 @@ use slipway_runtime::client::ClientError;
 use super::container::Container;
 use super::error::{PodError, chain, file};
 use super::events;
+use super::feed::Kind;
 use super::leftovers;
 use super::node::{Node, now};
 use super::phases::{Phases, Trace, describe};
@@ -302,9 +303,11 @@ impl Node {
         self.containers.remove(id);
         pod.remove_cell(id);
         container.release_image();
+        self.ledger.forget(id);
         self.container_names.release(&container.name(), id);
         self.sweep_later(record_trash);
         self.sweep_later(layers_trash);
+        pod.happened(Kind::Deleted, id);
         tracing::info!(pod = pod.id(), container = id, "container removed");
         Ok(())
     }

@@ -8,6 +8,8 @@ use parking_lot::RwLock;
 use slipway_config::Config;
 use slipway_image::{Credentials, Image, ImageStore};
 use slipway_network::Cni;
+use slipway_observe::Layout;
+use slipway_observe::disk::Ledger;
 use slipway_proto::cri::{CreateContainerRequest, RunPodSandboxRequest};
 use slipway_runtime::client::Keepers;
 use slipway_seccomp::ProfileCache;
@@ -17,11 +19,13 @@ use tracing::Instrument as _;
 
 use super::container::Container;
 use super::error::PodError;
+use super::feed::Feed;
 use super::handlers::Runtimes;
 use super::names::Names;
 use super::phases::Traces;
 use super::probe;
 use super::sandbox::Pod;
+use super::stats;
 use super::store::{Found, Store};
 use crate::memory;
 
@@ -52,6 +56,12 @@ pub struct Node {
     pub seccomp: ProfileCache,
     /// Where the time of the last operations went.
     pub traces: Traces,
+    /// Where cgroups are, for statistics.
+    pub layout: Layout,
+    /// Where what happens is told.
+    pub feed: Arc<Feed>,
+    /// Sizes of writable layers.
+    pub ledger: Arc<Ledger>,
     /// The node's pod network range, as the kubelet said; kept for the operator's information.
     pub pod_cidr: RwLock<String>,
     /// Work that a shutdown waits for.
@@ -77,6 +87,9 @@ impl Node {
             host: HostFacts::detect(),
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
+            layout: stats::layout(),
+            feed: Arc::default(),
+            ledger: Arc::default(),
             pod_cidr: RwLock::default(),
             tasks,
             config: RwLock::new(Arc::new(config)),
@@ -142,6 +155,14 @@ impl Node {
     pub fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
         self.find_container(id)?
             .ok_or_else(|| PodError::NoContainer { id: id.to_owned() })
+    }
+
+    /// The finished containers of a pod, found through the pod: nobody else's are looked at.
+    pub fn containers_of_pod(&self, pod: &Pod) -> Vec<Arc<Container>> {
+        let cells = pod.cells().into_iter();
+        cells
+            .filter_map(|(id, _)| self.containers.get(&id))
+            .collect()
     }
 
     /// The finished containers of a pod.

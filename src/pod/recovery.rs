@@ -130,7 +130,7 @@ impl Node {
         } else {
             PodStage::Ready
         };
-        let pod = Pod::new(record, &dir, stage);
+        let pod = Pod::new(record, &dir, stage, self.feed.clone());
         let mut adopted = Adopted::default();
         let mut half_made = Vec::new();
         for (id, dir) in entries(&pod.containers_dir()).unwrap_or_default() {
@@ -185,7 +185,8 @@ impl Node {
             );
         });
         let id = record.id.clone();
-        let container = Container::new(record, dir, pod.keeper.clone(), cell, lease.ok());
+        let container = Container::new(record, dir, pod.keeper.clone(), cell.clone(), lease.ok());
+        cell.announce(&container);
         self.container_names.adopt(&container.name(), &id);
         self.containers.insert(&id, container);
     }
@@ -214,7 +215,7 @@ impl Node {
                         .get(&id)
                         .cloned()
                         .or_else(|| events::exit_file(&pod.dir, &id));
-                    cell.status.send_if_modified(|status| match &news {
+                    cell.change(|status| match &news {
                         Some(news) => status.apply(news),
                         None => {
                             status.lost(super::now(), "the pod's keeper does not know it".into())

@@ -12,6 +12,7 @@ use slipway_spec::SandboxPlan;
 use super::assemble;
 use super::error::{PodError, file};
 use super::events;
+use super::feed::Kind;
 use super::files::Files;
 use super::leftovers;
 use super::names::pod_name;
@@ -81,6 +82,8 @@ impl Node {
                 let laps = pod.record.phases.clone();
                 tracing::info!(pod = id, phases = describe(&laps), "pod sandbox runs");
                 self.pods.insert(&id, pod.clone());
+                pod.happened(Kind::Created, &id);
+                pod.happened(Kind::Started, &id);
                 events::follow(pod, follow);
                 self.traces.add(Trace {
                     method: "RunPodSandbox",
@@ -151,7 +154,8 @@ impl Node {
         record::write(dir, &record)?;
         phases.mark("record");
         record.phases = phases.finish();
-        Ok((Pod::new(record, dir, PodStage::Ready), follow))
+        let pod = Pod::new(record, dir, PodStage::Ready, self.feed.clone());
+        Ok((pod, follow))
     }
 
     async fn attach(&self, record: &PodRecord, wishes: &Wishes) -> Result<Vec<IpAddr>, PodError> {

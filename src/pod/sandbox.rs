@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -11,16 +12,90 @@ use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
 
+use super::container::Container;
+use super::feed::{Feed, Happening, Kind};
 use super::names::pod_name;
+use super::node::now;
 use super::record::PodRecord;
-use super::state::{PodStage, Status};
+use super::state::{PodStage, Stage, Status};
+use super::stats::Meter;
 
 /// A container's state, shared by the container, those who wait for its end, and the pod's event stream.
 pub struct Cell {
-    /// The state.
+    /// The state; changed through [`Cell::change`] alone.
     pub status: watch::Sender<Status>,
     /// Where its processes are, absolute in the hierarchy: to end it without its keeper.
     pub cgroup: String,
+    id: String,
+    pod: Weak<Pod>,
+    /// The container, once it is finished.
+    container: OnceLock<Weak<Container>>,
+    /// What the feed has been told; `None` before the container is finished. Held while the state changes,
+    /// so that two changes are told in their order.
+    told: Mutex<Option<Stage>>,
+}
+
+impl Cell {
+    /// Changes the state, and tells what has happened by that. `change` says whether it changed anything, and
+    /// so does this.
+    pub fn change(&self, change: impl FnOnce(&mut Status) -> bool) -> bool {
+        let mut told = self.told.lock();
+        let changed = self.status.send_if_modified(change);
+        if changed {
+            self.tell(&mut told);
+        }
+        changed
+    }
+
+    /// The container is finished: tells of its creation, and of what has happened to it meanwhile.
+    pub fn announce(&self, container: &Arc<Container>) {
+        let mut told = self.told.lock();
+        if self.container.set(Arc::downgrade(container)).is_ok() {
+            *told = Some(Stage::Created);
+            self.happened(Kind::Created);
+            self.tell(&mut told);
+        }
+    }
+
+    fn tell(&self, told: &mut Option<Stage>) {
+        let Some(before) = *told else { return };
+        let (stage, started_at) = {
+            let status = self.status.borrow();
+            (status.stage, status.started_at)
+        };
+        if before == Stage::Created && stage > before && started_at != 0 {
+            self.happened(Kind::Started);
+        }
+        if before < Stage::Exited && stage == Stage::Exited {
+            self.happened(Kind::Stopped);
+        }
+        *told = Some(before.max(stage));
+    }
+
+    fn happened(&self, kind: Kind) {
+        if let Some(pod) = self.pod.upgrade() {
+            pod.happened(kind, &self.id);
+        }
+    }
+}
+
+/// The resources of a pod as a whole, as the kubelet said them last.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Sizes {
+    /// What the pod needs beside its containers.
+    pub overhead: Option<cri::LinuxContainerResources>,
+    /// The sum of its containers', or what its own specification says.
+    pub resources: Option<cri::LinuxContainerResources>,
+}
+
+impl Sizes {
+    fn of(record: &PodRecord) -> Self {
+        let linux = record.config.linux.as_ref();
+        Self {
+            overhead: linux.and_then(|l| l.overhead.clone()),
+            resources: linux.and_then(|l| l.resources.clone()),
+        }
+    }
 }
 
 /// A pod sandbox.
@@ -31,7 +106,14 @@ pub struct Pod {
     pub dir: PathBuf,
     /// Its supervisor.
     pub keeper: Keeper,
+    /// What the pod was sized to last; the record has what it was made or found with.
+    sizes: Mutex<Sizes>,
+    /// Its use of the machine, as far as that is remembered between two samples.
+    pub meter: Mutex<Meter>,
     stage: watch::Sender<PodStage>,
+    feed: Arc<Feed>,
+    /// Whether its end has been told.
+    end_told: AtomicBool,
     /// Creating a container shares it; taking the pod down has it alone.
     order: RwLock<()>,
     /// The states of the pod's containers, those being created included.
@@ -40,10 +122,14 @@ pub struct Pod {
 
 impl Pod {
     /// A pod as its record describes it.
-    pub fn new(record: PodRecord, dir: &Path, stage: PodStage) -> Arc<Self> {
+    pub fn new(record: PodRecord, dir: &Path, stage: PodStage, feed: Arc<Feed>) -> Arc<Self> {
         Arc::new(Self {
             keeper: Keeper::at(&record.id, dir),
             dir: dir.to_owned(),
+            sizes: Mutex::new(Sizes::of(&record)),
+            meter: Mutex::default(),
+            feed,
+            end_told: AtomicBool::new(stage == PodStage::Stopped),
             stage: watch::Sender::new(stage),
             order: RwLock::new(()),
             cells: Mutex::default(),
@@ -90,6 +176,33 @@ impl Pod {
         });
     }
 
+    /// Tells the feed what happened to a container of the pod, or (with its own id) to the pod.
+    pub fn happened(self: &Arc<Self>, kind: Kind, id: &str) {
+        self.feed.tell(|| {
+            let finished = |cell: Arc<Cell>| {
+                let container = cell.container.get()?.upgrade()?;
+                let status = cell.status.borrow().clone();
+                Some((container, status))
+            };
+            let cells = self.cells().into_iter();
+            Arc::new(Happening {
+                kind,
+                id: id.to_owned(),
+                at: now(),
+                pod: self.clone(),
+                stage: self.stage(),
+                containers: cells.filter_map(|(_, cell)| finished(cell)).collect(),
+            })
+        });
+    }
+
+    /// Tells that the pod has ended: stopped, or without its keeper. Once.
+    pub fn ended(self: &Arc<Self>) {
+        if !self.end_told.swap(true, Ordering::Relaxed) {
+            self.happened(Kind::Stopped, self.id());
+        }
+    }
+
     /// Held while a container is being created in the pod.
     pub async fn shared(&self) -> RwLockReadGuard<'_, ()> {
         self.order.read().await
@@ -98,6 +211,29 @@ impl Pod {
     /// Held while the pod is taken down: nothing is being created then.
     pub async fn exclusive(&self) -> RwLockWriteGuard<'_, ()> {
         self.order.write().await
+    }
+
+    /// Takes over what the pod is sized to now, as far as it is given, and returns the record that says so.
+    pub fn resize(&self, to: Sizes) -> PodRecord {
+        let mut sizes = self.sizes.lock();
+        sizes.overhead = to.overhead.or(sizes.overhead.take());
+        sizes.resources = to.resources.or(sizes.resources.take());
+        self.with_sizes(&sizes)
+    }
+
+    /// The record as it is now.
+    pub fn record_now(&self) -> PodRecord {
+        self.with_sizes(&self.sizes.lock())
+    }
+
+    fn with_sizes(&self, sizes: &Sizes) -> PodRecord {
+        let mut record = self.record.clone();
+        if *sizes != Sizes::default() {
+            let linux = record.config.linux.get_or_insert_default();
+            linux.overhead.clone_from(&sizes.overhead);
+            linux.resources.clone_from(&sizes.resources);
+        }
+        record
     }
 
     /// Whether the pod has namespaces or addresses of its own network.
@@ -121,10 +257,14 @@ impl Pod {
     }
 
     /// Makes the state of a container known to the event stream.
-    pub fn add_cell(&self, id: &str, cgroup: &str, status: Status) -> Arc<Cell> {
+    pub fn add_cell(self: &Arc<Self>, id: &str, cgroup: &str, status: Status) -> Arc<Cell> {
         let cell = Arc::new(Cell {
             status: watch::Sender::new(status),
             cgroup: cgroup.to_owned(),
+            id: id.to_owned(),
+            pod: Arc::downgrade(self),
+            container: OnceLock::new(),
+            told: Mutex::new(None),
         });
         self.cells.lock().insert(id.to_owned(), cell.clone());
         cell

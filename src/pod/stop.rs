@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 
 use super::error::{PodError, chain};
 use super::events;
+use super::feed::Kind;
 use super::leftovers;
 use super::lifecycle::rename_if_there;
 use super::node::Node;
@@ -65,10 +66,11 @@ impl Node {
             })?;
         self.end_keeper(pod).await?;
         events::settle(pod);
-        let mut stopped = pod.record.clone();
+        let mut stopped = pod.record_now();
         stopped.stopped = true;
         record::write(&pod.dir, &stopped)?;
         pod.advance(PodStage::Stopped);
+        pod.ended();
         tracing::info!(pod = pod.id(), "pod sandbox stopped");
         Ok(())
     }
@@ -162,6 +164,7 @@ impl Node {
         rename_if_there(&pod.dir, &trash)?;
         self.pods.remove(pod.id());
         self.pod_names.release(&pod.name(), pod.id());
+        pod.happened(Kind::Deleted, pod.id());
         self.sweep_later(trash);
         tracing::info!(pod = pod.id(), "pod sandbox removed");
         Ok(())

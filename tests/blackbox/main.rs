@@ -31,6 +31,7 @@ mod cni;
 mod confinement;
 mod containers;
 mod devices;
+mod events;
 mod exec;
 mod filesystem;
 mod hygiene;
@@ -46,9 +47,11 @@ mod pods;
 mod resources;
 mod restart;
 mod seccomp;
+mod stats;
 mod stop;
 mod sysctls;
 mod systemd;
+mod update;
 mod users;
 mod v2;
 
@@ -75,6 +78,9 @@ fn main() -> std::process::ExitCode {
         resources::TESTS,
         v2::TESTS,
         systemd::TESTS,
+        stats::TESTS,
+        events::TESTS,
+        update::TESTS,
         network::TESTS,
         cni::TESTS,
         images::TESTS,

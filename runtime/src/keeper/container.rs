@@ -6,11 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::pipe::PipeFlags;
 use slipway_proto::keeper::{
     ContainerState, CreateContainer, CreateContainerResult, Empty, Error as WireError, ErrorKind,
-    Phase, response::Result as Answer,
+    Phase, UpdateContainer, response::Result as Answer,
 };
 
 use super::attach::Readers;
@@ -20,7 +20,7 @@ use crate::confine::{Confinement, chain};
 use crate::creator::{self, Inherited, Stdio};
 use crate::log::{LineSplitter, LogFile, Stream, timestamp};
 use crate::user::Resolved;
-use crate::{cgroup, removal, terminal};
+use crate::{cgroup, removal, resize, terminal};
 
 /// Most bytes that one round of the loop takes from one pipe, so that one noisy container does not keep
 /// the others, or a call, waiting.
@@ -600,6 +600,36 @@ impl Keeper {
             container.log.close();
         }
         Ok(Answer::Empty(Empty {}))
+    }
+
+    /// In a job: the kernel may take its time to reclaim memory below a lower limit.
+    pub(super) fn update_container(&mut self, connection: u64, update: &UpdateContainer) {
+        if let Err(error) = self.begin_update(connection, update) {
+            self.reply(connection, Err(error));
+        }
+    }
+
+    fn begin_update(&mut self, connection: u64, update: &UpdateContainer) -> Result<(), WireError> {
+        let id = update.id.as_str();
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        if container.is_creating() || container.state.phase() == Phase::Exited {
+            let message = format!("container {id} is neither created nor running");
+            return Err(wire_error(ErrorKind::WrongState, message));
+        }
+        let resources: LinuxResources = serde_json::from_slice(&update.resources).map_err(|e| {
+            wire_error(
+                ErrorKind::Invalid,
+                format!("can't read the new limits: {e}"),
+            )
+        })?;
+        let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
+        let job = self.start_job(Purpose::Update, connection, Origin::default(), move || {
+            resize::update(&cgroups, &cgroup, &resources)
+                .map(|()| Answer::Empty(Empty {}))
+                .map_err(|e| wire_error(e.kind(), chain(&e)))
+        });
+        job.map(drop)
+            .map_err(|e| wire_error(ErrorKind::Internal, format!("can't fork: {e}")))
     }
 
     pub(super) fn signal_container(

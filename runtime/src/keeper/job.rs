@@ -17,6 +17,7 @@ pub(super) enum Purpose {
     /// Removes what a failed create left; the error that the caller gets then.
     Undo(String, String, i32),
     Delete(String),
+    Update,
     Teardown,
 }
 
@@ -179,6 +180,7 @@ impl Keeper {
                 self.reply(job.connection, Err(WireError { kind, message }));
             }
             Purpose::Delete(id) => self.container_deleted(&id, job.connection, answer),
+            Purpose::Update => self.reply(job.connection, answer),
             Purpose::Teardown => self.torn_down(job.connection, answer),
         }
     }

@@ -1,0 +1,392 @@
+//! Changing the limits of a cgroup that is in use: all that is named, or nothing.
+//!
+//! Every file is written here, not by `cgroups-rs`: that refuses lower memory limits without saying why, knows
+//! no way back, and writes quota and period in an order that fails where one of them must go first.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
+use slipway_proto::keeper::ErrorKind;
+
+use crate::cgroup::{Hierarchies, inside};
+
+/// Why limits could not be changed; nothing was.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// More is in use than the new limit allows.
+    #[error(
+        "a memory limit of {limit} bytes is below what is in use{}; nothing was changed",
+        usage.map(|usage| format!(", {usage} bytes")).unwrap_or_default()
+    )]
+    InUse {
+        /// The new limit.
+        limit: i64,
+        /// What is in use, where it was asked.
+        usage: Option<i64>,
+    },
+    /// The host has no such limit.
+    #[error("this host has no {file} in cgroup {}; see slipway check", cgroup.display())]
+    Missing {
+        /// The file that is not there.
+        file: String,
+        /// The cgroup.
+        cgroup: PathBuf,
+    },
+    /// The kernel refused a value.
+    #[error("can't write {value:?} to {}; nothing was changed", file.display())]
+    Write {
+        /// The file.
+        file: PathBuf,
+        /// The value.
+        value: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ResizeError {
+    /// The class of the failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::InUse { .. } => ErrorKind::WrongState,
+            Self::Missing { .. } | Self::Write { .. } => ErrorKind::Invalid,
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, ResizeError>;
+
+/// Changes the limits of a cgroup.
+///
+/// # Errors
+/// [`ResizeError`]; everything is as it was before.
+pub fn update(cgroups: &Hierarchies, cgroup: &Path, resources: &LinuxResources) -> Result<()> {
+    let mut change = Change {
+        cgroups,
+        cgroup,
+        before: Vec::new(),
+    };
+    let done = change.all(resources);
+    if done.is_err() {
+        for (file, value) in change.before.iter().rev() {
+            let _ = fs::write(file, value);
+        }
+    }
+    done
+}
+
+/// A change under way.
+struct Change<'a> {
+    cgroups: &'a Hierarchies,
+    cgroup: &'a Path,
+    /// What was written so far, and what was there before.
+    before: Vec<(PathBuf, String)>,
+}
+
+impl Change<'_> {
+    fn all(&mut self, resources: &LinuxResources) -> Result<()> {
+        // Memory first: it is the limit that the kernel, or we, refuse for what is in use.
+        if let Some(memory) = resources.memory() {
+            self.memory(memory)?;
+        }
+        if let Some(cpu) = resources.cpu() {
+            self.cpu(cpu)?;
+        }
+        for limit in resources.hugepage_limits().iter().flatten() {
+            self.hugepages(limit)?;
+        }
+        for (key, value) in resources.unified().iter().flatten() {
+            self.write(key, value)?;
+        }
+        Ok(())
+    }
+
+    fn memory(&mut self, memory: &LinuxMemory) -> Result<()> {
+        let (limit, swap) = (memory.limit(), memory.swap());
+        if self.cgroups.unified() {
+            return self.memory_v2(limit, swap);
+        }
+        let both = self.find("memory.memsw.limit_in_bytes");
+        let (Some(both), Some(swap)) = (both, swap) else {
+            return limit.map_or(Ok(()), |limit| self.memory_v1(limit));
+        };
+        // Memory alone may never exceed memory and swap together: whichever makes room goes first.
+        let now = self.read(&both).and_then(|text| text.trim().parse().ok());
+        let grows = swap == -1 || now.is_some_and(|now: i64| swap > now);
+        if grows {
+            self.write_file(&both, &swap.to_string())?;
+        }
+        if let Some(limit) = limit {
+            self.memory_v1(limit)?;
+        }
+        if !grows {
+            let written = self.write_file(&both, &swap.to_string());
+            return written.map_err(|e| busy(e, swap));
+        }
+        Ok(())
+    }
+
+    /// The kernel reclaims what it can, and says EBUSY when that is not enough.
+    fn memory_v1(&mut self, limit: i64) -> Result<()> {
+        let written = self.write("memory.limit_in_bytes", &limit.to_string());
+        written.map_err(|e| busy(e, limit))
+    }
+
+    /// Here the kernel would rather kill than refuse, so the use is looked at before, as runc does.
+    fn memory_v2(&mut self, limit: Option<i64>, swap: Option<i64>) -> Result<()> {
+        if let Some(limit) = limit {
+            let usage = self
+                .find("memory.current")
+                .and_then(|file| self.read(&file))
+                .and_then(|text| text.trim().parse::<i64>().ok());
+            if limit > 0 && usage.is_some_and(|usage| usage > limit) {
+                return Err(ResizeError::InUse { limit, usage });
+            }
+            let value = match limit {
+                -1 => "max".to_owned(),
+                limit => limit.to_string(),
+            };
+            self.write("memory.max", &value)?;
+        }
+        match (swap, limit) {
+            (None, _) => Ok(()),
+            (Some(-1), _) => self.write("memory.swap.max", "max"),
+            (Some(swap), limit) => {
+                let alone = swap.saturating_sub(limit.unwrap_or(0)).max(0);
+                self.write("memory.swap.max", &alone.to_string())
+            }
+        }
+    }
+
+    fn cpu(&mut self, cpu: &LinuxCpu) -> Result<()> {
+        let unified = self.cgroups.unified();
+        if let Some(cpus) = cpu.cpus() {
+            self.write("cpuset.cpus", cpus)?;
+        }
+        if let Some(mems) = cpu.mems() {
+            self.write("cpuset.mems", mems)?;
+        }
+        if let Some(shares) = cpu.shares() {
+            match unified {
+                true => self.write("cpu.weight", &weight(shares).to_string())?,
+                false => self.write("cpu.shares", &shares.to_string())?,
+            }
+        }
+        match (cpu.quota(), cpu.period()) {
+            (None, None) => Ok(()),
+            (quota, period) if unified => self.cpu_max(quota, period),
+            (quota, period) => {
+                let quota = quota.map(|q| q.to_string());
+                let period = period.map(|p| p.to_string());
+                let quota = quota.as_deref().map(|q| ("cpu.cfs_quota_us", q));
+                let period = period.as_deref().map(|p| ("cpu.cfs_period_us", p));
+                // The share of a CPU that the two make together must fit into the parent's at every step, so
+                // one order may be refused where the other is not.
+                let written = self.before.len();
+                let first = self.each([quota, period]);
+                if first.is_err() {
+                    self.undo(written);
+                    return self.each([period, quota]);
+                }
+                first
+            }
+        }
+    }
+
+    fn each(&mut self, files: [Option<(&str, &str)>; 2]) -> Result<()> {
+        let mut files = files.into_iter().flatten();
+        files.try_for_each(|(file, value)| self.write(file, value))
+    }
+
+    fn undo(&mut self, from: usize) {
+        for (file, value) in self.before.drain(from..).rev() {
+            let _ = fs::write(file, value);
+        }
+    }
+
+    fn cpu_max(&mut self, quota: Option<i64>, period: Option<u64>) -> Result<()> {
+        let now = self.find("cpu.max").and_then(|file| self.read(&file));
+        let now = now.unwrap_or_default();
+        let quota = match quota {
+            Some(quota) if quota > 0 => quota.to_string(),
+            Some(_) => "max".to_owned(),
+            None => now.split_whitespace().next().unwrap_or("max").to_owned(),
+        };
+        let value = match period {
+            Some(period) => format!("{quota} {period}"),
+            None => quota,
+        };
+        self.write("cpu.max", &value)
+    }
+
+    fn hugepages(&mut self, limit: &LinuxHugepageLimit) -> Result<()> {
+        let file = match self.cgroups.unified() {
+            true => format!("hugetlb.{}.max", limit.page_size()),
+            false => format!("hugetlb.{}.limit_in_bytes", limit.page_size()),
+        };
+        self.write(&file, &limit.limit().to_string())
+    }
+
+    /// A file of the cgroup, in whichever hierarchy has it.
+    fn find(&self, name: &str) -> Option<PathBuf> {
+        let mounts = self.cgroups.mount_points();
+        mounts
+            .map(|mount| inside(mount, self.cgroup).join(name))
+            .find(|file| file.exists())
+    }
+
+    fn read(&self, file: &Path) -> Option<String> {
+        fs::read_to_string(file).ok()
+    }
+
+    fn write(&mut self, name: &str, value: &str) -> Result<()> {
+        // A name is one of ours, or was checked by the daemon; it never leaves the cgroup all the same.
+        let file = Some(name).filter(|name| !name.contains('/'));
+        let file = file.and_then(|name| self.find(name));
+        let file = file.ok_or_else(|| ResizeError::Missing {
+            file: name.to_owned(),
+            cgroup: self.cgroup.to_owned(),
+        })?;
+        self.write_file(&file, value)
+    }
+
+    fn write_file(&mut self, file: &Path, value: &str) -> Result<()> {
+        let before = self.read(file);
+        fs::write(file, value).map_err(|source| ResizeError::Write {
+            file: file.to_owned(),
+            value: value.to_owned(),
+            source,
+        })?;
+        self.before
+            .extend(before.map(|before| (file.to_owned(), before)));
+        Ok(())
+    }
+}
+
+fn busy(error: ResizeError, limit: i64) -> ResizeError {
+    match error {
+        ResizeError::Write { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => {
+            ResizeError::InUse { limit, usage: None }
+        }
+        other => other,
+    }
+}
+
+/// The v2 weight (1 to 10000) of v1 shares (2 to 262144), on the curve through 1024 and 100 that runc and crun
+/// have agreed on; `cgroups-rs` uses the same when a container is created.
+fn weight(shares: u64) -> u64 {
+    match shares {
+        0..=2 => 1,
+        262_144.. => 10_000,
+        shares => {
+            let l = (shares as f64).log2();
+            let exponent = (l * l + 125.0 * l) / 612.0 - 7.0 / 34.0;
+            10f64.powf(exponent).ceil() as u64
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
+
+    const MIB: i64 = 1 << 20;
+
+    #[test]
+    fn shares_become_weights() {
+        let pairs = [2, 512, 1024, 262_144].map(|shares| (shares, weight(shares)));
+        assert_eq!(pairs, [(2, 1), (512, 59), (1024, 100), (262_144, 10_000)]);
+    }
+
+    /// A cgroup that goes with the test.
+    struct Temporary(Hierarchies, PathBuf);
+
+    impl Drop for Temporary {
+        fn drop(&mut self) {
+            let _ = self.0.remove(&self.1);
+        }
+    }
+
+    impl Temporary {
+        fn new(name: &str) -> Option<Self> {
+            let host = Hierarchies::detect().unwrap();
+            if !nix::unistd::geteuid().is_root() || host.is_empty() {
+                println!("SKIPPED: needs root and a cgroup file system");
+                return None;
+            }
+            let cgroup = PathBuf::from(format!("/slipway-resize-{name}-{}", std::process::id()));
+            host.ensure(&cgroup).unwrap();
+            Some(Self(host, cgroup))
+        }
+
+        fn read(&self, v1: &str, v2: &str) -> String {
+            let name = if self.0.unified() { v2 } else { v1 };
+            let change = Change {
+                cgroups: &self.0,
+                cgroup: &self.1,
+                before: Vec::new(),
+            };
+            let file = change.find(name).unwrap();
+            change.read(&file).unwrap().trim().to_owned()
+        }
+
+        fn memory(&self) -> String {
+            self.read("memory.limit_in_bytes", "memory.max")
+        }
+    }
+
+    fn limits(memory: Option<i64>, cpus: Option<&str>, quota: Option<i64>) -> LinuxResources {
+        let mut resources = LinuxResourcesBuilder::default();
+        if let Some(limit) = memory {
+            let memory = LinuxMemoryBuilder::default()
+                .limit(limit)
+                .swap(limit)
+                .build();
+            resources = resources.memory(memory.unwrap());
+        }
+        let mut cpu = LinuxCpuBuilder::default();
+        if let Some(cpus) = cpus {
+            cpu = cpu.cpus(cpus);
+        }
+        if let Some(quota) = quota {
+            cpu = cpu.quota(quota).period(100_000u64);
+        }
+        resources.cpu(cpu.build().unwrap()).build().unwrap()
+    }
+
+    #[test]
+    fn memory_goes_up_and_down() {
+        let Some(at) = Temporary::new("updown") else {
+            return;
+        };
+        for limit in [64 * MIB, 128 * MIB, 32 * MIB, 256 * MIB] {
+            update(&at.0, &at.1, &limits(Some(limit), None, Some(limit / 1024))).unwrap();
+            assert_eq!(at.memory(), limit.to_string());
+            let quota = at.read("cpu.cfs_quota_us", "cpu.max");
+            assert!(quota.starts_with(&(limit / 1024).to_string()), "{quota}");
+        }
+    }
+
+    #[test]
+    fn what_was_changed_before_a_refusal_is_changed_back() {
+        let Some(at) = Temporary::new("back") else {
+            return;
+        };
+        update(&at.0, &at.1, &limits(Some(64 * MIB), None, Some(50_000))).unwrap();
+        let bad = limits(Some(128 * MIB), Some("5000"), Some(20_000));
+        let error = update(&at.0, &at.1, &bad).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.to_string().contains("cpuset.cpus"), "{error}");
+        assert_eq!(at.memory(), (64 * MIB).to_string());
+        let mut file = LinuxResources::default();
+        file.set_unified(Some(
+            [("../cgroup.procs".to_owned(), "1".to_owned())].into(),
+        ));
+        let error = update(&at.0, &at.1, &file).unwrap_err();
+        assert!(matches!(error, ResizeError::Missing { .. }), "{error}");
+    }
+}

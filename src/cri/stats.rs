@@ -1,0 +1,291 @@
+//! ContainerStats, ListContainerStats, PodSandboxStats, ListPodSandboxStats.
+
+use std::sync::Arc;
+
+use slipway_observe::cgroup::Usage;
+use slipway_observe::network::Interface;
+use slipway_observe::{Pressure, Stall};
+use slipway_proto::cri;
+
+use super::filter::{container_stats_fit, pod_stats_fit};
+use crate::pod::stats::{ContainerSample, PodSample};
+use crate::pod::{Container, Node, Pod, PodError};
+
+/// What CNI is asked to call a pod's first interface.
+const DEFAULT_INTERFACE: &str = "eth0";
+
+pub async fn container(
+    node: &Arc<Node>,
+    request: cri::ContainerStatsRequest,
+) -> Result<cri::ContainerStatsResponse, PodError> {
+    let container = node.container(&request.container_id)?;
+    let stats = of_containers(node, vec![container]).await?;
+    Ok(cri::ContainerStatsResponse {
+        stats: stats.into_iter().next(),
+    })
+}
+
+pub async fn list_containers(
+    node: &Arc<Node>,
+    request: cri::ListContainerStatsRequest,
+) -> Result<cri::ListContainerStatsResponse, PodError> {
+    let found = chosen_containers(node, request.filter.as_ref());
+    Ok(cri::ListContainerStatsResponse {
+        stats: of_containers(node, found).await?,
+    })
+}
+
+pub async fn pod(
+    node: &Arc<Node>,
+    request: cri::PodSandboxStatsRequest,
+) -> Result<cri::PodSandboxStatsResponse, PodError> {
+    let pod = node.pod(&request.pod_sandbox_id)?;
+    let stats = of_pods(node, vec![pod]).await?;
+    Ok(cri::PodSandboxStatsResponse {
+        stats: stats.into_iter().next(),
+    })
+}
+
+pub async fn list_pods(
+    node: &Arc<Node>,
+    request: cri::ListPodSandboxStatsRequest,
+) -> Result<cri::ListPodSandboxStatsResponse, PodError> {
+    let found = chosen_pods(node, request.filter.as_ref());
+    Ok(cri::ListPodSandboxStatsResponse {
+        stats: of_pods(node, found).await?,
+    })
+}
+
+/// The containers that are asked for.
+pub fn chosen_containers(
+    node: &Node,
+    filter: Option<&cri::ContainerStatsFilter>,
+) -> Vec<Arc<Container>> {
+    let mut found = node.containers.all();
+    found.retain(|c| {
+        let labels = &c.record.config.labels;
+        container_stats_fit(filter, c.id(), &c.record.pod_id, labels)
+    });
+    found
+}
+
+/// The pods that are asked for.
+pub fn chosen_pods(node: &Node, filter: Option<&cri::PodSandboxStatsFilter>) -> Vec<Arc<Pod>> {
+    let mut found = node.pods.all();
+    found.retain(|pod| pod_stats_fit(filter, pod.id(), &pod.record.config.labels));
+    found
+}
+
+/// Statistics of these containers.
+///
+/// # Errors
+/// See [`Node::sample_containers`].
+pub async fn of_containers(
+    node: &Arc<Node>,
+    containers: Vec<Arc<Container>>,
+) -> Result<Vec<cri::ContainerStats>, PodError> {
+    let place = place(node);
+    let samples = node.sample_containers(containers).await?;
+    Ok(samples.iter().map(|s| container_stats(s, &place)).collect())
+}
+
+/// Statistics of these pods.
+///
+/// # Errors
+/// See [`Node::sample_pods`].
+pub async fn of_pods(
+    node: &Arc<Node>,
+    pods: Vec<Arc<Pod>>,
+) -> Result<Vec<cri::PodSandboxStats>, PodError> {
+    let place = place(node);
+    let samples = node.sample_pods(pods).await?;
+    Ok(samples.iter().map(|s| pod_stats(s, &place)).collect())
+}
+
+/// The file system of writable layers, called as in ImageFsInfo.
+fn place(node: &Node) -> cri::FilesystemIdentifier {
+    let mountpoint = node.config().state_root.to_string_lossy().into_owned();
+    cri::FilesystemIdentifier { mountpoint }
+}
+
+fn container_stats(
+    sample: &ContainerSample,
+    place: &cri::FilesystemIdentifier,
+) -> cri::ContainerStats {
+    let container = &sample.container;
+    let config = &container.record.config;
+    let usage = sample.usage.as_ref();
+    cri::ContainerStats {
+        attributes: Some(cri::ContainerAttributes {
+            id: container.id().to_owned(),
+            metadata: Some(container.metadata()),
+            labels: config.labels.clone(),
+            annotations: config.annotations.clone(),
+        }),
+        cpu: usage.and_then(|u| cpu(u, sample.nano_cores)),
+        memory: usage.and_then(memory),
+        writable_layer: sample.layer.map(|layer| cri::FilesystemUsage {
+            timestamp: layer.at,
+            fs_id: Some(place.clone()),
+            used_bytes: number(layer.usage.bytes),
+            inodes_used: number(layer.usage.inodes),
+        }),
+        swap: usage.and_then(swap),
+        io: usage.and_then(io),
+    }
+}
+
+fn pod_stats(sample: &PodSample, place: &cri::FilesystemIdentifier) -> cri::PodSandboxStats {
+    let config = &sample.pod.record.config;
+    let usage = sample.usage.as_ref();
+    let containers = sample.containers.iter();
+    let now = slipway_observe::now();
+    cri::PodSandboxStats {
+        attributes: Some(cri::PodSandboxAttributes {
+            id: sample.pod.id().to_owned(),
+            metadata: Some(sample.pod.metadata()),
+            labels: config.labels.clone(),
+            annotations: config.annotations.clone(),
+        }),
+        linux: Some(cri::LinuxPodSandboxStats {
+            cpu: usage.and_then(|u| cpu(u, sample.nano_cores)),
+            memory: usage.and_then(memory),
+            network: sample.interfaces.as_deref().and_then(network),
+            process: sample.processes.map(|count| cri::ProcessUsage {
+                timestamp: now,
+                process_count: number(count),
+            }),
+            containers: containers.map(|c| container_stats(c, place)).collect(),
+            io: usage.and_then(io),
+        }),
+        windows: None,
+    }
+}
+
+#[allow(clippy::unnecessary_wraps)] // The messages want options.
+fn number(value: u64) -> Option<cri::UInt64Value> {
+    Some(cri::UInt64Value { value })
+}
+
+fn cpu(usage: &Usage, nano_cores: Option<u64>) -> Option<cri::CpuUsage> {
+    Some(cri::CpuUsage {
+        timestamp: usage.at,
+        usage_core_nano_seconds: number(usage.cpu?),
+        usage_nano_cores: nano_cores.and_then(number),
+        psi: usage.cpu_pressure.as_ref().map(psi),
+    })
+}
+
+fn memory(usage: &Usage) -> Option<cri::MemoryUsage> {
+    let memory = usage.memory?;
+    Some(cri::MemoryUsage {
+        timestamp: usage.at,
+        working_set_bytes: number(memory.working_set()),
+        available_bytes: memory.available().and_then(number),
+        usage_bytes: number(memory.usage),
+        rss_bytes: number(memory.rss),
+        page_faults: number(memory.page_faults),
+        major_page_faults: number(memory.major_page_faults),
+        psi: usage.memory_pressure.as_ref().map(psi),
+    })
+}
+
+fn swap(usage: &Usage) -> Option<cri::SwapUsage> {
+    let swap = usage.swap?;
+    Some(cri::SwapUsage {
+        timestamp: usage.at,
+        swap_available_bytes: swap.available().and_then(number),
+        swap_usage_bytes: number(swap.usage),
+    })
+}
+
+fn io(usage: &Usage) -> Option<cri::IoUsage> {
+    Some(cri::IoUsage {
+        timestamp: usage.at,
+        psi: Some(psi(usage.io_pressure.as_ref()?)),
+    })
+}
+
+fn psi(pressure: &Pressure) -> cri::PsiStats {
+    let data = |stall: Stall| cri::PsiData {
+        // The kernel counts microseconds, the CRI nanoseconds.
+        total: stall.total.saturating_mul(1000),
+        avg10: stall.avg10,
+        avg60: stall.avg60,
+        avg300: stall.avg300,
+    };
+    cri::PsiStats {
+        full: Some(data(pressure.full)),
+        some: Some(data(pressure.some)),
+    }
+}
+
+/// The interface of the pod's first network is its default one.
+fn network(interfaces: &[Interface]) -> Option<cri::NetworkUsage> {
+    let usage = |interface: &Interface| cri::NetworkInterfaceUsage {
+        name: interface.name.clone(),
+        rx_bytes: number(interface.rx.bytes),
+        rx_errors: number(interface.rx.errors),
+        tx_bytes: number(interface.tx.bytes),
+        tx_errors: number(interface.tx.errors),
+    };
+    let default = interfaces
+        .iter()
+        .position(|i| i.name == DEFAULT_INTERFACE)
+        .or((!interfaces.is_empty()).then_some(0));
+    let others = interfaces.iter().enumerate();
+    Some(cri::NetworkUsage {
+        timestamp: slipway_observe::now(),
+        default_interface: default.and_then(|at| interfaces.get(at)).map(usage),
+        interfaces: others
+            .filter(|(at, _)| Some(*at) != default)
+            .map(|(_, interface)| usage(interface))
+            .collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_interface_is_told_apart() {
+        let named = |name: &str| Interface {
+            name: name.to_owned(),
+            ..Interface::default()
+        };
+        let split = |names: &[&str]| {
+            let list: Vec<_> = names.iter().map(|n| named(n)).collect();
+            let usage = network(&list).unwrap();
+            let default = usage.default_interface.map(|i| i.name).unwrap_or_default();
+            let others: Vec<_> = usage.interfaces.into_iter().map(|i| i.name).collect();
+            (default, others)
+        };
+        let own = str::to_owned;
+        assert_eq!(split(&["net1", "eth0"]), (own("eth0"), vec![own("net1")]));
+        assert_eq!(split(&["a", "b"]), (own("a"), vec![own("b")]));
+        assert_eq!(split(&[]), (String::new(), vec![]));
+    }
+
+    #[test]
+    fn pressure_is_in_nanoseconds_and_what_is_not_told_is_absent() {
+        let usage = Usage {
+            at: 5,
+            cpu: Some(7),
+            io_pressure: Some(Pressure {
+                some: Stall {
+                    total: 3,
+                    ..Stall::default()
+                },
+                ..Pressure::default()
+            }),
+            ..Usage::default()
+        };
+        let total = io(&usage).unwrap().psi.unwrap().some.unwrap().total;
+        assert_eq!(total, 3000);
+        let cpu = cpu(&usage, None).unwrap();
+        assert_eq!(cpu.usage_core_nano_seconds, number(7));
+        assert_eq!((cpu.usage_nano_cores, cpu.psi), (None, None));
+        assert_eq!((memory(&usage), swap(&usage)), (None, None));
+    }
+}

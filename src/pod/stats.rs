@@ -1,0 +1,339 @@
+//! What pods and containers use, sampled when somebody asks.
+//!
+//! The files of cgroups and the namespaces of pods are read in the call, off the runtime's threads, so what is
+//! told is never stale. Two things are remembered between calls: the last CPU sample of each container and
+//! pod, for nanocores, and the size of each writable layer ([`slipway_observe::disk::Ledger`]).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use slipway_observe::cgroup::{self, Sampler, Usage};
+use slipway_observe::disk::{self, Counted};
+use slipway_observe::metrics::{self, Asked, ContainerView, Sample};
+use slipway_observe::network::{self, Interface};
+use slipway_observe::{Layout, Rate, process};
+
+use super::container::Container;
+use super::error::PodError;
+use super::node::Node;
+use super::sandbox::Pod;
+use super::state::{PodStage, Stage};
+
+/// How long a call waits for writable layers that were never counted before.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Fewer cgroups than this are read faster by one thread.
+const WORTH_A_THREAD: usize = 32;
+/// The most threads of one call.
+const THREADS: usize = 4;
+
+/// What is remembered of a container or pod between two samples.
+#[derive(Debug, Default)]
+pub struct Meter {
+    files: Sampler,
+    rate: Rate,
+}
+
+impl Meter {
+    /// A sample, and the nanocores used lately.
+    fn read(&mut self, layout: &Layout, cgroup: &str) -> (Usage, Option<u64>) {
+        let usage = self.files.usage(layout, Path::new(cgroup));
+        let nano_cores = usage.cpu.and_then(|cpu| self.rate.sample(usage.at, cpu));
+        (usage, nano_cores)
+    }
+}
+
+/// What a container uses.
+pub struct ContainerSample {
+    /// The container.
+    pub container: Arc<Container>,
+    /// What its cgroup tells; `None` once it has exited.
+    pub usage: Option<Usage>,
+    /// CPU use lately; `None` until there are two samples.
+    pub nano_cores: Option<u64>,
+    /// Its writable layer; `None` until it was counted.
+    pub layer: Option<Counted>,
+}
+
+/// What a pod uses.
+pub struct PodSample {
+    /// The pod.
+    pub pod: Arc<Pod>,
+    /// What its cgroup tells; `None` once it is stopped.
+    pub usage: Option<Usage>,
+    /// CPU use lately; `None` until there are two samples.
+    pub nano_cores: Option<u64>,
+    /// Its interfaces, the one of its first network first; `None` in the host's network, and once it is
+    /// stopped.
+    pub interfaces: Option<Vec<Interface>>,
+    /// Processes in it.
+    pub processes: Option<u64>,
+    /// Its containers.
+    pub containers: Vec<ContainerSample>,
+}
+
+/// The metrics of a pod.
+pub struct PodMetrics {
+    /// The pod.
+    pub pod: Arc<Pod>,
+    /// When they were taken, in nanoseconds since the epoch.
+    pub at: i64,
+    /// Those of its network.
+    pub samples: Vec<Sample>,
+    /// Those of its running containers.
+    pub containers: Vec<(Arc<Container>, Vec<Sample>)>,
+}
+
+impl Node {
+    /// Samples these containers.
+    ///
+    /// # Errors
+    /// Only when the daemon is going down.
+    pub async fn sample_containers(
+        self: &Arc<Self>,
+        containers: Vec<Arc<Container>>,
+    ) -> Result<Vec<ContainerSample>, PodError> {
+        let node = self.clone();
+        off_threads(move || node.containers_now(containers)).await
+    }
+
+    /// Samples these pods with their containers.
+    ///
+    /// # Errors
+    /// Only when the daemon is going down.
+    pub async fn sample_pods(
+        self: &Arc<Self>,
+        pods: Vec<Arc<Pod>>,
+    ) -> Result<Vec<PodSample>, PodError> {
+        let node = self.clone();
+        off_threads(move || node.pods_now(pods)).await
+    }
+
+    /// The metrics of these pods; those that are not ready have none.
+    ///
+    /// # Errors
+    /// Only when the daemon is going down.
+    pub async fn measure_pods(
+        self: &Arc<Self>,
+        pods: Vec<Arc<Pod>>,
+    ) -> Result<Vec<PodMetrics>, PodError> {
+        let node = self.clone();
+        off_threads(move || node.metrics_now(pods)).await
+    }
+
+    fn containers_now(&self, containers: Vec<Arc<Container>>) -> Vec<ContainerSample> {
+        let layers_dir = self.layers_dir();
+        let layers: Vec<_> = containers
+            .iter()
+            .map(|c| {
+                let upper = layers_dir.join(c.id()).join("upper");
+                (c.id().to_owned(), upper, c.stage() == Stage::Exited)
+            })
+            .collect();
+        let counts = self.ledger.usage(&layers, PATIENCE);
+        let each = containers.into_iter().zip(counts).collect();
+        side_by_side(each, |(container, layer)| {
+            let mut meter = container.meter.lock();
+            let read = match container.stage() {
+                Stage::Exited => {
+                    meter.files.close();
+                    None
+                }
+                _ => Some(meter.read(&self.layout, &container.record.cgroup)),
+            };
+            drop(meter);
+            let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));
+            ContainerSample {
+                usage,
+                nano_cores,
+                layer,
+                container,
+            }
+        })
+    }
+
+    fn pods_now(&self, pods: Vec<Arc<Pod>>) -> Vec<PodSample> {
+        let interfaces = interfaces(&pods);
+        let members: Vec<_> = pods.iter().map(|pod| self.containers_of_pod(pod)).collect();
+        let mut containers = self
+            .containers_now(members.iter().flatten().cloned().collect())
+            .into_iter();
+        let each: Vec<_> = pods
+            .into_iter()
+            .zip(interfaces)
+            .zip(members)
+            .map(|((pod, interfaces), members)| {
+                let own: Vec<_> = containers.by_ref().take(members.len()).collect();
+                (pod, interfaces, own)
+            })
+            .collect();
+        side_by_side(each, |(pod, interfaces, containers)| {
+            let mut meter = pod.meter.lock();
+            let read = match pod.stage() {
+                PodStage::Stopped => {
+                    meter.files.close();
+                    None
+                }
+                _ => Some(meter.read(&self.layout, &pod.record.cgroup)),
+            };
+            drop(meter);
+            let processes = read.and_then(|_| {
+                let cgroup = Path::new(&pod.record.cgroup);
+                cgroup::thread_count(&self.layout, cgroup)
+            });
+            let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));
+            PodSample {
+                usage,
+                nano_cores,
+                interfaces,
+                processes,
+                containers,
+                pod,
+            }
+        })
+    }
+
+    fn metrics_now(&self, mut pods: Vec<Arc<Pod>>) -> Vec<PodMetrics> {
+        pods.retain(|pod| pod.stage() == PodStage::Ready);
+        let interfaces = interfaces(&pods);
+        let members: Vec<_> = pods
+            .iter()
+            .map(|pod| {
+                let mut members = self.containers_of_pod(pod);
+                members.retain(|c| c.stage() == Stage::Running);
+                members
+            })
+            .collect();
+        let file_system = disk::file_system(&self.layers_dir()).ok();
+        let devices = metrics::block_devices();
+        let sampled = self.containers_now(members.iter().flatten().cloned().collect());
+        let mut measured = side_by_side(sampled, |sample| {
+            let container = sample.container;
+            let cgroup = Path::new(&container.record.cgroup);
+            // It may have ended since it was picked.
+            let samples = sample.usage.map(|usage| {
+                let status = container.status();
+                metrics::of_container(&ContainerView {
+                    started_at: status.started_at,
+                    asked: asked(&container),
+                    usage: &usage,
+                    detail: &cgroup::detail(&self.layout, cgroup),
+                    processes: process::look(&self.layout, cgroup, status.pid),
+                    disk: sample.layer.map(|layer| layer.usage),
+                    file_system,
+                    devices: &devices,
+                })
+            });
+            (container, samples.unwrap_or_default())
+        })
+        .into_iter();
+        pods.into_iter()
+            .zip(interfaces)
+            .zip(members)
+            .map(|((pod, interfaces), members)| PodMetrics {
+                pod,
+                at: slipway_observe::now(),
+                samples: metrics::of_interfaces(&interfaces.unwrap_or_default()),
+                containers: measured.by_ref().take(members.len()).collect(),
+            })
+            .collect()
+    }
+}
+
+/// The interfaces of each pod, its primary one first.
+fn interfaces(pods: &[Arc<Pod>]) -> Vec<Option<Vec<Interface>>> {
+    let connected = |pod: &&Arc<Pod>| pod.has_network() && pod.stage() != PodStage::Stopped;
+    let paths = pods
+        .iter()
+        .filter(connected)
+        .map(|pod| pod.record.namespaces.network.clone().into())
+        .collect();
+    let mut found = network::read(paths).into_iter();
+    pods.iter()
+        .map(|pod| match connected(&pod) {
+            true => found.next().flatten(),
+            false => None,
+        })
+        .collect()
+}
+
+/// The limits that a container was asked to get, with the kernel's defaults where nothing was said.
+fn asked(container: &Container) -> Asked {
+    let asked = container.resources();
+    let or = |value: i64, default: u64| match u64::try_from(value) {
+        Ok(0) => default,
+        Ok(value) => value,
+        // Negative: no limit.
+        Err(_) => 0,
+    };
+    let memory = or(asked.memory_limit_in_bytes, 0);
+    let reservation = asked.unified.get("memory.min");
+    Asked {
+        cpu_period: or(asked.cpu_period, 100_000),
+        cpu_quota: or(asked.cpu_quota, 0),
+        cpu_shares: or(asked.cpu_shares, 1024),
+        memory,
+        memory_reservation: reservation.and_then(|v| v.parse().ok()).unwrap_or(0),
+        memory_swap: or(asked.memory_swap_limit_in_bytes, memory),
+    }
+}
+
+/// Does `work` for each, on several threads when that is worth it; the answers are in the same order.
+fn side_by_side<T: Send, R: Send>(list: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (list.len() / WORTH_A_THREAD).clamp(1, cpus.min(THREADS));
+    if threads == 1 {
+        return list.into_iter().map(work).collect();
+    }
+    let share = list.len().div_ceil(threads);
+    let mut shares: Vec<Vec<T>> = Vec::with_capacity(threads);
+    let mut rest = list.into_iter();
+    for _ in 0..threads {
+        shares.push(rest.by_ref().take(share).collect());
+    }
+    let work = &work;
+    std::thread::scope(|scope| {
+        let running: Vec<_> = shares
+            .into_iter()
+            .map(|share| scope.spawn(move || share.into_iter().map(work).collect::<Vec<R>>()))
+            .collect();
+        running
+            .into_iter()
+            .flat_map(|thread| match thread.join() {
+                Ok(done) => done,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+            .collect()
+    })
+}
+
+async fn off_threads<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, PodError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| PodError::Lost {
+        what: "taking a sample",
+    })
+}
+
+/// Where the controllers are; nothing when that can't be read, and statistics are empty then.
+pub(super) fn layout() -> Layout {
+    Layout::detect().unwrap_or_else(|error| {
+        tracing::error!(%error, "can't read where cgroups are mounted; statistics will be empty");
+        Layout::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_side_by_side_keeps_its_order() {
+        for length in [0, 1, 31, 64, 65, 1000] {
+            let list: Vec<usize> = (0..length).collect();
+            let doubled = side_by_side(list.clone(), |n| n * 2);
+            assert_eq!(doubled, list.iter().map(|n| n * 2).collect::<Vec<_>>());
+        }
+    }
+}
