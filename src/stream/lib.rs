@@ -29,11 +29,23 @@
 
 #![forbid(unsafe_code)]
 
+mod activity;
 mod backend;
 mod config;
 mod error;
+mod forward;
+mod http;
+mod peer;
+mod pipe;
+mod protocol;
+mod resize;
 mod server;
+mod session;
+mod spdy;
+mod status;
+mod tls;
 mod token;
+mod ws;
 
 pub use backend::{
     AttachRequest, Backend, ExecRequest, ExitStatus, Input, Output, PortStream, Resizes, SessionIo,
@@ -42,3 +54,15 @@ pub use backend::{
 pub use config::{Config, TlsFiles};
 pub use error::StreamError;
 pub use server::StreamServer;
+
+/// What fuzzers and tests of the wire formats need. Not for others.
+#[doc(hidden)]
+pub mod wire {
+    pub use crate::protocol::Encoding;
+    pub use crate::resize::ResizeDecoder;
+    pub use crate::spdy::{
+        Decoder, Encoder, Event, Frame, FrameError, Headers, MAX_CONTROL, MAX_HEADER_BLOCK, goaway,
+        reset,
+    };
+    pub use crate::ws::{Codec, Inbound};
+}
