@@ -215,7 +215,6 @@ async fn take<B: Backend>(shared: Arc<Shared<B>>, socket: TcpStream, shutdown: C
         .timer(TokioTimer::new())
         .header_read_timeout(HANDSHAKE)
         .max_buf_size(MAX_HEAD)
-        .keep_alive(false)
         .title_case_headers(true)
         .serve_connection(TokioIo::new(transport), service)
         .with_upgrades();

@@ -36,7 +36,11 @@ impl Backend for ThisMachine {
             .kill_on_drop(true)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stderr(if request.stderr {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            });
         let mut child = command.spawn()?;
         let input = child.stdin.take();
         tokio::spawn(async move {
