@@ -15,8 +15,10 @@ use slipway_proto::cri::runtime_service_server::RuntimeServiceServer;
 use slipway_runtime::client::Keepers;
 use slipway_runtime::placement::Placement;
 use slipway_spec::HostFacts;
+use slipway_stream::{StreamServer, TlsFiles};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::admin::Administration;
@@ -24,7 +26,7 @@ use crate::cri::{Images, Runtime};
 use crate::grpc;
 use crate::logging::{self, Level};
 use crate::memory;
-use crate::pod::Node;
+use crate::pod::{Node, Sessions};
 use crate::run_root::{self, RunRoot};
 
 /// How long calls in flight and their work may take when the daemon is asked to end.
@@ -216,11 +218,19 @@ async fn run(
         .set_nonblocking(true)
         .context("can't prepare the socket")?;
     let listener = UnixListener::from_std(listener)?;
+    let streams = StreamServer::new(stream_config(&node.config()), Sessions(node.clone()));
+    let streams = Arc::new(streams.await.context("can't serve streams")?);
+    tracing::info!(address = %streams.address(), "streaming exec, attach and port-forward");
+    let end_streams = CancellationToken::new();
+    let streaming = {
+        let (streams, ended) = (streams.clone(), end_streams.clone());
+        tokio::spawn(async move { streams.serve(ended).await })
+    };
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let mut routes = Routes::builder();
     routes
         .add_service(
-            RuntimeServiceServer::new(Runtime(node.clone()))
+            RuntimeServiceServer::new(Runtime(node.clone(), streams))
                 .max_decoding_message_size(max_message)
                 .max_encoding_message_size(max_message),
         )
@@ -256,8 +266,11 @@ async fn run(
     // Subscribers would hold their connections for ever.
     node.feed.close();
     let _ = stop.send(());
+    // Clients of streams have to come back anyway.
+    end_streams.cancel();
     let drained = tokio::time::timeout(DRAIN, async {
         let _ = (&mut server).await;
+        let _ = streaming.await;
         node.tasks.close();
         node.tasks.wait().await;
     });
@@ -325,6 +338,18 @@ fn registry_config(config: &Config) -> RegistryConfig {
         connect_timeout: images.connect_timeout,
         request_timeout: images.request_timeout,
         retries: images.retries,
+    }
+}
+
+fn stream_config(config: &Config) -> slipway_stream::Config {
+    let stream = &config.stream;
+    let tls = stream.tls_certificate.clone().zip(stream.tls_key.clone());
+    slipway_stream::Config {
+        address: stream.address,
+        base_url: stream.base_url.clone(),
+        tls: tls.map(|(certificate, key)| TlsFiles { certificate, key }),
+        idle_timeout: stream.idle_timeout,
+        ..slipway_stream::Config::default()
     }
 }
 

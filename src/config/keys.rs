@@ -130,6 +130,25 @@ pub(crate) const KEYS: &[Key] = &[
         "network.timeout",
         "How long one CNI plugin may take before it is killed.",
     ),
+    fixed(
+        "stream.address",
+        "Where exec, attach and port-forward are streamed. Port 0: one that is free.",
+    ),
+    fixed(
+        "stream.base_url",
+        "What the URLs begin with that are handed out, where that is not the address.",
+    )
+    .such_as("\"https://node-1.local:10010\""),
+    fixed(
+        "stream.tls_certificate",
+        "PEM file of a certificate chain: with tls_key, streams go over TLS. Read again when it changes.",
+    )
+    .such_as("\"/etc/slipway/stream.pem\""),
+    fixed("stream.tls_key", "PEM file of its key.").such_as("\"/etc/slipway/stream.key\""),
+    fixed(
+        "stream.idle_timeout",
+        "How long a stream may carry nothing.",
+    ),
     live(
         "limits.sandbox_timeout",
         "How long making a pod's namespaces may take.",
@@ -239,6 +258,7 @@ impl Config {
                 ..new.images.clone()
             },
             network: self.network.clone(),
+            stream: self.stream.clone(),
             limits: crate::Limits {
                 max_message: self.limits.max_message,
                 ..new.limits.clone()
@@ -302,6 +322,12 @@ mod tests {
             bin_dirs = ["/a"]
             cache_dir = "/a"
             timeout = "1s"
+            [stream]
+            address = "127.0.0.2:1"
+            base_url = "http://a"
+            tls_certificate = "/a"
+            tls_key = "/a"
+            idle_timeout = "1s"
             [limits]
             sandbox_timeout = "1s"
             create_timeout = "1s"

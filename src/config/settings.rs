@@ -3,6 +3,7 @@
 use crate::Size;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ pub struct Config {
     pub images: Images,
     /// Pod network.
     pub network: Network,
+    /// Streams of exec, attach and port-forward.
+    pub stream: Stream,
     /// Deadlines and bounds.
     pub limits: Limits,
     /// What pods and containers get unless they say otherwise.
@@ -45,6 +48,7 @@ impl Default for Config {
             cgroup: Cgroup::default(),
             images: Images::default(),
             network: Network::default(),
+            stream: Stream::default(),
             limits: Limits::default(),
             pod: Pod::default(),
             runtimes: BTreeMap::from([("native".to_owned(), Runtime::default())]),
@@ -198,6 +202,38 @@ impl Default for Network {
             bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             cache_dir: "/var/lib/cni/slipway".into(),
             timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Streams of exec, attach and port-forward.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Stream {
+    /// Where the streaming server listens. Port 0: one that is free.
+    pub address: SocketAddr,
+    /// What the URLs begin with that are handed out, instead of the scheme and the address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_url: Option<String>,
+    /// PEM file of the server's certificate chain; with `tls_key`, streams are served over TLS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_certificate: Option<PathBuf>,
+    /// PEM file of the certificate's key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+    /// How long a stream may carry nothing.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            base_url: None,
+            tls_certificate: None,
+            tls_key: None,
+            idle_timeout: Duration::from_secs(4 * 3600),
         }
     }
 }

@@ -95,6 +95,20 @@ impl Config {
         for file in &self.images.ca_files {
             problems.path("images.ca_files", file);
         }
+        for (key, file) in [
+            ("stream.tls_certificate", &self.stream.tls_certificate),
+            ("stream.tls_key", &self.stream.tls_key),
+        ] {
+            if let Some(file) = file {
+                problems.path(key, file);
+            }
+        }
+        if self.stream.tls_certificate.is_some() != self.stream.tls_key.is_some() {
+            problems.add(
+                "stream.tls_certificate",
+                "needs stream.tls_key beside it, and the other way round",
+            );
+        }
         if let Some(file) = &self.pod.seccomp_profile {
             problems.path("pod.seccomp_profile", file);
         }
@@ -103,6 +117,7 @@ impl Config {
 
     fn times(&self, problems: &mut Problems) {
         let times = [
+            ("stream.idle_timeout", self.stream.idle_timeout),
             (
                 "images.pull_progress_timeout",
                 self.images.pull_progress_timeout,

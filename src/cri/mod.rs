@@ -12,6 +12,7 @@ mod info;
 mod metrics;
 mod pods;
 mod runtime_service;
+mod session;
 mod signal;
 mod stats;
 mod stream;
@@ -19,3 +20,4 @@ mod unimplemented;
 
 pub use images::Images;
 pub use runtime_service::Runtime;
+pub use session::Streams;

@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 
 use super::call::{Kind, call, container_span, node_span, pod_span};
+use super::session::{self, Streams};
 use super::stream::{self, Batches};
 use super::unimplemented::later;
 use super::{containers, events, exec, info, metrics, pods, stats};
@@ -15,7 +16,7 @@ use crate::pod::Node;
 
 /// The RuntimeService.
 #[derive(Clone)]
-pub struct Runtime(pub Arc<Node>);
+pub struct Runtime(pub Arc<Node>, pub Arc<Streams>);
 
 #[tonic::async_trait]
 impl RuntimeService for Runtime {
@@ -251,23 +252,40 @@ impl RuntimeService for Runtime {
 
     async fn exec(
         &self,
-        _: Request<cri::ExecRequest>,
+        request: Request<cri::ExecRequest>,
     ) -> Result<Response<cri::ExecResponse>, Status> {
-        later("Exec")
+        let r = request.into_inner();
+        let (node, streams) = (&self.0, &self.1);
+        let span = container_span("Exec", &r.container_id);
+        call(Kind::Look, async move { session::exec(node, streams, r) })
+            .instrument(span)
+            .await
     }
 
     async fn attach(
         &self,
-        _: Request<cri::AttachRequest>,
+        request: Request<cri::AttachRequest>,
     ) -> Result<Response<cri::AttachResponse>, Status> {
-        later("Attach")
+        let r = request.into_inner();
+        let (node, streams) = (&self.0, &self.1);
+        let span = container_span("Attach", &r.container_id);
+        call(Kind::Look, async move { session::attach(node, streams, r) })
+            .instrument(span)
+            .await
     }
 
     async fn port_forward(
         &self,
-        _: Request<cri::PortForwardRequest>,
+        request: Request<cri::PortForwardRequest>,
     ) -> Result<Response<cri::PortForwardResponse>, Status> {
-        later("PortForward")
+        let r = request.into_inner();
+        let (node, streams) = (&self.0, &self.1);
+        let span = pod_span("PortForward", &r.pod_sandbox_id);
+        call(Kind::Look, async move {
+            session::port_forward(node, streams, r)
+        })
+        .instrument(span)
+        .await
     }
 
     async fn container_stats(

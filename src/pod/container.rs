@@ -99,11 +99,18 @@ impl Container {
         self.cell.change(change);
     }
 
+    /// Waits until it has exited.
+    pub async fn exited(&self) {
+        let mut status = self.cell.status.subscribe();
+        // An error says that there is nothing more to wait for.
+        let _ = status
+            .wait_for(|status| status.stage == Stage::Exited)
+            .await;
+    }
+
     /// Waits until it has exited, but not longer than `patience`. Returns whether it has.
     pub async fn exited_within(&self, patience: Duration) -> bool {
-        let mut status = self.cell.status.subscribe();
-        let exited = status.wait_for(|status| status.stage == Stage::Exited);
-        matches!(tokio::time::timeout(patience, exited).await, Ok(Ok(_)))
+        tokio::time::timeout(patience, self.exited()).await.is_ok()
     }
 
     /// Whether the caller is the first to ask it to stop, and so the one to send the signal.

@@ -35,6 +35,9 @@ pub enum Class {
 /// A failure of an operation on pods and containers.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
+    /// No URL for a stream.
+    #[error("can't give a URL for a stream")]
+    Stream(#[source] slipway_stream::StreamError),
     /// No pod of this id.
     #[error("there is no pod sandbox {id:?}")]
     NoPod {
@@ -259,7 +262,11 @@ impl PodError {
                 Class::DeadlineExceeded
             }
             Self::Shared(error) => error.class(),
+            Self::Stream(slipway_stream::StreamError::TooManyInFlight(_)) => {
+                Class::ResourceExhausted
+            }
             Self::Record { .. } | Self::Incomplete { .. } | Self::Lost { .. } => Class::Internal,
+            Self::Stream(_) => Class::Internal,
         }
     }
 
