@@ -258,8 +258,10 @@ async fn attach(
     // It was sent before the answer, or will never be.
     let input = terminal::receive(&ours).ok();
     let input = input.and_then(|fd| Descriptor::new(fd).ok());
-    let sizes = input.as_ref().and_then(|i| i.try_clone().ok());
     let config = &container.record.config;
+    // Of a terminal only: a second handle on a pipe would keep it open after the client's input has ended.
+    let terminal = input.as_ref().filter(|_| config.tty);
+    let terminal = terminal.and_then(|t| t.try_clone().ok());
     let give = async {
         if let (Some(from), Some(to)) = (io.stdin, input) {
             copy_input(from, to).await;
@@ -276,9 +278,9 @@ async fn attach(
         std::future::pending::<()>().await;
     };
     let sizes = async {
-        match sizes {
-            Some(terminal) if config.tty => follow_sizes(io.resizes, terminal).await,
-            _ => std::future::pending().await,
+        match terminal {
+            Some(terminal) => follow_sizes(io.resizes, terminal).await,
+            None => std::future::pending().await,
         }
     };
     // The keeper closes its ends when the container ends.

@@ -48,8 +48,8 @@ mod token;
 mod ws;
 
 pub use backend::{
-    AttachRequest, Backend, ExecRequest, ExitStatus, Input, Output, PortStream, Resizes, SessionIo,
-    TerminalSize,
+    AttachRequest, Backend, Duplex, ExecRequest, ExitStatus, Input, Output, PortStream, Resizes,
+    SessionIo, TerminalSize,
 };
 pub use config::{Config, TlsFiles};
 pub use error::StreamError;

@@ -18,7 +18,8 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(crate) struct Peer(Arc<TcpStream>);
 
 impl Peer {
-    /// Returns soon after the client has closed.
+    /// Returns soon after the client's end of the connection has come. It comes behind what the
+    /// client sent before: not as long as that is more than the kernels' buffers hold.
     pub(crate) async fn closed(&self) {
         loop {
             tokio::time::sleep(LOOK).await;
