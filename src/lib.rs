@@ -10,6 +10,7 @@
 
 pub mod admin;
 pub mod cri;
+mod grpc;
 pub mod logging;
 mod memory;
 pub mod pod;

@@ -15,11 +15,11 @@ use slipway_proto::cri::runtime_service_server::RuntimeServiceServer;
 use slipway_runtime::client::Keepers;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::transport::Server;
+use tonic::service::Routes;
 
 use crate::admin::Administration;
 use crate::cri::{Images, Runtime};
+use crate::grpc;
 use crate::logging::{self, Level};
 use crate::memory;
 use crate::pod::Node;
@@ -157,13 +157,10 @@ async fn run(
     listener
         .set_nonblocking(true)
         .context("can't prepare the socket")?;
-    let incoming = UnixListenerStream::new(UnixListener::from_std(listener)?);
+    let listener = UnixListener::from_std(listener)?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = Server::builder()
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(4 << 20)
-        // A kubelet that gives up on many calls at once must not lose its connection.
-        .http2_max_pending_accept_reset_streams(Some(1024))
+    let mut routes = Routes::builder();
+    routes
         .add_service(
             RuntimeServiceServer::new(Runtime(node.clone()))
                 .max_decoding_message_size(max_message)
@@ -174,10 +171,10 @@ async fn run(
                 .max_decoding_message_size(max_message)
                 .max_encoding_message_size(max_message),
         )
-        .add_service(AdminServer::new(Administration(node.clone())))
-        .serve_with_incoming_shutdown(incoming, async {
-            let _ = stopped.await;
-        });
+        .add_service(AdminServer::new(Administration(node.clone())));
+    let server = grpc::serve(listener, routes.routes(), async {
+        let _ = stopped.await;
+    });
     let mut server = tokio::spawn(server);
     tracing::info!(socket = %listen.display(), "listening");
     notify(&[NotifyState::Ready]);
@@ -189,7 +186,7 @@ async fn run(
             _ = interrupt.recv() => break "SIGINT",
             _ = hangup.recv() => reload(settings, &node, &level).await,
             ended = &mut server => {
-                ended.context("the server ended without a result")?.context("the server failed")?;
+                ended.context("the server failed")?;
                 anyhow::bail!("the server ended by itself");
             }
         }

@@ -1,6 +1,7 @@
 //! Where a pod's and a container's cgroups are, on pure v2, hybrid and v1 hosts, and what is done to them
 //! beside what libcontainer does (it makes a container's cgroup and writes its limits).
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -115,7 +116,7 @@ impl Hierarchies {
         for dir in self.dirs(cgroup) {
             match dir.is_dir() {
                 true => made = false,
-                false => fs::create_dir_all(&dir)?,
+                false => fs::create_dir_all(&dir).map_err(|e| not_made(&dir, &e))?,
             }
         }
         for v1 in self.v1.iter().filter(|v| v.cpuset) {
@@ -179,13 +180,17 @@ impl Hierarchies {
 
     /// Sends a signal to every process in a cgroup and below it, again until no new one turns up.
     pub fn signal_all(&self, cgroup: &Path, signal: i32) {
+        let mut killed = false;
         if signal == libc::SIGKILL
             && let Some(v2) = &self.v2
         {
+            let done = fs::write(inside(v2, cgroup).join("cgroup.kill"), "1");
             // On a hybrid host this reaches only what was born there; the loop below gets the rest.
-            let _ = fs::write(inside(v2, cgroup).join("cgroup.kill"), "1");
+            killed = self.unified() && done.is_ok();
         }
-        self.signal_each(cgroup, signal);
+        if !killed {
+            self.signal_each(cgroup, signal);
+        }
         if signal == libc::SIGKILL {
             // In a frozen v1 cgroup the signal only waits.
             for v1 in self.v1.iter().filter(|v| v.freezer) {
@@ -195,27 +200,22 @@ impl Hierarchies {
     }
 
     fn signal_each(&self, cgroup: &Path, signal: i32) {
-        let mut seen = Vec::new();
+        let mut seen = HashSet::new();
         // Bounded: a fork bomb must not hold the caller for ever; whoever needs all gone calls again.
         for _ in 0..32 {
-            let fresh: Vec<i32> = self
-                .pids(cgroup)
-                .into_iter()
-                .filter(|p| !seen.contains(p))
-                .collect();
+            let mut fresh = self.pids(cgroup);
+            fresh.retain(|pid| seen.insert(*pid));
             if fresh.is_empty() {
                 return;
             }
-            for pid in fresh {
-                if let Some(target) = rustix::process::Pid::from_raw(pid)
-                    && let Ok(pidfd) =
-                        rustix::process::pidfd_open(target, rustix::process::PidfdFlags::empty())
-                    // Still a member after it was pinned: a recycled pid is not signalled.
-                    && self.pids(cgroup).contains(&pid)
-                {
-                    send(&pidfd, signal);
+            // Some at a time: each takes a descriptor.
+            for some in fresh.chunks(256) {
+                let pinned: Vec<_> = some.iter().map(|pid| (pid, pin(*pid))).collect();
+                // Still a member after it was pinned: a recycled pid is not signalled.
+                let members: HashSet<i32> = self.pids(cgroup).into_iter().collect();
+                for (_, process) in pinned.iter().filter(|(pid, _)| members.contains(*pid)) {
+                    process.iter().for_each(|process| send(process, signal));
                 }
-                seen.push(pid);
             }
         }
     }
@@ -268,6 +268,24 @@ impl Hierarchies {
 /// A cgroup path (absolute in its hierarchy) below a mount point.
 pub(crate) fn inside(mount: &Path, cgroup: &Path) -> PathBuf {
     mount.join(cgroup.strip_prefix("/").unwrap_or(cgroup))
+}
+
+/// A descriptor for a process; `None` when it has gone.
+pub fn pin(pid: i32) -> Option<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(pid)?;
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+}
+
+/// Why a directory could not be made. A limit on the number or depth of cgroups says "try again", which would
+/// not help anybody.
+fn not_made(dir: &Path, error: &io::Error) -> io::Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::EAGAIN) => {
+            "; cgroup.max.descendants or cgroup.max.depth of a cgroup above it forbids it"
+        }
+        _ => "",
+    };
+    io::Error::new(error.kind(), format!("{}: {error}{hint}", dir.display()))
 }
 
 /// Sends a signal through a pidfd; a process that has gone is no error.
@@ -348,8 +366,15 @@ fn delegate(mount: &Path, cgroup: &Path) -> io::Result<()> {
             Ok(text.split_whitespace().map(str::to_owned).collect())
         };
         let given = words("cgroup.subtree_control")?;
-        for controller in words("cgroup.controllers")? {
-            if !given.contains(&controller) {
+        let missing: Vec<String> = words("cgroup.controllers")?
+            .into_iter()
+            .filter(|c| !given.contains(c))
+            .collect();
+        // In a cgroup that holds processes the kernel refuses the controllers of whole processes (memory, io),
+        // but takes those of threads (cpu, pids), and thereby makes it a threaded domain: no process could be
+        // born below it any more. The root alone may hold processes.
+        if !missing.is_empty() && (dir == mount || words("cgroup.procs")?.is_empty()) {
+            for controller in missing {
                 let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
             }
         }

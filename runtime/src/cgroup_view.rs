@@ -22,6 +22,8 @@ use rustix::mount::{
 
 use crate::cgroup::{Hierarchies, inside};
 
+/// What [`CGROUP_ROOT`] is mounted on.
+const SYS: &str = "/sys";
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// What a container sees of its cgroups.
@@ -34,7 +36,8 @@ pub struct View {
     read_only: bool,
 }
 
-/// Hides the host's cgroups from this mount namespace, which must be this process's own, and takes the
+/// Hides the host's cgroups from this mount namespace, which must be this process's own and whose mounts the
+/// spec's binds no longer need as they are (see [`crate::propagation`]), and takes the
 /// spec's `cgroup` mount out of it; what the container is to see instead is returned. In a cgroup namespace
 /// of its own on a pure v2 host it is an ordinary mount, and stays in the spec.
 ///
@@ -64,16 +67,15 @@ pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path) -> io::Result
         }
     }
     spec.set_mounts(Some(mounts));
-    // Private first: an unmount of a shared mount would reach the host's. libcontainer reads the mount
-    // table, so covering the hierarchies would not do.
-    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-    mount(
-        None::<&str>,
-        CGROUP_ROOT,
-        None::<&str>,
-        private,
-        None::<&str>,
-    )?;
+    // libcontainer reads the mount table, so covering the hierarchies would not do. Private first, and above all
+    // the mount that they are on: what is unmounted from a shared mount goes from the host's, too. (The tree is
+    // still shared here when a mount of the container is.)
+    for (place, flags) in [
+        (SYS, MsFlags::MS_PRIVATE),
+        (CGROUP_ROOT, MsFlags::MS_PRIVATE | MsFlags::MS_REC),
+    ] {
+        mount(None::<&str>, place, None::<&str>, flags, None::<&str>)?;
+    }
     umount2(CGROUP_ROOT, MntFlags::MNT_DETACH)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
     mount(
@@ -94,7 +96,13 @@ impl View {
             let Ok(name) = mount_point.strip_prefix(CGROUP_ROOT) else {
                 continue;
             };
-            let tree = open_tree(CWD, inside(mount_point, cgroup), flags)?;
+            // Without a cgroup namespace, which only a privileged container lacks on pure v2, its processes see
+            // their place in the whole.
+            let seen = match cgroups.unified() {
+                true => mount_point.to_owned(),
+                false => inside(mount_point, cgroup),
+            };
+            let tree = open_tree(CWD, seen, flags)?;
             trees.push((name.to_string_lossy().into_owned(), Rc::new(tree)));
         }
         Ok(Self {
@@ -114,7 +122,7 @@ impl View {
         if let [(name, tree)] = self.trees.as_slice()
             && name.is_empty()
         {
-            attach(tree.as_fd(), &open_dir(&self.top)?)?;
+            attach(tree.as_fd(), &open_place(&self.top)?)?;
             return remount(&self.top, flags);
         }
         let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -122,11 +130,11 @@ impl View {
         fsconfig_set_string(&fs, "size", "64k")?;
         fsconfig_create(&fs)?;
         let tmpfs = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
-        attach(tmpfs.as_fd(), &open_dir(&self.top)?)?;
+        attach(tmpfs.as_fd(), &open_place(&self.top)?)?;
         for (name, tree) in &self.trees {
             let at = self.top.join(name);
             rustix::fs::mkdir(&at, Mode::from_raw_mode(0o755))?;
-            attach(tree.as_fd(), &open_dir(&at)?)?;
+            attach(tree.as_fd(), &open_place(&at)?)?;
             remount(&at, flags)?;
             // Controllers that share a hierarchy ("cpu,cpuacct") are looked for under each name.
             for alias in name.split(',').filter(|alias| alias != name) {
@@ -137,17 +145,19 @@ impl View {
     }
 }
 
-fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+/// A place of this process's root, without following a link on the way.
+pub fn open_place(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat2(
         CWD,
         path,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        OFlags::PATH | OFlags::CLOEXEC,
         Mode::empty(),
         ResolveFlags::NO_SYMLINKS,
     )?)
 }
 
-fn attach(tree: BorrowedFd<'_>, at: &OwnedFd) -> io::Result<()> {
+/// Mounts a tree on a place.
+pub fn attach(tree: BorrowedFd<'_>, at: &OwnedFd) -> io::Result<()> {
     let by_descriptors =
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     Ok(move_mount(tree, "", at, "", by_descriptors)?)

@@ -126,18 +126,29 @@ impl Keepers {
     /// [`ClientError::Socket`] or [`ClientError::Zygote`].
     pub async fn spawn(&self, pod_id: &str, pod_dir: &Path) -> Result<Keeper, ClientError> {
         let keeper = Keeper::at(pod_id, pod_dir);
-        let listener = keeper.listen().map_err(|source| ClientError::Socket {
-            dir: pod_dir.to_owned(),
-            source,
-        })?;
-        self.zygote
-            .spawn_keeper(pod_id, pod_dir, listener.as_fd())
-            .await
-            .map_err(|source| ClientError::Zygote {
-                pod: pod_id.to_owned(),
+        let mut tried_before = false;
+        loop {
+            let listener = keeper.listen().map_err(|source| ClientError::Socket {
+                dir: pod_dir.to_owned(),
                 source,
             })?;
-        Ok(keeper)
+            let spawned = self
+                .zygote
+                .spawn_keeper(pod_id, pod_dir, listener.as_fd())
+                .await;
+            match spawned {
+                Ok(_) => return Ok(keeper),
+                // A zygote that died may have forked before: the next keeper gets a socket of its own, and
+                // one that nobody calls ends by itself.
+                Err(ZygoteError::Lost(_)) if !tried_before => tried_before = true,
+                Err(source) => {
+                    return Err(ClientError::Zygote {
+                        pod: pod_id.to_owned(),
+                        source,
+                    });
+                }
+            }
+        }
     }
 }
 
@@ -206,6 +217,15 @@ impl Keeper {
         create: proto::CreateContainer,
         timeout: Duration,
     ) -> Result<CreateContainerResult, ClientError> {
+        if (create.tty || create.stdin) && self.hello().await?.protocol < wire::SESSIONS {
+            return Err(ClientError::Keeper {
+                kind: ErrorKind::Unsupported,
+                message:
+                    "the pod's keeper is of an older version, which knows no terminals and no open \
+                          standard input; make the pod anew"
+                        .to_owned(),
+            });
+        }
         let call = Call::CreateContainer(create);
         match self
             .call("CreateContainer", call, &[], Some(timeout))
@@ -242,16 +262,20 @@ impl Keeper {
         self.call("Signal", call, &[], Some(SHORT)).await.map(drop)
     }
 
-    /// Runs a command in a container with the given streams, until it ends.
+    /// Runs a command in a container with the given streams, until it ends: standard input, output and error,
+    /// or, on a terminal, one non-blocking socket for [`crate::terminal::receive`].
     ///
     /// # Errors
     /// `CannotRun` (message names the command), `WrongState`, `NotFound`.
     pub async fn exec(
         &self,
         exec: proto::Exec,
-        stdio: [BorrowedFd<'_>; 3],
+        stdio: &[BorrowedFd<'_>],
     ) -> Result<ExecResult, ClientError> {
-        match self.call("Exec", Call::Exec(exec), &stdio, None).await? {
+        // The keeper kills it when its time is up; this is for a keeper that does not.
+        let limit = Some(exec.timeout_ms).filter(|ms| *ms > 0);
+        let limit = limit.map(|ms| Duration::from_millis(ms) + SHORT);
+        match self.call("Exec", Call::Exec(exec), stdio, limit).await? {
             Some(Answer::Exec(r)) => Ok(r),
             _ => Err(self.unexpected("Exec")),
         }
@@ -280,12 +304,13 @@ impl Keeper {
             container_id: container_id.to_owned(),
             args,
             timeout_ms: timeout.map_or(0, |t| (t.as_millis() as u64).max(1)),
+            tty: false,
         };
         let mut stdout = Capture::new(out_read, limit).map_err(gone)?;
         let mut stderr = Capture::new(err_read, limit).map_err(gone)?;
         let call = async {
             let result = self
-                .exec(exec, [null.as_fd(), out_write.as_fd(), err_write.as_fd()])
+                .exec(exec, &[null.as_fd(), out_write.as_fd(), err_write.as_fd()])
                 .await;
             // Ours were the last ends outside the exec; from here on only its children hold any.
             drop((out_write, err_write));
@@ -327,6 +352,35 @@ impl Keeper {
             resources,
         });
         self.call("UpdateContainer", call, &[], Some(timeout))
+            .await
+            .map(drop)
+    }
+
+    /// Reads along with a container's output, into the given write ends of pipes. What its input is written to,
+    /// or the master end of its terminal, comes through `socket`, if it has either.
+    ///
+    /// # Errors
+    /// `WrongState` unless it is created or running, `NotFound`; `Unsupported` by a keeper of an older version.
+    pub async fn attach(
+        &self,
+        attach: proto::Attach,
+        stdout: BorrowedFd<'_>,
+        stderr: BorrowedFd<'_>,
+        socket: BorrowedFd<'_>,
+    ) -> Result<(), ClientError> {
+        let call = Call::Attach(attach);
+        self.call("Attach", call, &[stdout, stderr, socket], Some(SHORT))
+            .await
+            .map(drop)
+    }
+
+    /// Closes a container's standard input for good.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn close_stdin(&self, id: &str) -> Result<(), ClientError> {
+        let call = Call::CloseStdin(proto::CloseStdin { id: id.to_owned() });
+        self.call("CloseStdin", call, &[], Some(SHORT))
             .await
             .map(drop)
     }
@@ -406,7 +460,10 @@ impl Keeper {
 
     fn listen(&self) -> io::Result<UnixListener> {
         let path = self.socket_path()?;
-        UnixListener::bind(&path.1)
+        match std::fs::remove_file(&path.1) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => UnixListener::bind(&path.1),
+        }
     }
 
     /// A path to the socket that fits `sun_path` (108 bytes) wherever the run root is, with the
@@ -437,6 +494,17 @@ impl Keeper {
         timeout: Option<Duration>,
     ) -> Result<Option<Answer>, ClientError> {
         let request = wire::frame(&Request { call: Some(call) });
+        if request.len() > wire::MAX_MESSAGE {
+            // The keeper would hang up in the middle of it.
+            return Err(ClientError::Keeper {
+                kind: ErrorKind::Invalid,
+                message: format!(
+                    "{name} takes {} bytes, of {} at most: command, environment, mounts and annotations are too large",
+                    request.len(),
+                    wire::MAX_MESSAGE
+                ),
+            });
+        }
         let round = async {
             let mut stream = self.connect().await?;
             let answer: Response = async {

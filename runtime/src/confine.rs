@@ -159,6 +159,16 @@ impl Confinement {
         }
     }
 
+    /// The same for a process on a terminal, which has to know what kind that is.
+    #[must_use]
+    pub fn on_terminal(&self) -> Self {
+        let mut other = self.clone();
+        if !other.env.iter().any(|e| e.as_bytes().starts_with(b"TERM=")) {
+            other.env.push(c"TERM=xterm".to_owned());
+        }
+        other
+    }
+
     /// The user that the processes run as.
     pub fn user(&self) -> &Resolved {
         &self.user

@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
@@ -22,9 +23,12 @@ use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::limits::{self, LimitError};
+use crate::own_dev::OwnDev;
+use crate::places::PlaceError;
 use crate::rootfs::{self, RootfsError};
+use crate::terminal::Terminal;
 use crate::user::{self, UserError};
-use crate::{cgroup_view, detach, propagation, sys};
+use crate::{cgroup_view, detach, own_dev, places, propagation, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -73,6 +77,12 @@ pub enum CreateError {
         #[source]
         source: io::Error,
     },
+    /// The image.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The source of a mount over `/dev`.
+    #[error("can't open the source of the mount on /dev")]
+    OwnDev(#[source] io::Error),
     /// A mount's source.
     #[error("can't set the propagation of a mount")]
     Propagation(#[source] io::Error),
@@ -88,11 +98,45 @@ impl CreateError {
     /// The class of the failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::User(_) | Self::Spec(_) | Self::Incomplete(_) | Self::Seccomp(_) => {
-                ErrorKind::Invalid
-            }
+            Self::Place(_)
+            | Self::User(_)
+            | Self::Spec(_)
+            | Self::Incomplete(_)
+            | Self::Seccomp(_) => ErrorKind::Invalid,
             Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
             _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// What a container's standard streams are made of.
+pub enum Stdio {
+    /// The read end of its input, if that stays open, and the write ends of its outputs.
+    Pipes {
+        /// Read end.
+        stdin: Option<OwnedFd>,
+        /// Write end.
+        stdout: OwnedFd,
+        /// Write end.
+        stderr: OwnedFd,
+    },
+    /// A terminal, whose master end goes through this socket.
+    Terminal(OwnedFd),
+}
+
+impl Stdio {
+    /// The descriptors that the creator must not close.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        match self {
+            Self::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            } => {
+                let all = stdin.iter().chain([stdout, stderr]);
+                all.map(AsRawFd::as_raw_fd).collect()
+            }
+            Self::Terminal(socket) => vec![socket.as_raw_fd()],
         }
     }
 }
@@ -107,10 +151,8 @@ pub struct Inherited<'a> {
     pub cgroups: &'a Hierarchies,
     /// The container's cgroup.
     pub cgroup: &'a Path,
-    /// Write ends of the container's output pipes.
-    pub stdout: OwnedFd,
-    /// Likewise.
-    pub stderr: OwnedFd,
+    /// The container's standard streams.
+    pub stdio: Stdio,
     /// Where the init says that it could not execute its command; closed by a successful execve.
     pub start_pipe: BorrowedFd<'a>,
     /// Path of the PID namespace to join instead of the spec's (mode TARGET).
@@ -127,8 +169,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         run_root,
         cgroups,
         cgroup,
-        stdout,
-        stderr,
+        stdio,
         start_pipe,
         pid_namespace,
     } = inherited;
@@ -169,40 +210,76 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     if !create.working_dir.is_empty() {
         rootfs::make_dir(&root, Path::new(&create.working_dir))?;
     }
+    places::secure(&root, &mut spec)?;
     drop(root);
 
     let confinement = confinement(create, &spec, user)?;
     // A process that is not root could not open /dev/stdout otherwise: that opens the pipe's inode anew.
     let owner = rustix::fs::Uid::from_raw(confinement.user().uid);
-    for pipe in [&stdout, &stderr] {
-        let _ = rustix::fs::fchown(pipe, Some(owner), None);
+    if let Stdio::Pipes {
+        stdin,
+        stdout,
+        stderr,
+    } = &stdio
+    {
+        for pipe in stdin.iter().chain([stdout, stderr]) {
+            let _ = rustix::fs::fchown(pipe, Some(owner), None);
+        }
     }
     set_oom_score(create.oom_score_adj);
 
     let args = process_args(&spec)?;
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
+    let own_dev = own_dev::take(&mut spec).map_err(CreateError::OwnDev)?;
+    propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let view = cgroup_view::hide(&mut spec, cgroups, cgroup)
         .map_err(in_cgroup("prepare the container's view of"))?;
-    propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let config = dir.join("config.json");
     write_spec(&config, &spec)?;
 
+    let null = |write: bool| {
+        let opened = File::options().read(!write).write(write).open("/dev/null");
+        opened
+            .map(OwnedFd::from)
+            .map_err(|source| CreateError::Bundle {
+                path: PathBuf::from("/dev/null"),
+                source,
+            })
+    };
+    let (terminal, stdin, stdout, stderr) = match stdio {
+        Stdio::Pipes {
+            stdin: Some(stdin),
+            stdout,
+            stderr,
+        } => (None, stdin, stdout, stderr),
+        Stdio::Pipes {
+            stdin: None,
+            stdout,
+            stderr,
+        } => (None, null(false)?, stdout, stderr),
+        // The init opens its terminal when it is in its root.
+        Stdio::Terminal(socket) => (
+            Some(Rc::new(socket)),
+            null(false)?,
+            null(true)?,
+            null(true)?,
+        ),
+    };
     let executor = Enter {
         confinement,
         args,
         view,
+        own_dev,
+        working_dir: PathBuf::from(&create.working_dir),
+        terminal,
         start_pipe: start_pipe.as_raw_fd(),
     };
-    let null = File::open("/dev/null").map_err(|source| CreateError::Bundle {
-        path: PathBuf::from("/dev/null"),
-        source,
-    })?;
     let user = executor.confinement.user().clone();
     let container = ContainerBuilder::new(create.id.clone(), SyscallType::default())
         .with_executor(executor)
         .with_root_path(dir.join(LIBCONTAINER_ROOT))
         .map_err(|e| CreateError::Libcontainer(chain(&e)))?
-        .with_stdin(null)
+        .with_stdin(stdin)
         .with_stdout(stdout)
         .with_stderr(stderr)
         .as_init(dir)
@@ -277,6 +354,8 @@ fn for_libcontainer(
         .set_no_new_privileges(None)
         .set_rlimits(None::<Vec<PosixRlimit>>)
         .set_oom_score_adj(None)
+        // It would want a console socket; terminals are ours.
+        .set_terminal(None)
         .set_apparmor_profile(None)
         .set_cwd(PathBuf::from("/"))
         // Never empty: libcontainer would ask the name service, inside the container's root.
@@ -335,6 +414,11 @@ struct Enter {
     confinement: Confinement,
     args: Vec<Vec<u8>>,
     view: Option<View>,
+    own_dev: Option<OwnDev>,
+    /// To be made if it is missing; empty: none.
+    working_dir: PathBuf,
+    /// Where the master end of the container's terminal goes, if it has one.
+    terminal: Option<Rc<OwnedFd>>,
     start_pipe: RawFd,
 }
 
@@ -348,11 +432,32 @@ impl Executor for Enter {
     /// The last step of the init before it waits for StartContainer: it is in the container's root, and has
     /// all its privileges.
     fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {
-        self.view.as_ref().map_or(Ok(()), View::show).map_err(|e| {
-            ExecutorValidationError::ArgValidationError(format!(
-                "can't mount the container's view of its cgroups: {e}"
-            ))
-        })
+        let failed = |step: &'static str| {
+            move |e: io::Error| {
+                ExecutorValidationError::ArgValidationError(format!("can't {step}: {e}"))
+            }
+        };
+        let view = self.view.as_ref().map_or(Ok(()), View::show);
+        view.map_err(failed("mount the container's view of its cgroups"))?;
+        let own_dev = self.own_dev.as_ref().map_or(Ok(()), OwnDev::cover);
+        own_dev.map_err(failed("mount the container's /dev"))?;
+        if !self.working_dir.as_os_str().is_empty()
+            && let Ok(root) = rootfs::open_root(Path::new("/"))
+        {
+            // In a volume it could not be made before. If it can't be now, entering it says why.
+            let _ = rootfs::make_dir(&root, &self.working_dir);
+        }
+        if let Some(socket) = &self.terminal {
+            let terminal = Terminal::open(self.confinement.user().uid)
+                .map_err(failed("open the container's terminal"))?;
+            terminal
+                .show_as_console()
+                .map_err(failed("mount the container's terminal on /dev/console"))?;
+            terminal
+                .take(socket.as_fd())
+                .map_err(failed("take the container's terminal"))?;
+        }
+        Ok(())
     }
 
     fn setup_envs(

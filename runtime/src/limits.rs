@@ -1,8 +1,9 @@
 //! Writing a container's limits into its cgroup, before its first process is there.
 //!
-//! The limits go through `cgroups-rs`, which speaks v1 and v2. Device rules are written here: the crate
-//! reads "any number" as 0. `unified` keys are files of v2 and are written as they are.
+//! On v2 [`limits_v2`] writes them; those of v1 go through `cgroups-rs`. Device rules are written here: the crate
+//! reads "any number" as 0. `unified` keys are files of v2 and are written as they are, after all others.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -14,6 +15,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 use crate::cgroup::Hierarchies;
 use crate::confine::chain;
 use crate::device_filter::{self, Rule};
+use crate::limits_v2;
 
 /// Why limits could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +42,20 @@ pub enum LimitError {
         /// The cause.
         #[source]
         source: io::Error,
+    },
+    /// A limit of a controller that the cgroup does not have.
+    #[error(
+        "can't set {file}: cgroup {0} does not hand the controller {controller} down; write +{controller} to its \
+         cgroup.subtree_control (no process may be in it itself), or drop the limit",
+        parent.display()
+    )]
+    NoController {
+        /// The file.
+        file: String,
+        /// The controller.
+        controller: String,
+        /// The cgroup that would have to hand it down.
+        parent: PathBuf,
     },
     /// A `unified` key that can't be one.
     #[error("unified resource {key:?} {reason}")]
@@ -81,6 +97,10 @@ pub fn apply(
     };
     let mut numbers = resources.clone();
     numbers.set_devices(None).set_unified(None);
+    let v2 = cgroups.v2_dir(cgroup).filter(|_| cgroups.unified());
+    if let Some(dir) = &v2 {
+        limits_v2::apply(dir, &mut numbers)?;
+    }
     if numbers != LinuxResources::default() {
         let base = cgroup.strip_prefix("/").unwrap_or(cgroup).to_string_lossy();
         FsManager::new(&base)
@@ -88,13 +108,11 @@ pub fn apply(
             .map_err(|e| refused(chain(&e)))?;
     }
     if let Some(unified) = resources.unified() {
-        let dir = cgroups
-            .v2_dir(cgroup)
-            .filter(|_| cgroups.unified())
-            .ok_or_else(|| {
-                refused("unified resources need a host with pure cgroup v2".to_owned())
-            })?;
-        for (key, value) in unified {
+        let dir = v2.ok_or_else(|| {
+            refused("unified resources need a host with pure cgroup v2".to_owned())
+        })?;
+        // In order: which of two bad ones is told of must not change from one try to the next.
+        for (key, value) in unified.iter().collect::<BTreeMap<_, _>>() {
             if key.contains('/') || !key.contains('.') {
                 let reason = "is no file of a cgroup, such as memory.high";
                 return Err(LimitError::Unified {
@@ -102,7 +120,7 @@ pub fn apply(
                     reason,
                 });
             }
-            write(&dir.join(key), value)?;
+            limits_v2::set(&dir, key, value)?;
         }
     }
     if cgroups.unified() {

@@ -2,7 +2,8 @@
 //!
 //! libcontainer binds a source as it finds it, so all mounts get the propagation of the whole tree. The
 //! tree is given the most open one that any mount asks for; sources that are to be more closed than that
-//! are bound aside, in the creator's mount namespace, with the propagation they need.
+//! are bound aside, in the creator's mount namespace, with the propagation they need. So are all of
+//! `/sys`: it is made private afterwards, and the host's cgroups are taken out of it ([`crate::cgroup_view`]).
 
 use std::fs;
 use std::io;
@@ -77,7 +78,7 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         let Some(source) = entry
             .source()
             .clone()
-            .filter(|_| is_bind(entry) && wanted < top)
+            .filter(|s| is_bind(entry) && (wanted < top || shows_cgroups(s)))
         else {
             continue;
         };
@@ -91,6 +92,11 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         linux.set_rootfs_propagation(Some(top.name().to_owned()));
     }
     Ok(())
+}
+
+/// Whether the host's cgroups, which are hidden afterwards, are to be seen in it.
+fn shows_cgroups(source: &Path) -> bool {
+    source.starts_with("/sys") || Path::new("/sys").starts_with(source)
 }
 
 fn stage(source: &Path, at: &PathBuf, propagation: Propagation) -> io::Result<()> {

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-use crate::cgroup::{Hierarchies, send};
+use crate::cgroup::{Hierarchies, pin, send};
 
 /// How long SIGKILL may take to work; a process in an uninterruptible wait survives it.
-const KILL_DEADLINE: Duration = Duration::from_secs(8);
+pub const KILL_DEADLINE: Duration = Duration::from_secs(8);
 
 /// Why something could not be removed.
 #[derive(Debug, thiserror::Error)]
@@ -78,13 +78,7 @@ pub fn kill_cgroup(
                 pids,
             });
         }
-        let pinned: Vec<OwnedFd> = pids
-            .iter()
-            .filter_map(|p| rustix::process::Pid::from_raw(*p))
-            .filter_map(|p| {
-                rustix::process::pidfd_open(p, rustix::process::PidfdFlags::empty()).ok()
-            })
-            .collect();
+        let pinned: Vec<OwnedFd> = pids.iter().filter_map(|pid| pin(*pid)).collect();
         cgroups.signal_all(cgroup, libc::SIGKILL);
         for process in &pinned {
             wait(process, deadline);
@@ -93,7 +87,7 @@ pub fn kill_cgroup(
 }
 
 /// Waits until a process has ended, or the deadline.
-fn wait(process: &OwnedFd, deadline: Instant) {
+pub fn wait(process: &OwnedFd, deadline: Instant) {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let Ok(timeout) = rustix::event::Timespec::try_from(left) else {

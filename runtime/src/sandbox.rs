@@ -1,7 +1,8 @@
 //! The pod's own namespaces, its shared memory and, for a shared PID namespace, its init.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -59,7 +60,7 @@ pub enum SandboxError {
     },
 }
 
-/// Makes what [`SetupSandbox`] asks for except the PID namespace. Runs in a forked child: the namespaces
+/// Makes what [`SetupSandbox`] asks for except the PID namespace, which needs the others ([`start_init`]). Runs in a forked child: the namespaces
 /// stay with the bind mounts when it exits.
 ///
 /// # Errors
@@ -71,6 +72,11 @@ pub fn make(
     let step = |step: &'static str| move |source: io::Error| SandboxError::Step { step, source };
     let mut result = SetupSandboxResult::default();
     if !setup.cgroup.is_empty() {
+        // Without any, containers would run without limits and without a device filter, and nobody would know.
+        if cgroups.is_empty() {
+            let cause = "there is no cgroup file system below /sys/fs/cgroup; mount it, and run slipway check";
+            return Err(step("make the pod's cgroup")(io::Error::other(cause)));
+        }
         result.made_cgroup = cgroups
             .ensure(Path::new(&setup.cgroup))
             .map_err(step("make the pod's cgroup"))?;
@@ -139,11 +145,16 @@ pub fn make(
     Ok(result)
 }
 
-/// Starts the pod's init in a new PID namespace and pins that. Runs in the keeper, which is its parent.
+/// Starts the pod's init in a new PID namespace and the pod's other ones, `made`, and pins the former. Runs
+/// in the keeper, which is its parent, and returns when the init is confined: before that no container may
+/// see it.
 ///
 /// # Errors
 /// [`SandboxError`].
-pub fn start_init(setup: &SetupSandbox) -> Result<(i32, String), SandboxError> {
+pub fn start_init(
+    setup: &SetupSandbox,
+    made: &SetupSandboxResult,
+) -> Result<(i32, String), SandboxError> {
     let refused = |source| SandboxError::Namespace {
         what: "pid",
         source,
@@ -152,21 +163,19 @@ pub fn start_init(setup: &SetupSandbox) -> Result<(i32, String), SandboxError> {
         new_namespaces: libc::CLONE_NEWPID as u64,
         ..Default::default()
     };
+    let (ready, confined) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
     match sys::clone_process(&options).map_err(refused)? {
-        sys::Forked::Child => pod_init(),
+        sys::Forked::Child => pod_init(made, confined),
         sys::Forked::Parent(pid) => {
-            let ns_dir = Path::new(&setup.ns_dir);
-            let pinned = fs::create_dir_all(ns_dir)
-                .map_err(|source| SandboxError::Pin {
-                    path: ns_dir.to_owned(),
+            drop(confined);
+            let namespace = PathBuf::from(format!("/proc/{pid}/ns/pid"));
+            let pinned = await_init(&ready)
+                .map_err(|source| SandboxError::Step {
+                    step: "confine the pod's init",
                     source,
                 })
-                .and_then(|()| {
-                    pin(
-                        Path::new(&format!("/proc/{pid}/ns/pid")),
-                        &ns_dir.join("pid"),
-                    )
-                });
+                .and_then(|()| pin(&namespace, &Path::new(&setup.ns_dir).join("pid")));
             match pinned {
                 Ok(path) => Ok((pid, path)),
                 Err(e) => {
@@ -178,6 +187,16 @@ pub fn start_init(setup: &SetupSandbox) -> Result<(i32, String), SandboxError> {
                 }
             }
         }
+    }
+}
+
+/// Waits for one byte and the end of the pipe. An init that fails ends, and with it the pipe.
+fn await_init(ready: &OwnedFd) -> io::Result<()> {
+    let mut told = Vec::new();
+    File::from(ready.try_clone()?).read_to_end(&mut told)?;
+    match told.as_slice() {
+        [_] => Ok(()),
+        _ => Err(io::Error::other("it ended early")),
     }
 }
 
@@ -214,18 +233,13 @@ pub fn remove(ns_dir: &Path, shm_dir: Option<&Path>) {
 /// PID 1 of a pod's shared PID namespace: reaps, and does nothing else.
 ///
 /// Containers in that namespace see it, so it must lead nowhere: it has an empty root file system, no
-/// capabilities, no descriptors and no way to get any privilege.
-fn pod_init() -> ! {
+/// capabilities, no descriptors, no namespace that the pod has not, no system calls but those it waits with,
+/// and no way to get any privilege. A container that may trace it gains nothing by that.
+fn pod_init(made: &SetupSandboxResult, confined: OwnedFd) -> ! {
     sys::reset_signals();
-    let code = match confine_pod_init() {
+    let code = match confine_pod_init(made, confined) {
         Ok(_signals) => loop {
-            while let Ok(status) =
-                nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG))
-            {
-                if status == nix::sys::wait::WaitStatus::StillAlive {
-                    break;
-                }
-            }
+            while sys::collect_child().is_some() {}
             sys::wait_for_child_signal();
         },
         Err(_) => 1,
@@ -233,9 +247,19 @@ fn pod_init() -> ! {
     sys::exit_now(code)
 }
 
-fn confine_pod_init() -> io::Result<std::os::fd::OwnedFd> {
-    sys::close_all_but(&[]);
+fn confine_pod_init(made: &SetupSandboxResult, confined: OwnedFd) -> io::Result<OwnedFd> {
+    sys::close_all_but(&[confined.as_raw_fd()]);
     nix::unistd::setsid()?;
+    let filter = init_filter()?;
+    for (path, kind) in [
+        (&made.network, CloneFlags::CLONE_NEWNET),
+        (&made.ipc, CloneFlags::CLONE_NEWIPC),
+        (&made.uts, CloneFlags::CLONE_NEWUTS),
+    ] {
+        if !path.is_empty() {
+            nix::sched::setns(File::open(path)?, kind)?;
+        }
+    }
     // Before the root goes: the descriptor is not used, but SIGCHLD gets blocked for sigwait.
     let signals = sys::child_signals()?;
     unshare(CloneFlags::CLONE_NEWNS)?;
@@ -280,5 +304,36 @@ fn confine_pod_init() -> io::Result<std::os::fd::OwnedFd> {
     }
     // SAFETY: PR_SET_NAME reads a NUL-terminated string.
     unsafe { libc::prctl(libc::PR_SET_NAME, c"slipway-init".as_ptr()) };
+    // After the capabilities went: the kernel forgets the wish with the credentials.
+    sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as u64)?;
+    rustix::io::write(&confined, b"1")?;
+    slipway_seccomp::load(&filter)?;
+    drop(confined);
     Ok(signals)
+}
+
+/// Lets nothing pass but what the pod's init waits and ends with, and closes its pipe with.
+fn init_filter() -> io::Result<slipway_seccomp::Filter> {
+    use oci_spec::runtime::{LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder};
+    let calls = [
+        "wait4",
+        "rt_sigtimedwait",
+        "rt_sigreturn",
+        "restart_syscall",
+        "close",
+        "exit",
+        "exit_group",
+    ];
+    let allowed = LinuxSyscallBuilder::default()
+        .names(calls.map(str::to_owned))
+        .action(LinuxSeccompAction::ScmpActAllow)
+        .build();
+    let profile = allowed.and_then(|allowed| {
+        LinuxSeccompBuilder::default()
+            .default_action(LinuxSeccompAction::ScmpActErrno)
+            .syscalls([allowed])
+            .build()
+    });
+    let profile = profile.map_err(io::Error::other)?;
+    slipway_seccomp::compile(&profile, &Default::default()).map_err(io::Error::other)
 }

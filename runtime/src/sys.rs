@@ -72,6 +72,41 @@ pub fn clone_process(options: &CloneOptions<'_>) -> io::Result<Forked> {
     }
 }
 
+/// Collects a child that has ended, without waiting for one: its process id, and its exit status or
+/// 128 + signal. The wrappers of `nix` know no real-time signals: a child that was killed by one would be
+/// reaped and its end lost.
+pub fn collect_child() -> Option<(i32, i32)> {
+    loop {
+        let mut status = 0;
+        // SAFETY: the call writes to `status` only.
+        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+        if pid > 0 && libc::WIFEXITED(status) {
+            return Some((pid, libc::WEXITSTATUS(status)));
+        }
+        if pid > 0 && libc::WIFSIGNALED(status) {
+            return Some((pid, 128 + libc::WTERMSIG(status)));
+        }
+        let interrupted = io::Error::last_os_error().kind() == io::ErrorKind::Interrupted;
+        if pid == 0 || (pid < 0 && !interrupted) {
+            return None;
+        }
+    }
+}
+
+/// Asks the kernel to kill this process when its parent dies.
+///
+/// # Errors
+/// What the kernel says; [`io::ErrorKind::NotFound`] when `parent` is dead already.
+pub fn die_with(parent: i32) -> io::Result<()> {
+    prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as u64)?;
+    // SAFETY: the call has no preconditions.
+    match unsafe { libc::getppid() } {
+        // 0: the parent is in a PID namespace outside of ours.
+        now if now == parent || now == 0 => Ok(()),
+        _ => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
 /// Ends the process at once: no destructors, no `atexit` handlers of the program it was forked from.
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: _exit has no preconditions.
@@ -93,6 +128,12 @@ pub fn reset_signals() {
         libc::sigemptyset(&mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
     }
+}
+
+/// Makes writing to a pipe that nobody reads an error, not a death. What is forked resets it.
+pub fn ignore_broken_pipes() {
+    // SAFETY: setting a disposition to SIG_IGN has no preconditions.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }
 
 /// Blocks SIGCHLD and returns a non-blocking descriptor that becomes readable when it arrives.

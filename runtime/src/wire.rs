@@ -11,7 +11,10 @@ use rustix::net::{
 };
 
 /// Version of the protocol that this build speaks; see `keeper.proto` for what changes may do.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
+
+/// The first version with terminals, open standard input and attach.
+pub const SESSIONS: u32 = 2;
 
 /// Largest message that either side accepts, in bytes (an OCI spec with a large environment fits).
 pub const MAX_MESSAGE: usize = 16 << 20;

@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use slipway_proto::keeper::{SpawnKeeper, ZygoteRequest, ZygoteResponse};
 use tokio::sync::Mutex;
@@ -21,6 +22,9 @@ use crate::{keeper, sys, wire};
 
 /// Subcommand of the binary that becomes the zygote.
 pub const ZYGOTE_COMMAND: &str = "zygote";
+
+/// How long a fork may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why there is no zygote, or no keeper from it.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +77,8 @@ impl ZygoteProcess {
     /// Forks a keeper for a pod; it serves `listener`.
     ///
     /// # Errors
-    /// [`ZygoteError::Fork`], or what starting a new zygote says when the old one is lost.
+    /// [`ZygoteError::Fork`]. [`ZygoteError::Lost`] when the zygote died or hung, with or without having
+    /// forked; another has been started then. What starting it says.
     pub async fn spawn_keeper(
         &self,
         pod_id: &str,
@@ -87,16 +92,12 @@ impl ZygoteProcess {
             }),
         });
         let mut running = self.running.lock().await;
-        let first = running.ask(&request, listener).await;
-        let answer = match first {
+        let asked = tokio::time::timeout(PATIENCE, running.ask(&request, listener)).await;
+        let answer = match asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(answer) => answer,
-            // Nothing was forked by a zygote that is gone, so asking its successor is safe.
-            Err(_) => {
+            Err(error) => {
                 *running = Running::launch()?;
-                running
-                    .ask(&request, listener)
-                    .await
-                    .map_err(ZygoteError::Lost)?
+                return Err(ZygoteError::Lost(error));
             }
         };
         match answer.error {
@@ -149,6 +150,8 @@ impl Drop for Running {
     /// The zygote ends when its socket closes; keepers live on.
     fn drop(&mut self) {
         self.socket = Socket::Broken;
+        // One that is stopped would not see that.
+        let _ = self.child.kill();
         // Without a wait the old zygote would stay a zombie of the daemon.
         let _ = self.child.wait();
     }
@@ -182,6 +185,8 @@ pub fn main() -> ! {
 fn serve() -> io::Result<()> {
     // SAFETY: descriptor 0 is the socket that the daemon gave this process and nobody else here uses it.
     let mut socket = unsafe { UnixStream::from_raw_fd(0) };
+    // Files and directories have the modes that are asked for, whoever started us.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     // Keepers are to outlive the daemon whatever happens to its terminal or process group.
     let _ = nix::unistd::setsid();
     // From here on, and in all that is forked: /proc/<pid> belongs to root and can't be traced from a

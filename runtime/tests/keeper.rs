@@ -6,15 +6,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::HashMap;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::Capability;
 use slipway_proto::keeper::{
-    ContainerState, CreateContainer, ErrorKind, Overlay, Phase, SetupSandbox, User,
+    Attach, ContainerState, CreateContainer, ErrorKind, Exec, Overlay, Phase, SetupSandbox, User,
 };
-use slipway_runtime::client::{Events, Keeper, Keepers};
+use slipway_runtime::client::{ClientError, Events, Keeper, Keepers};
+use slipway_runtime::descriptor::Descriptor;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -39,7 +42,7 @@ fn main() {
     let keepers = Keepers::launch().unwrap();
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let mut failed = 0;
+    let (mut passed, mut failed) = (0, 0);
     macro_rules! run {
         ($($test:ident),* $(,)?) => {$(
             let name = stringify!($test);
@@ -51,7 +54,7 @@ fn main() {
                     });
                 }));
                 runtime.block_on(pod.end());
-                println!("test {name} ... {}", if result.is_ok() { "ok" } else { failed += 1; "FAILED" });
+                println!("test {name} ... {}", if result.is_ok() { passed += 1; "ok" } else { failed += 1; "FAILED" });
             }
         )*};
     }
@@ -62,13 +65,19 @@ fn main() {
         a_background_child_does_not_hold_an_exec,
         commands_that_cannot_run,
         a_shared_pid_namespace_has_an_init_that_leads_nowhere,
+        the_pod_ends_with_its_init,
+        death_by_a_real_time_signal,
+        a_container_on_a_terminal,
+        standard_input_stays_open,
+        a_slow_reader_holds_nobody,
+        an_exec_on_a_terminal,
         logs_are_reopened_without_loss,
         oom_is_told,
         deleting_a_running_container_leaves_nothing,
         a_bad_user_leaves_nothing,
     );
     println!(
-        "test result: {}. {failed} failed",
+        "test result: {}. {passed} passed; {failed} failed",
         if failed == 0 { "ok" } else { "FAILED" }
     );
     std::process::exit(i32::from(failed > 0));
@@ -167,6 +176,18 @@ impl Pod {
         self.root.path().join("pods").join(self.keeper.pod_id())
     }
 
+    /// Process id of its init, as this process sees it.
+    fn init(&self) -> i32 {
+        let children = format!("/proc/{0}/task/{0}/children", self.keeper_pid);
+        let children = std::fs::read_to_string(children).unwrap();
+        let is_init = |pid: &&str| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name == "slipway-init\n")
+        };
+        let pid = children.split_whitespace().find(is_init);
+        pid.expect("the pod's init").parse().unwrap()
+    }
+
     fn log(&self, id: &str) -> PathBuf {
         self.root.path().join(format!("{id}.log"))
     }
@@ -206,6 +227,7 @@ impl Pod {
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
                 {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+                {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
                 {"destination": "/dev/shm", "type": "bind", "source": self.dir().join("shm"), "options": ["rbind", "rw"]},
                 {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
             ],
@@ -316,7 +338,7 @@ fn make_layer(layer: &Path) {
     std::fs::copy("/bin/busybox", layer.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "sleep", "cat", "id", "ls", "echo", "dd", "grep", "setsid", "hostname", "unshare",
-        "find", "head",
+        "find", "head", "tty", "stty",
     ] {
         symlink("busybox", layer.join("bin").join(applet)).unwrap();
     }
@@ -427,6 +449,18 @@ async fn a_timed_out_exec_leaves_nothing(pod: &Pod) {
     assert!(output.timed_out);
     let left = pod.exec("c", "for p in /proc/[0-9]*; do cat $p/cmdline 2>/dev/null; echo; done | grep 432[1] || true").await;
     assert!(left.trim().is_empty(), "left over: {left}");
+    // Its cgroup goes with what was in it, at the latest before a later exec.
+    let host = slipway_runtime::cgroup::Hierarchies::detect().unwrap();
+    let Some(cgroup) = host.v2_dir(&Path::new(&pod.cgroup).join("c")) else {
+        return;
+    };
+    let leaves = || {
+        let entries = std::fs::read_dir(&cgroup).unwrap().flatten();
+        entries.filter(|e| e.file_name().to_string_lossy().starts_with("exec-"))
+    };
+    while leaves().count() > 0 {
+        pod.exec("c", "true").await;
+    }
 }
 
 async fn a_background_child_does_not_hold_an_exec(pod: &Pod) {
@@ -513,11 +547,166 @@ async fn a_shared_pid_namespace_has_an_init_that_leads_nowhere(pod: &Pod) {
     pod.keeper.signal("c", libc::SIGTERM, true).await.unwrap();
     wait_for_exit(&mut events, "c").await;
     let text = pod.log_text("c");
+    let init = Path::new("/proc").join(pod.init().to_string());
+    let status = std::fs::read_to_string(init.join("status")).unwrap();
+    for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "CapPrm:\t0000000000000000"] {
+        assert!(status.contains(line), "{line:?} is not in {status}");
+    }
+    for (kind, file) in [("network", "net"), ("ipc", "ipc"), ("uts", "uts")] {
+        let inode = |path: PathBuf| std::fs::metadata(path).unwrap().ino();
+        let pinned = inode(pod.namespaces[kind].clone().into());
+        assert_eq!(inode(init.join("ns").join(file)), pinned, "{kind}");
+    }
     assert!(text.starts_with("slipway-init\n"), "{text}");
     assert!(text.ends_with("done\n"), "{text}");
     for leak in ["home", "work", "boot", "var", "socket", "pipe"] {
         assert!(!text.contains(leak), "PID 1 leads to {leak}: {text}");
     }
+}
+
+async fn the_pod_ends_with_its_init(pod: &Pod) {
+    let mut options = Options::shell("sleep 1000");
+    options.pid_namespace = Some(pod.namespaces["pid"].clone());
+    let mut events = pod.keeper.subscribe().await.unwrap();
+    pod.run("c", options).await;
+    let init = nix::unistd::Pid::from_raw(pod.init());
+    nix::sys::signal::kill(init, nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert_eq!(wait_for_exit(&mut events, "c").await.exit_code, 137);
+    while events.next().await.is_some() {}
+    assert!(pod.dir().join("exits/c.json").exists());
+    let error = pod.keeper.hello().await.unwrap_err();
+    assert!(matches!(error, ClientError::Gone { .. }), "{error}");
+}
+
+async fn death_by_a_real_time_signal(pod: &Pod) {
+    pod.run("c", Options::shell("sleep 1000")).await;
+    let args = ["/bin/sh", "-c", "kill -40 $$"].map(|a| a.as_bytes().to_vec());
+    let exec = pod
+        .keeper
+        .exec_sync("c", args.to_vec(), None, 1024)
+        .await
+        .unwrap();
+    assert_eq!(exec.exit_code, 128 + 40);
+}
+
+/// Reads along with a container: its output, and what its input is written to.
+async fn attach(pod: &Pod, id: &str) -> (Descriptor, Option<OwnedFd>) {
+    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let ((out_read, stdout), (_err_read, stderr)) = (pipe(), pipe());
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let call = Attach {
+        container_id: id.into(),
+        stdout: true,
+        stderr: false,
+    };
+    let keeper = &pod.keeper;
+    keeper
+        .attach(call, stdout.as_fd(), stderr.as_fd(), theirs.as_fd())
+        .await
+        .unwrap();
+    let input = slipway_runtime::terminal::receive(&ours).ok();
+    (Descriptor::new(out_read).unwrap(), input)
+}
+
+/// Reads until the text has come.
+async fn read_until(from: &mut Descriptor, wanted: &str) -> String {
+    let mut text = Vec::new();
+    while !String::from_utf8_lossy(&text).contains(wanted) {
+        let n = from.read_buf(&mut text).await.unwrap();
+        assert!(n > 0, "the end before {wanted:?}: {text:?}");
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+async fn a_container_on_a_terminal(pod: &Pod) {
+    let script = "tty; ls -l /dev/console; read a; echo got $a; cat; echo over";
+    let mut request = pod.create_request("c", Options::shell(script));
+    request.tty = true;
+    pod.keeper.create(request, LONG).await.unwrap();
+    let (mut output, input) = attach(pod, "c").await;
+    pod.keeper.start("c", LONG).await.unwrap();
+    let text = read_until(&mut output, "/dev/console\r\n").await;
+    assert!(text.starts_with("/dev/pts/0\r\n"), "{text}");
+    let terminal = input.expect("the terminal");
+    slipway_runtime::terminal::resize(&terminal, 111, 22).unwrap();
+    rustix::io::write(&terminal, b"words\n").unwrap();
+    // What is typed comes back, and what is printed comes once.
+    let text = read_until(&mut output, "got words\r\n").await;
+    assert!(text.contains("words\r\ngot words\r\n"), "{text}");
+    let exec = pod.exec("c", "stty size </dev/console").await;
+    assert_eq!(exec, "22 111\n");
+    // Somebody who comes later, and the log, see what comes then; and the last one to leave closes nothing.
+    drop((output, terminal));
+    let (mut output, input) = attach(pod, "c").await;
+    let terminal = input.expect("the terminal");
+    rustix::io::write(&terminal, b"more\n\x04").unwrap();
+    read_until(&mut output, "over\r\n").await;
+    assert_eq!(pod.exited("c").await.exit_code, 0);
+    assert_eq!(output.read_buf(&mut Vec::new()).await.unwrap(), 0);
+    assert!(pod.log_text("c").contains("got words\n"));
+}
+
+async fn standard_input_stays_open(pod: &Pod) {
+    let mut request = pod.create_request("c", Options::shell("cat; echo ended"));
+    request.stdin = true;
+    pod.keeper.create(request, LONG).await.unwrap();
+    pod.keeper.start("c", LONG).await.unwrap();
+    for words in ["first\n", "second\n"] {
+        let (mut output, input) = attach(pod, "c").await;
+        rustix::io::write(input.expect("its input"), words.as_bytes()).unwrap();
+        assert_eq!(read_until(&mut output, words).await, words);
+    }
+    pod.keeper.close_stdin("c").await.unwrap();
+    assert_eq!(pod.exited("c").await.exit_code, 0);
+    assert_eq!(pod.log_text("c"), "first\nsecond\nended\n");
+    // Without being asked for it has none.
+    pod.run("d", Options::shell("cat; echo none")).await;
+    pod.exited("d").await;
+    assert_eq!(pod.log_text("d"), "none\n");
+}
+
+async fn a_slow_reader_holds_nobody(pod: &Pod) {
+    let script = "read a; dd if=/dev/zero bs=1M count=3 2>/dev/null; echo; echo done; read b";
+    let mut request = pod.create_request("c", Options::shell(script));
+    request.stdin = true;
+    pod.keeper.create(request, LONG).await.unwrap();
+    let (mut output, input) = attach(pod, "c").await;
+    let input = input.expect("its input");
+    pod.keeper.start("c", LONG).await.unwrap();
+    rustix::io::write(&input, b"go\n").unwrap();
+    while !pod.log_text("c").ends_with("done\n") {
+        tokio::task::yield_now().await;
+    }
+    rustix::io::write(&input, b"go\n").unwrap();
+    pod.exited("c").await;
+    let mut all = Vec::new();
+    output.read_to_end(&mut all).await.unwrap();
+    assert!(all.len() < 3 << 20, "{} bytes", all.len());
+}
+
+async fn an_exec_on_a_terminal(pod: &Pod) {
+    pod.run("c", Options::shell("sleep 1000")).await;
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let script = "tty; echo $TERM; read a; echo got $a; exit 5";
+    let exec = Exec {
+        container_id: "c".into(),
+        args: ["/bin/sh", "-c", script]
+            .map(|a| a.as_bytes().to_vec())
+            .to_vec(),
+        timeout_ms: 0,
+        tty: true,
+    };
+    let keeper = pod.keeper.clone();
+    let call = tokio::spawn(async move { keeper.exec(exec, &[theirs.as_fd()]).await });
+    let receive = move || slipway_runtime::terminal::receive(&ours).unwrap();
+    let master = tokio::task::spawn_blocking(receive).await.unwrap();
+    let mut terminal = Descriptor::new(master).unwrap();
+    let text = read_until(&mut terminal, "xterm\r\n").await;
+    assert_eq!(text, "/dev/pts/0\r\nxterm\r\n");
+    terminal.write_all(b"words\n").await.unwrap();
+    read_until(&mut terminal, "got words\r\n").await;
+    assert_eq!(call.await.unwrap().unwrap().exit_code, 5);
 }
 
 async fn logs_are_reopened_without_loss(pod: &Pod) {

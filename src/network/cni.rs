@@ -267,6 +267,14 @@ impl Shared {
         let result = attachment
             .result()
             .ok_or_else(|| NetworkError::NotAttached(pod.id.clone()))?;
+        if result.ips.is_empty() {
+            let names: Vec<_> = networks.iter().map(|n| format!("{:?}", n.name())).collect();
+            return Err(NetworkError::NoAddress {
+                id: pod.id.clone(),
+                networks: names.join(", "),
+                ifname: pod.ifname.clone(),
+            });
+        }
         self.results()
             .insert(pod.id.clone(), Arc::new(result.clone()));
         Ok(result)

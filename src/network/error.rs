@@ -96,6 +96,20 @@ pub enum NetworkError {
         /// What failed while undoing.
         cleanup: Option<StepErrors>,
     },
+    /// The plugins said that all is well, and gave the pod no address. It stays on record for a
+    /// [`del`](crate::Cni::del).
+    #[error(
+        "network {networks} gave pod {id} no address on its interface {ifname}: \
+         see what its plugins answer to ADD, and its \"ipam\""
+    )]
+    NoAddress {
+        /// The pod.
+        id: String,
+        /// The networks' names.
+        networks: String,
+        /// The interface that addresses were looked for on.
+        ifname: String,
+    },
     /// One or more steps of DEL failed; all others were run. The attachment stays on record.
     #[error("cannot detach pod {id} from the network")]
     Detach {

@@ -19,6 +19,9 @@ use super::record::{self, ContainerRecord, PodRecord};
 use super::sandbox::{Cell, Pod};
 use super::state::{PodStage, Status};
 
+/// Directory beside a container's writable layer that stands for the layers of an image without any.
+const EMPTY: &str = "lower";
+
 impl Node {
     /// Creates a container and returns its id. Goes on to its end if the caller gives up; the same request
     /// then gets the finished container.
@@ -152,17 +155,12 @@ impl Node {
             plan,
             cgroup,
         } = ready;
-        make_dirs(&dir, &layers, plan.log_path.as_deref()).await?;
-        phases.mark("prepare");
         let image = lease.image().clone();
+        let empty = image.layers.is_empty();
+        make_dirs(&dir, &layers, empty, plan.log_path.as_deref()).await?;
+        phases.mark("prepare");
         create.overlay = Some(keeper::Overlay {
-            // The keeper wants the topmost first, images are described base first.
-            lower: image
-                .layers
-                .iter()
-                .rev()
-                .map(|l| l.path.to_string_lossy().into_owned())
-                .collect(),
+            lower: lower_dirs(&image, &layers),
             upper: layers.join("upper").to_string_lossy().into_owned(),
             work: layers.join("work").to_string_lossy().into_owned(),
         });
@@ -268,18 +266,40 @@ fn image_name(asked: &cri::ImageSpec, image: &Image) -> String {
     }
 }
 
+/// The image's layers for the overlay, topmost first (images are described base first). The kernel refuses a
+/// directory that stands twice: the upper one says all that the other could. An image without layers is an
+/// empty directory.
+fn lower_dirs(image: &Image, layers: &Path) -> Vec<String> {
+    let mut seen = std::collections::HashSet::new();
+    let mut lower: Vec<_> = (image.layers.iter().rev())
+        .filter(|layer| seen.insert(&layer.path))
+        .map(|layer| layer.path.to_string_lossy().into_owned())
+        .collect();
+    if lower.is_empty() {
+        lower.push(layers.join(EMPTY).to_string_lossy().into_owned());
+    }
+    lower
+}
+
 /// The writable layer is on a disk, which may make us wait; so this is off the runtime's threads.
-async fn make_dirs(dir: &Path, layers: &Path, log_path: Option<&Path>) -> Result<(), PodError> {
+async fn make_dirs(
+    dir: &Path,
+    layers: &Path,
+    empty_image: bool,
+    log_path: Option<&Path>,
+) -> Result<(), PodError> {
     use std::os::unix::fs::DirBuilderExt as _;
     let (dir, layers) = (dir.to_owned(), layers.to_owned());
     let log_dir = log_path.and_then(Path::parent).map(Path::to_owned);
     let work = move || {
         let mut private = std::fs::DirBuilder::new();
-        private.mode(0o711);
+        private.mode(0o700);
         private.create(&dir).map_err(file("create", &dir))?;
         private.create(&layers).map_err(file("create", &layers))?;
-        let work = layers.join("work");
-        private.create(&work).map_err(file("create", &work))?;
+        let inner = ["work", EMPTY].map(|name| layers.join(name));
+        for inner in inner.iter().take(if empty_image { 2 } else { 1 }) {
+            private.create(inner).map_err(file("create", inner))?;
+        }
         // This one is the container's "/": the overlay takes its mode from here.
         let upper = layers.join("upper");
         std::fs::DirBuilder::new()

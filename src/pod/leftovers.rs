@@ -3,11 +3,12 @@
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use slipway_runtime::cgroup::Hierarchies;
+use slipway_runtime::cgroup::{self, Hierarchies};
 use slipway_runtime::removal;
 
 /// Kills every process in the cgroup (absolute path in each hierarchy) and below, then removes it. Blocks
@@ -24,6 +25,34 @@ pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
     let path = Path::new("/").join(relative);
     removal::kill_cgroup(&cgroups, &path, &[]).map_err(|e| failed(&e))?;
     cgroups.remove(&path).map_err(|e| failed(&e))
+}
+
+/// Ends what a pod without a record, or with a keeper that does not obey, may have left: the keeper, the
+/// init of its PID namespace, and the cgroup that pods have who name no parent. Blocks for up to a few
+/// seconds.
+pub fn end_pod(id: &str, dir: &Path) {
+    kill_keeper(id, dir);
+    kill_pid_namespace(&dir.join("ns/pid"));
+    remove_pod_cgroup(&slipway_spec::default_cgroup(id), true);
+}
+
+/// Kills a pod's keeper without asking it.
+pub fn kill_keeper(id: &str, dir: &Path) {
+    let pid = std::fs::read_to_string(dir.join(slipway_runtime::PID_FILE));
+    let Some(pid) = pid.ok().and_then(|text| text.trim().parse::<i32>().ok()) else {
+        return;
+    };
+    let Some(process) = cgroup::pin(pid) else {
+        return;
+    };
+    // The number may be another process's by now. The kernel cuts names off at 15 bytes.
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let name = name.trim_end();
+    if name.starts_with("slipway:") && format!("slipway:{id}").starts_with(name) {
+        tracing::warn!(pod = id, pid, "the keeper is killed");
+        cgroup::send(&process, libc::SIGKILL);
+        removal::wait(&process, Instant::now() + removal::KILL_DEADLINE);
+    }
 }
 
 /// The path below a hierarchy's root; `None` for the root itself, where every process of the machine is,
@@ -86,10 +115,11 @@ pub fn is_mount_point(path: &Path) -> bool {
     mounts().iter().any(|m| m == path)
 }
 
-/// Removes a cgroup (absolute path in each hierarchy) in which nobody is. One in use, or not there, is left.
-pub fn remove_empty_cgroup(cgroup: &str) {
+/// Removes a pod's cgroup (absolute path in each hierarchy) in which nobody is. One in use, or not there, is
+/// left, as is, but for what was added to it, one that the kubelet made (`made` is false).
+pub fn remove_pod_cgroup(cgroup: &str, made: bool) {
     if let (Some(relative), Ok(cgroups)) = (plain(cgroup), Hierarchies::detect()) {
-        cgroups.remove_empty(&Path::new("/").join(relative), true);
+        cgroups.remove_empty(&Path::new("/").join(relative), made);
     }
 }
 

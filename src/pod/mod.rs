@@ -7,6 +7,7 @@
 mod assemble;
 pub mod container;
 mod create;
+mod detach;
 pub mod error;
 mod events;
 mod exec;

@@ -12,6 +12,7 @@ use slipway_runtime::client::{ClientError, Keeper};
 use super::container::Container;
 use super::error::{PodError, chain, file};
 use super::events;
+use super::leftovers;
 use super::node::Node;
 use super::record::{self, ContainerRecord, PodRecord};
 use super::sandbox::Pod;
@@ -81,6 +82,11 @@ impl Node {
                             "can't end the keeper of a half-made pod"
                         );
                     }
+                    let own_dir = dir.clone();
+                    let end = move || leftovers::end_pod(&id, &own_dir);
+                    if let Err(error) = tokio::task::spawn_blocking(end).await {
+                        tracing::error!(%error, "can't end a half-made pod");
+                    }
                     self.sweep_later(dir);
                 }
             }
@@ -104,11 +110,16 @@ impl Node {
     fn collect_networks(self: &Arc<Self>, valid: Vec<String>) {
         let node = self.clone();
         self.tasks.spawn(async move {
+            // Before any pod of this daemon can be among them.
+            let attached = node.cni.attached().await.unwrap_or_default();
             if let Err(e) = node.cni.gc(&valid).await {
                 tracing::warn!(
                     error = chain(&e),
                     "can't give back the network of pods that are gone"
                 );
+                for id in attached.into_iter().filter(|id| !valid.contains(id)) {
+                    node.detach_later(id);
+                }
             }
         });
     }
@@ -256,11 +267,15 @@ struct Adopted {
 
 fn make_private(dir: &Path) -> Result<(), PodError> {
     use std::os::unix::fs::DirBuilderExt as _;
+    use std::os::unix::fs::PermissionsExt;
+    // Nobody but root: a container may make a set-uid file in its writable layer, and no user of this host
+    // shall reach it. An older version was less strict.
     let mut builder = std::fs::DirBuilder::new();
     builder
         .recursive(true)
-        .mode(0o711)
+        .mode(0o700)
         .create(dir)
+        .and_then(|()| std::fs::set_permissions(dir, PermissionsExt::from_mode(0o700)))
         .map_err(file("create", dir))
 }
 

@@ -181,17 +181,21 @@ impl Node {
     }
 
     /// Leaves nothing of a pod that could not be made. Every step is tried; what fails is logged.
-    async fn undo_pod(&self, id: &str, dir: &Path) {
+    async fn undo_pod(self: &Arc<Self>, id: &str, dir: &Path) {
         let mut problems = Vec::new();
         if let Err(e) = self.cni.del(id, None).await {
             problems.push(super::error::chain(&e));
+            self.detach_later(id.to_owned());
         }
         let keeper = Keeper::at(id, dir);
         if let Err(e) = keeper.teardown(self.config().limits.delete_timeout).await {
             problems.push(super::error::chain(&e));
         }
-        let dir = dir.to_owned();
-        let sweep = tokio::task::spawn_blocking(move || leftovers::remove_tree(&dir));
+        let (own_id, dir) = (id.to_owned(), dir.to_owned());
+        let sweep = tokio::task::spawn_blocking(move || {
+            leftovers::end_pod(&own_id, &dir);
+            leftovers::remove_tree(&dir)
+        });
         match sweep.await {
             Ok(more) => problems.extend(more),
             Err(e) => problems.push(e.to_string()),
@@ -219,7 +223,7 @@ fn namespaces(made: keeper::SetupSandboxResult) -> Namespaces {
 fn make_dirs(dir: &Path, log_directory: Option<&Path>) -> Result<(), PodError> {
     use std::os::unix::fs::DirBuilderExt as _;
     let mut private = std::fs::DirBuilder::new();
-    private.mode(0o711);
+    private.mode(0o700);
     private.create(dir).map_err(file("create", dir))?;
     for name in ["ns", "shm", "containers", "exits"] {
         let path = dir.join(name);

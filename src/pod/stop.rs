@@ -104,29 +104,31 @@ impl Node {
 
     /// Ends the keeper with all namespaces; bypasses it when it does not obey.
     async fn end_keeper(&self, pod: &Arc<Pod>) -> Result<(), PodError> {
-        if let Err(e) = pod
-            .keeper
-            .teardown(self.config().limits.delete_timeout)
-            .await
-        {
+        let teardown = pod.keeper.teardown(self.config().limits.delete_timeout);
+        let obeyed = teardown.await;
+        if let Err(e) = &obeyed {
             tracing::error!(
                 pod = pod.id(),
-                error = chain(&e),
+                error = chain(e),
                 "the keeper can't take its pod down"
             );
         }
-        let (dir, cgroup) = (pod.dir.clone(), pod.record.cgroup.clone());
+        let (id, dir, cgroup) = (
+            pod.id().to_owned(),
+            pod.dir.clone(),
+            pod.record.cgroup.clone(),
+        );
         let made_cgroup = pod.record.made_cgroup;
         let init = pod.record.namespaces.pid.clone();
         let sweep = tokio::task::spawn_blocking(move || {
+            if obeyed.is_err() {
+                leftovers::kill_keeper(&id, &dir);
+            }
             // Nothing, if the keeper obeyed: then the namespace is gone.
             if !init.is_empty() {
                 leftovers::kill_pid_namespace(Path::new(&init));
             }
-            // A cgroup that the kubelet made is the kubelet's to remove.
-            if made_cgroup {
-                leftovers::remove_empty_cgroup(&cgroup);
-            }
+            leftovers::remove_pod_cgroup(&cgroup, made_cgroup);
             leftovers::unmount_below(&dir).err().unwrap_or_default()
         });
         let problems = sweep.await.unwrap_or_else(|e| vec![e.to_string()]);

@@ -69,7 +69,7 @@ async fn refuses(daemon: &Daemon, name: &str, codes: &[Code], words: &[&str]) ->
     let state = daemon.env().root.join("state");
     let before = files(&state);
     let began = Instant::now();
-    let status = tokio::time::timeout(Duration::from_secs(40), pull(daemon, name))
+    let status = tokio::time::timeout(seconds(40), pull(daemon, name))
         .await
         .context("the pull does not end")?;
     let status = status.expect_err(name);
@@ -82,7 +82,7 @@ async fn refuses(daemon: &Daemon, name: &str, codes: &[Code], words: &[&str]) ->
         );
     }
     assert!(
-        began.elapsed() < Duration::from_secs(30),
+        began.elapsed() < seconds(30),
         "{name}: {:?}",
         began.elapsed()
     );
@@ -93,11 +93,9 @@ async fn refuses(daemon: &Daemon, name: &str, codes: &[Code], words: &[&str]) ->
         .into_inner()
         .images;
     assert_eq!(images, []);
-    eventually(
-        "nothing left of the pull",
-        Duration::from_secs(5),
-        || async { Ok((files(&state) == before).then_some(())) },
-    )
+    eventually("nothing left of the pull", seconds(5), || async {
+        Ok((files(&state) == before).then_some(()))
+    })
     .await
     .with_context(|| {
         let left: Vec<_> = files(&state)
@@ -268,14 +266,10 @@ async fn a_full_disk(env: Env) -> Result<()> {
         "{status}"
     );
     // The space is free again, and the store works.
-    eventually(
-        "nothing left of the pull",
-        Duration::from_secs(5),
-        || async {
-            let left = kilobytes()?;
-            Ok((left < before + 3000).then_some(()))
-        },
-    )
+    eventually("nothing left of the pull", seconds(5), || async {
+        let left = kilobytes()?;
+        Ok((left < before + 3000).then_some(()))
+    })
     .await
     .with_context(|| format!("before: {before} kB; {:?}", files(&small.0)))?;
     daemon.pull("scratch").await?;

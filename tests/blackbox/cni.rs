@@ -1,6 +1,6 @@
 //! CNI plugins that misbehave, and configurations that come and go.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tonic::Code;
 
@@ -13,6 +13,8 @@ tests![
     a_plugin_that_is_missing,
     a_later_plugin_that_fails,
     a_delete_that_fails_is_tried_again,
+    what_a_failed_pod_leaves_is_given_back_later,
+    an_answer_without_an_address,
     plugins_get_what_the_specification_says,
     no_configuration_then_one,
     a_broken_configuration,
@@ -161,11 +163,7 @@ async fn a_plugin_that_hangs(env: Env) -> Result<()> {
     let daemon = with_plugins(&env, &[serde_json::json!({"type": "hanging"})]).await?;
     let began = Instant::now();
     refuses(&daemon, &["hanging", "3 s"]).await?;
-    assert!(
-        began.elapsed() < Duration::from_secs(20),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(20), "{:?}", began.elapsed());
     let pid = read(env.root.join("plugins/pid"))?;
     assert!(
         !std::path::Path::new(&format!("/proc/{pid}")).exists(),
@@ -273,6 +271,56 @@ async fn a_delete_that_fails_is_tried_again(env: Env) -> Result<()> {
     Ok(())
 }
 
+/// The kubelet never learns the id of a pod that could not be made, so nobody asks for its removal.
+async fn what_a_failed_pod_leaves_is_given_back_later(env: Env) -> Result<()> {
+    let (log, broken) = (env.root.join("calls"), env.root.join("broken"));
+    std::fs::write(&broken, "")?;
+    plugin(
+        &env,
+        "down",
+        &format!(
+            "[ ! -e '{0}' ] || [ \"$CNI_COMMAND\" = VERSION ] || {{ echo '{{\"code\": 11, \"msg\": \"the backend is down\"}}'; exit 1; }}; echo $CNI_COMMAND $CNI_CONTAINERID >>'{1}'",
+            broken.display(),
+            log.display()
+        ),
+    )?;
+    let daemon = with_plugins(&env, &[serde_json::json!({"type": "down"})]).await?;
+    let mut config = config::pod(&daemon);
+    config::own_network(&mut config);
+    let status = daemon
+        .run_pod(config)
+        .await
+        .map(|p| p.id)
+        .expect_err("a pod without a network");
+    assert!(status.message().contains("the backend is down"), "{status}");
+    std::fs::remove_file(&broken)?;
+    eventually(
+        "a DEL after the plugin works again",
+        seconds(20),
+        || async {
+            let calls = std::fs::read_to_string(&log).unwrap_or_default();
+            Ok(calls.lines().any(|l| l.starts_with("DEL ")).then_some(()))
+        },
+    )
+    .await
+}
+
+async fn an_answer_without_an_address(env: Env) -> Result<()> {
+    let daemon = with_plugins(&env, &[serde_json::json!({"type": "mean"})]).await?;
+    for answer in [
+        r#"{"cniVersion": "1.0.0"}"#,
+        r#"{"cniVersion": "1.0.0", "interfaces": [{"name": "other", "sandbox": "x"}], "ips": [{"address": "10.9.8.7/24", "interface": 0}]}"#,
+    ] {
+        plugin(
+            &env,
+            "mean",
+            &format!("[ \"$CNI_COMMAND\" = ADD ] && echo '{answer}'; exit 0"),
+        )?;
+        refuses(&daemon, &["no address", "fake", "eth0"]).await?;
+    }
+    Ok(())
+}
+
 async fn plugins_get_what_the_specification_says(env: Env) -> Result<()> {
     let dir = env.root.join("seen");
     std::fs::create_dir(&dir)?;
@@ -371,17 +419,15 @@ async fn no_configuration_then_one(env: Env) -> Result<()> {
         env.root.join("net.d/10-test.conflist"),
         config::conflist(&env),
     )?;
-    eventually("NetworkReady", Duration::from_secs(10), || async {
+    eventually("NetworkReady", seconds(10), || async {
         Ok(network_ready(&daemon).await?.0.then_some(()))
     })
     .await?;
     daemon.run_pod(config).await?;
     std::fs::remove_file(env.root.join("net.d/10-test.conflist"))?;
-    eventually(
-        "NetworkReady to be false",
-        Duration::from_secs(10),
-        || async { Ok((!network_ready(&daemon).await?.0).then_some(())) },
-    )
+    eventually("NetworkReady to be false", seconds(10), || async {
+        Ok((!network_ready(&daemon).await?.0).then_some(()))
+    })
     .await?;
     // A pod that is there can be taken down all the same: DEL gets the configuration that ADD had.
     daemon.remove_everything().await
@@ -398,7 +444,7 @@ async fn a_broken_configuration(env: Env) -> Result<()> {
         env.root.join("net.d/20-test.conflist"),
         config::conflist(&env),
     )?;
-    eventually("NetworkReady", Duration::from_secs(10), || async {
+    eventually("NetworkReady", seconds(10), || async {
         Ok(network_ready(&daemon).await?.0.then_some(()))
     })
     .await

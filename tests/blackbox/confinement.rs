@@ -370,7 +370,7 @@ async fn the_host_is_not_behind_process_one(env: Env) -> Result<()> {
 async fn the_binary_is_not_writable_from_inside(env: Env) -> Result<()> {
     use sha2::Digest as _;
     let daemon = env.daemon().await?;
-    let before = sha2::Sha256::digest(std::fs::read(daemon::BINARY)?);
+    let before = sha2::Sha256::digest(std::fs::read(daemon::BINARY.as_str())?);
     let pod = daemon
         .pod(|c| config::pod_namespaces(c).pid = cri::NamespaceMode::Pod.into())
         .await?;
@@ -406,7 +406,7 @@ async fn the_binary_is_not_writable_from_inside(env: Env) -> Result<()> {
         );
     }
     assert_eq!(
-        sha2::Sha256::digest(std::fs::read(daemon::BINARY)?),
+        sha2::Sha256::digest(std::fs::read(daemon::BINARY.as_str())?),
         before,
         "the binary was changed"
     );

@@ -14,6 +14,8 @@ tests![
     etc_files_are_there,
     the_image_by_every_name,
     a_scratch_image_runs,
+    a_layer_that_stands_twice,
+    an_image_without_layers,
     what_later_issues_bring_is_refused,
     no_command_is_refused,
     absent_images_are_refused,
@@ -30,13 +32,6 @@ async fn probe_of(
     Ok(probe::Report::new(&pod.output(&[], change).await?))
 }
 
-fn of_image(name: &str) -> Option<cri::ImageSpec> {
-    Some(cri::ImageSpec {
-        image: image(name),
-        ..Default::default()
-    })
-}
-
 async fn command_and_arguments_meet_the_image(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     daemon.pull("entrypoint").await?;
@@ -44,7 +39,7 @@ async fn command_and_arguments_meet_the_image(env: Env) -> Result<()> {
         let words = |w: &[&str]| w.iter().map(|w| (*w).to_owned()).collect();
         let (command, args) = (words(command), words(args));
         let report = probe_of(&daemon, |c| {
-            c.image = of_image("entrypoint");
+            c.image = config::of_image("entrypoint");
             (c.command, c.args) = (command, args);
         })
         .await?;
@@ -80,7 +75,7 @@ async fn environment_of_image_and_config(env: Env) -> Result<()> {
         value: value.into(),
     };
     let report = probe_of(&daemon, |c| {
-        c.image = of_image("entrypoint");
+        c.image = config::of_image("entrypoint");
         c.envs = vec![
             set("B", "config"),
             set("C", "with = and spaces"),
@@ -156,7 +151,7 @@ async fn the_working_directory_is_made(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let [init, exec] = pod
         .probes(|c| {
-            c.image = of_image("entrypoint");
+            c.image = config::of_image("entrypoint");
         })
         .await?;
     assert_eq!(
@@ -329,9 +324,48 @@ async fn the_image_by_every_name(env: Env) -> Result<()> {
 async fn a_scratch_image_runs(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
     daemon.pull("scratch").await?;
-    let report = probe_of(&daemon, |c| c.image = of_image("scratch")).await?;
+    let report = probe_of(&daemon, |c| c.image = config::of_image("scratch")).await?;
     assert_eq!(report.get("ids"), "0 0 0 0");
     assert_eq!(report.get("arg.0"), "/probe");
+    Ok(())
+}
+
+async fn a_layer_that_stands_twice(env: Env) -> Result<()> {
+    let daemon = env.bare_daemon().await?;
+    daemon.pull("repeated").await?;
+    let report = probe_of(&daemon, |c| {
+        c.image = config::of_image("repeated");
+        c.command = vec!["/bin/probe".into(), "status".into()];
+    })
+    .await?;
+    assert_eq!(report.get("ids"), "0 0 0 0");
+    Ok(())
+}
+
+async fn an_image_without_layers(env: Env) -> Result<()> {
+    let daemon = env.bare_daemon().await?;
+    daemon.pull("no-layers").await?;
+    let pod = daemon.pod(|_| {}).await?;
+    // Its command comes from the host.
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"];
+    let busybox = busybox
+        .into_iter()
+        .find(|p| std::path::Path::new(p).exists());
+    let Some(busybox) = busybox else {
+        return skip("busybox-static is not installed");
+    };
+    let container = pod
+        .run(&["/busybox", "echo", "mounted"], |c| {
+            c.image = config::of_image("no-layers");
+            c.mounts = vec![cri::Mount {
+                container_path: "/busybox".into(),
+                host_path: busybox.into(),
+                readonly: true,
+                ..Default::default()
+            }];
+        })
+        .await?;
+    assert_eq!(container.exited().await?.exit_code, 0);
     Ok(())
 }
 
@@ -339,8 +373,6 @@ async fn what_later_issues_bring_is_refused(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let changes: &[Change<cri::ContainerConfig>] = &[
-        ("tty", |c| c.tty = true),
-        ("stdin", |c| c.stdin = true),
         ("image", |c| {
             c.mounts = vec![cri::Mount {
                 container_path: "/volume".into(),
@@ -401,7 +433,7 @@ async fn no_command_is_refused(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let answer = pod
         .try_create(|c| {
-            c.image = of_image("no-command");
+            c.image = config::of_image("no-command");
             c.command.clear();
         })
         .await;

@@ -10,7 +10,8 @@ tests![
     permissions_of_a_device,
     a_directory_of_devices,
     bad_devices_are_refused,
-    a_privileged_container_has_all
+    a_privileged_container_has_all,
+    devices_in_a_volume
 ];
 
 fn device(host: &str, container: &str, permissions: &str) -> cri::Device {
@@ -163,5 +164,41 @@ async fn a_privileged_container_has_all(env: Env) -> Result<()> {
         ])
         .await?;
     assert_eq!(exec, "/tmp/kmsg OK\n/dev/kmsg OK");
+    Ok(())
+}
+
+/// Device plugins mount directories of the host's /dev; the nodes in there are not made once more.
+async fn devices_in_a_volume(env: Env) -> Result<()> {
+    let found = output(
+        "find",
+        &[
+            "/dev",
+            "-mindepth",
+            "2",
+            "-type",
+            "c",
+            "-not",
+            "-path",
+            "/dev/pts/*",
+        ],
+    )
+    .await?;
+    let Some(node) = found.lines().next() else {
+        return skip("the host has no device in a directory below /dev");
+    };
+    let dir = std::path::Path::new(node).parent().context("a directory")?;
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|c| pod_security(c).privileged = true).await?;
+    let text = pod
+        .output(&["ls", node], |c| {
+            container_security(c).privileged = true;
+            c.mounts = vec![cri::Mount {
+                host_path: dir.display().to_string(),
+                container_path: dir.display().to_string(),
+                ..Default::default()
+            }];
+        })
+        .await?;
+    assert_eq!(text.trim(), node);
     Ok(())
 }

@@ -388,14 +388,10 @@ async fn removed_by_every_name(env: Env) -> Result<()> {
     }
     let state = env.root.join("state").display().to_string();
     // Off the hot path, in the background.
-    eventually(
-        "no layer left",
-        std::time::Duration::from_secs(5),
-        || async {
-            let layers = output("find", &[&state, "-name", "busybox"]).await?;
-            Ok(layers.is_empty().then_some(()))
-        },
-    )
+    eventually("no layer left", seconds(5), || async {
+        let layers = output("find", &[&state, "-name", "busybox"]).await?;
+        Ok(layers.is_empty().then_some(()))
+    })
     .await?;
     // What is left is the store of metadata.
     let left = size_of(&env.root.join("state"));
@@ -484,11 +480,9 @@ async fn the_file_systems_are_told(env: Env) -> Result<()> {
     };
     let before = used().await?;
     daemon.pull("big").await?;
-    eventually(
-        "more bytes used",
-        std::time::Duration::from_secs(20),
-        || async { Ok((used().await? >= before + (40 << 20)).then_some(())) },
-    )
+    eventually("more bytes used", seconds(20), || async {
+        Ok((used().await? >= before + (40 << 20)).then_some(()))
+    })
     .await
 }
 

@@ -174,11 +174,9 @@ async fn a_removed_container_is_gone(env: Env) -> Result<()> {
         Code::NotFound,
         &[&container.id],
     );
-    eventually(
-        "the cgroup's end",
-        std::time::Duration::from_secs(5),
-        || async { Ok(container.cgroup_dirs().is_empty().then_some(())) },
-    )
+    eventually("the cgroup's end", seconds(5), || async {
+        Ok(container.cgroup_dirs().is_empty().then_some(()))
+    })
     .await
 }
 
@@ -198,11 +196,9 @@ async fn files_of_a_container_go_with_it(env: Env) -> Result<()> {
     let dir = env.root.join("state/containers").join(&container.id);
     assert!(dir.is_dir(), "{}", dir.display());
     container.remove().await?;
-    eventually(
-        "the end of its files",
-        std::time::Duration::from_secs(5),
-        || async { Ok((!dir.exists()).then_some(())) },
-    )
+    eventually("the end of its files", seconds(5), || async {
+        Ok((!dir.exists()).then_some(()))
+    })
     .await
 }
 

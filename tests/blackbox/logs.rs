@@ -249,11 +249,7 @@ async fn a_writer_is_not_held_up_by_a_stop(env: Env) -> Result<()> {
     std::fs::rename(&container.log, container.log.with_extension("old"))?;
     container.reopen_log().await?;
     container.status().await?;
-    assert!(
-        began.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(2), "{:?}", began.elapsed());
     assert!(!stop.is_finished(), "the stop was to go on meanwhile");
     stop.await??;
     Ok(())

@@ -4,7 +4,8 @@
 //!
 //! The program runs itself again in mount, network and process namespaces of its own (see
 //! [`harness::stage`]), so whatever happens to it, the kernel ends every process and takes down every mount
-//! and interface that came of it. Arguments are substrings of test names; `--list` and `--jobs N` work.
+//! and interface that came of it. Arguments are substrings of test names; `--list`, `--jobs N` and
+//! `--shard I/N` (only every Nth of the tests) work.
 #![forbid(unsafe_code)]
 // A test says what it expects, and a failed expectation is a panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -51,6 +52,7 @@ mod stop;
 mod sysctls;
 mod update;
 mod users;
+mod v2;
 
 fn main() -> std::process::ExitCode {
     let all: &[&[harness::Test]] = &[
@@ -73,6 +75,7 @@ fn main() -> std::process::ExitCode {
         filesystem::TESTS,
         devices::TESTS,
         resources::TESTS,
+        v2::TESTS,
         stats::TESTS,
         events::TESTS,
         update::TESTS,

@@ -1,7 +1,6 @@
 //! Bind mounts: read-only, recursively, propagation, sources that are not plain.
 
 use std::path::Path;
-use std::time::Duration;
 
 use nix::mount::MsFlags;
 use tonic::Code;
@@ -16,6 +15,7 @@ tests![
     private_propagation,
     host_to_container_propagation,
     bidirectional_propagation,
+    the_hosts_cgroups,
     bidirectional_needs_a_shared_source,
     a_symlink_as_source,
     a_missing_source,
@@ -23,6 +23,11 @@ tests![
     destinations_do_not_leave_the_root,
     later_mounts_lie_on_earlier_ones,
     bad_paths_are_refused,
+    a_mount_over_dev,
+    the_hosts_cgroups_in_a_volume,
+    links_that_lead_nowhere,
+    an_image_whose_dev_is_a_link,
+    a_working_directory_in_a_volume,
 ];
 
 fn bind(host: &Path, container: &str) -> cri::Mount {
@@ -211,10 +216,46 @@ async fn host_to_container_propagation(env: Env) -> Result<()> {
 }
 
 async fn bidirectional_propagation(env: Env) -> Result<()> {
+    let host = || -> Vec<String> {
+        let mounts = leaks::mounts(std::path::Path::new("/"));
+        mounts
+            .into_iter()
+            .filter(|m| !m.starts_with("/run/"))
+            .collect()
+    };
+    let before = host();
     assert_eq!(
         propagates(&env, cri::MountPropagation::PropagationBidirectional).await?,
         (true, true)
     );
+    // While a container is made its mounts are shared with the host's; what is done to them then must not be.
+    assert_eq!(host(), before, "the host's own mounts");
+    Ok(())
+}
+
+/// What agents that watch a node mount: they must find its cgroups there, not the container's own.
+async fn the_hosts_cgroups(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let top = std::path::Path::new("/sys/fs/cgroup");
+    let hierarchy = daemon::names(top).into_iter().find(|n| n == "unified");
+    let below = hierarchy.map_or_else(String::new, |h| format!("/{h}"));
+    for (source, seen) in [("/sys", "/host/fs/cgroup"), ("/sys/fs/cgroup", "/host")] {
+        let container = pod
+            .run(&["sleep", "1000"], |c| {
+                c.mounts = vec![cri::Mount {
+                    readonly: true,
+                    ..bind(std::path::Path::new(source), "/host")
+                }];
+            })
+            .await?;
+        let own = format!("{seen}{below}{}/{}", env.cgroup, container.id);
+        container
+            .exec_output(&["ls", &format!("{own}/cgroup.procs")])
+            .await?;
+        // And its own view is what it is without that.
+        container.exec_output(&["ls", "/sys/fs/cgroup"]).await?;
+    }
     Ok(())
 }
 
@@ -399,6 +440,137 @@ async fn bad_paths_are_refused(env: Env) -> Result<()> {
         "{status}"
     );
     // One that hangs would be a test of its own; at least nothing waits here.
-    tokio::time::timeout(Duration::from_secs(5), pod.status()).await??;
+    tokio::time::timeout(seconds(5), pod.status()).await??;
+    Ok(())
+}
+
+/// What CSI drivers and device plugins do with the host's; with another, so that the host's stays as it is.
+async fn a_mount_over_dev(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let dir = env.dir("dev")?;
+    std::fs::write(dir.join("mine"), "my own\n")?;
+    let log = env.root.join("termination-log");
+    std::fs::write(&log, "")?;
+    let pod = daemon.pod(|_| {}).await?;
+    let script = "cat /dev/mine; ls /dev | tr '\\n' ' '; echo; ls -d /dev/pts/ptmx; \
+                  mount | grep -q ' on /dev/shm ' && echo shm; echo ended >/dev/termination-log";
+    let mounts = vec![bind(&dir, "/dev"), bind(&log, "/dev/termination-log")];
+    let text = pod
+        .output(&["sh", "-c", script], |c| c.mounts = mounts)
+        .await?;
+    let expected = "my own\nmine mqueue pts shm termination-log \n/dev/pts/ptmx\nshm\n";
+    assert_eq!(text, expected);
+    assert_eq!(read(&log)?, "ended");
+    // Nothing was made there but what the mounts needed.
+    for made in ["null", "fd", "ptmx", "console"] {
+        assert!(!dir.join(made).exists(), "{made}");
+    }
+    // Read-only.
+    let mounts = vec![cri::Mount {
+        readonly: true,
+        ..bind(&dir, "/dev")
+    }];
+    let container = pod
+        .run(
+            &["sh", "-c", "tty; touch /dev/x 2>/dev/null || echo refused"],
+            |c| {
+                c.mounts = mounts;
+            },
+        )
+        .await?;
+    assert!(container.exited().await?.exit_code == 0);
+    assert!(container.stdout()?.contains("refused"));
+    Ok(())
+}
+
+async fn the_hosts_cgroups_in_a_volume(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let host = std::fs::read_dir("/sys/fs/cgroup")?.count();
+    for (source, place, seen) in [
+        ("/sys/fs/cgroup", "/host/cgroup", "/host/cgroup"),
+        ("/sys", "/host/sys", "/host/sys/fs/cgroup"),
+        ("/sys", "/sys", "/sys/fs/cgroup"),
+        ("/", "/host", "/host/sys/fs/cgroup"),
+    ] {
+        let mount = bind(Path::new(source), place);
+        let text = pod
+            .output(&["sh", "-c", &format!("ls -A {seen} | wc -l")], |c| {
+                c.mounts = vec![mount];
+            })
+            .await
+            .with_context(|| format!("{source} on {place}"))?;
+        let count: usize = text.trim().parse()?;
+        assert!(
+            count >= host.min(5),
+            "{source} on {place}: {count} of {host}"
+        );
+    }
+    Ok(())
+}
+
+async fn links_that_lead_nowhere(env: Env) -> Result<()> {
+    let daemon = env.bare_daemon().await?;
+    daemon.pull("links-to-nothing").await?;
+    let dir = env.dir("volume")?;
+    std::fs::write(dir.join("file"), "there\n")?;
+    let pod = daemon.pod(|_| {}).await?;
+    let script = "cat /data/file /missing/data/file; test -s /etc/resolv.conf && echo resolves";
+    let text = pod
+        .output(&["sh", "-c", script], |c| {
+            c.image = config::of_image("links-to-nothing");
+            c.mounts = vec![bind(&dir, "/data")];
+        })
+        .await?;
+    assert_eq!(text, "there\nthere\nresolves\n");
+    Ok(())
+}
+
+/// libcontainer would make links and nodes in what it points to: on the host.
+async fn an_image_whose_dev_is_a_link(env: Env) -> Result<()> {
+    let daemon = env.bare_daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let names = || -> Result<Vec<_>> {
+        let entries = std::fs::read_dir("/tmp")?.flatten();
+        let made = ["fd", "stdin", "stdout", "stderr", "ptmx", "null", "kcore"];
+        Ok(entries
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .filter(|name| made.contains(&name.as_str()))
+            .collect())
+    };
+    let before = names()?;
+    for (name, place) in [
+        ("bad-dev", "/dev"),
+        ("bad-proc", "/proc"),
+        ("bad-sys", "/sys"),
+    ] {
+        daemon.pull(name).await?;
+        let status = pod
+            .create(&["true"], |c| c.image = config::of_image(name))
+            .await
+            .map(|c| c.id)
+            .expect_err("a root that leads astray");
+        let text = format!("{status:#}");
+        assert!(
+            text.contains(place) && text.contains("symbolic link"),
+            "{text}"
+        );
+    }
+    assert_eq!(names()?, before);
+    Ok(())
+}
+
+async fn a_working_directory_in_a_volume(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let dir = env.dir("volume")?;
+    let pod = daemon.pod(|_| {}).await?;
+    let text = pod
+        .output(&["pwd"], |c| {
+            c.mounts = vec![bind(&dir, "/workspace")];
+            c.working_dir = "/workspace/src/deep".into();
+        })
+        .await?;
+    assert_eq!(text, "/workspace/src/deep\n");
+    assert!(dir.join("src/deep").is_dir());
     Ok(())
 }

@@ -77,18 +77,14 @@ async fn a_pod_whose_client_gave_up(env: Env) -> Result<()> {
         let request = impatient(message, patience);
         let mut runtime = daemon.runtime();
         let answer = tokio::time::timeout(patience, runtime.run_pod_sandbox(request)).await;
-        let retry = eventually(
-            "an answer to the retry",
-            Duration::from_secs(10),
-            || async {
-                match daemon.run_pod(config.clone()).await {
-                    Ok(pod) => Ok(Some(Some(pod.id))),
-                    // The answer was on its way when the client gave up: the pod is there, and its name is its own.
-                    Err(status) if status.code() == Code::AlreadyExists => Ok(Some(None)),
-                    Err(status) => Err(status.into()),
-                }
-            },
-        )
+        let retry = eventually("an answer to the retry", seconds(10), || async {
+            match daemon.run_pod(config.clone()).await {
+                Ok(pod) => Ok(Some(Some(pod.id))),
+                // The answer was on its way when the client gave up: the pod is there, and its name is its own.
+                Err(status) if status.code() == Code::AlreadyExists => Ok(Some(None)),
+                Err(status) => Err(status.into()),
+            }
+        })
         .await?;
         if patience < Duration::from_millis(2) && !matches!(answer, Ok(Ok(_))) {
             assert!(retry.is_some(), "the retry gets what the first call made");
@@ -132,7 +128,7 @@ async fn a_container_whose_client_gave_up(env: Env) -> Result<()> {
         !matches!(answer, Ok(Ok(_))),
         "a create within 1 ms: this test needs less patience"
     );
-    let container = eventually("the retry's success", Duration::from_secs(10), || async {
+    let container = eventually("the retry's success", seconds(10), || async {
         Ok(pod.create_exactly(config.clone()).await.ok())
     })
     .await?;

@@ -1,7 +1,5 @@
 //! Pods on a network made by Debian's CNI plugins: addresses, ports, DNS, host network.
 
-use std::time::Duration;
-
 use tokio::io::AsyncReadExt as _;
 
 use crate::harness::*;
@@ -85,16 +83,12 @@ async fn pods_reach_each_other_and_the_host(env: Env) -> Result<()> {
     server.says("up").await?;
     let to = addresses(&one).await?.remove(0);
     let client = two.sleeper().await?;
-    let answer = eventually(
-        "an answer from the other pod",
-        Duration::from_secs(10),
-        || async {
-            let exec = client
-                .exec(&["sh", "-c", &format!("nc -w 2 {to} 8080 </dev/null")])
-                .await?;
-            Ok((exec.code == 0 && !exec.stdout.is_empty()).then_some(exec.stdout))
-        },
-    )
+    let answer = eventually("an answer from the other pod", seconds(10), || async {
+        let exec = client
+            .exec(&["sh", "-c", &format!("nc -w 2 {to} 8080 </dev/null")])
+            .await?;
+        Ok((exec.code == 0 && !exec.stdout.is_empty()).then_some(exec.stdout))
+    })
     .await?;
     assert_eq!(answer, "hello\n");
     client
@@ -121,7 +115,7 @@ async fn loopback_is_up(env: Env) -> Result<()> {
 async fn hear(address: &str) -> Result<String> {
     let mut stream = tokio::net::TcpStream::connect(address).await?;
     let mut text = String::new();
-    tokio::time::timeout(Duration::from_secs(5), stream.read_to_string(&mut text)).await??;
+    tokio::time::timeout(seconds(5), stream.read_to_string(&mut text)).await??;
     Ok(text)
 }
 
@@ -164,11 +158,9 @@ async fn ports_are_mapped(env: Env) -> Result<()> {
         format!("127.0.0.1:{host_port}"),
         format!("{}:{bound_port}", gateway(&env)),
     ] {
-        let heard = eventually(
-            &format!("an answer at {address}"),
-            Duration::from_secs(10),
-            || async { Ok(hear(&address).await.ok().filter(|t| !t.is_empty())) },
-        )
+        let heard = eventually(&format!("an answer at {address}"), seconds(10), || async {
+            Ok(hear(&address).await.ok().filter(|t| !t.is_empty()))
+        })
         .await?;
         assert_eq!(heard, "mapped\n", "{address}");
     }

@@ -1,7 +1,5 @@
 //! The command line and the daemon's own behaviour.
 
-use std::time::Duration;
-
 use nix::sys::signal::Signal;
 
 use crate::harness::*;
@@ -130,7 +128,7 @@ async fn reload_applies_what_can_change(env: Env) -> Result<()> {
     daemon
         .logged(usize::try_from(skip)?, &["pod.pids_limit"])
         .await?;
-    let after = eventually("the new limit", Duration::from_secs(10), || async {
+    let after = eventually("the new limit", seconds(10), || async {
         let limit = pod.sleeper().await?.cgroup_file("pids.max")?;
         Ok((limit != "50").then_some(limit))
     })

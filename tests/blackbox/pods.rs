@@ -1,7 +1,5 @@
 //! Pod sandboxes: their life, status, lists, namespaces, host names.
 
-use std::time::Duration;
-
 use tonic::Code;
 
 use crate::harness::config::{own_network, pod_namespaces};
@@ -236,7 +234,7 @@ async fn a_shared_pid_namespace_reaps(env: Env) -> Result<()> {
         .run(&["sh", "-c", "(sleep 0.1 &); sleep 1000"], |_| {})
         .await?;
     // Both see each other, and somebody that is neither is process 1.
-    let seen = eventually("both in one list", Duration::from_secs(10), || async {
+    let seen = eventually("both in one list", seconds(10), || async {
         let seen = one.exec_output(&["ps", "-o", "pid,args"]).await?;
         let sleeping = seen
             .lines()
@@ -251,7 +249,7 @@ async fn a_shared_pid_namespace_reaps(env: Env) -> Result<()> {
         .context("process 1")?;
     assert!(!first.contains("sleep"), "process 1 is {first}");
     // The orphan has no parent but process 1, which must not leave it a zombie.
-    eventually("the orphan's end", Duration::from_secs(10), || async {
+    eventually("the orphan's end", seconds(10), || async {
         let seen = two.exec_output(&["ps", "-o", "pid,stat,args"]).await?;
         Ok((!seen.contains("sleep 0.1") && !seen.contains(" Z ")).then_some(()))
     })
@@ -477,7 +475,7 @@ async fn version_and_status_tell_about_us(env: Env) -> Result<()> {
             .map(tonic::Response::into_inner)
     };
     // The plugins are looked at once the daemon answers.
-    let status = eventually("both conditions", Duration::from_secs(10), || async {
+    let status = eventually("both conditions", seconds(10), || async {
         let status = ask().await?;
         let conditions = &status.status.as_ref().context("status")?.conditions;
         let holds = |wanted: &str| conditions.iter().any(|c| c.r#type == wanted && c.status);

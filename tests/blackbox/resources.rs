@@ -1,7 +1,5 @@
 //! Limits of resources: in the cgroup's files, and in effect.
 
-use std::time::Duration;
-
 use tonic::Code;
 
 use crate::harness::*;
@@ -110,6 +108,17 @@ async fn running_out_of_memory(env: Env) -> Result<()> {
         (status.exit_code, status.reason.as_str()),
         (137, "OOMKilled")
     );
+    // It may end with another code when the kernel took only a child of it ...
+    let container = pod
+        .run(&["sh", "-c", "probe eat 200; exit 3"], limit)
+        .await?;
+    let status = container.exited().await?;
+    assert_eq!((status.exit_code, status.reason.as_str()), (3, "OOMKilled"));
+    // ... and what happened to an exec session is not what ended it.
+    let container = pod.run(&["sleep", "1000"], limit).await?;
+    assert_eq!(container.exec(&["probe", "eat", "200"]).await?.code, 137);
+    container.stop(0).await?;
+    assert_eq!(container.status().await?.reason, "Error");
     // Killed, but not for that.
     let container = pod.run(&["sleep", "1000"], limit).await?;
     container.stop(0).await?;
@@ -352,6 +361,6 @@ async fn unified_is_refused_where_there_is_none(env: Env) -> Result<()> {
             "{status}"
         );
     }
-    tokio::time::timeout(Duration::from_secs(5), pod.status()).await??;
+    tokio::time::timeout(seconds(5), pod.status()).await??;
     Ok(())
 }

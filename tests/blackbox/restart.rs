@@ -14,6 +14,7 @@ tests![
     names_are_still_taken,
     pods_on_a_network_are_found_and_taken_down,
     a_keeper_that_died,
+    a_keeper_that_hangs,
     an_unreadable_record_is_set_aside,
     a_create_that_was_cut_off,
     fifty_pods_are_found_again,
@@ -80,11 +81,9 @@ async fn exits_that_nobody_saw(env: Env) -> Result<()> {
             .await?;
         daemon.kill(signal).await?;
         std::fs::write(gate.join("open"), "")?;
-        eventually(
-            "the end of its process",
-            Duration::from_secs(10),
-            || async { Ok(container.processes().is_empty().then_some(())) },
-        )
+        eventually("the end of its process", seconds(10), || async {
+            Ok(container.processes().is_empty().then_some(()))
+        })
         .await?;
         daemon.launch().await?;
         let status = container.status().await?;
@@ -170,33 +169,41 @@ fn keeper(container: &Container) -> Result<nix::unistd::Pid> {
     Ok(nix::unistd::Pid::from_raw(parent.trim().parse()?))
 }
 
+async fn a_keeper_that_hangs(env: Env) -> Result<()> {
+    let daemon = env
+        .daemon_with(|s| s.set("limits.delete_timeout", "\"1s\""))
+        .await?;
+    daemon.pull("test").await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let container = pod.sleeper().await?;
+    let keeper = keeper(&container)?;
+    nix::sys::signal::kill(keeper, Signal::SIGSTOP)?;
+    pod.stop().await?;
+    pod.remove().await?;
+    container.gone().await?;
+    assert!(
+        !std::path::Path::new(&format!("/proc/{keeper}")).exists(),
+        "the keeper is still there"
+    );
+    Ok(())
+}
+
 async fn a_keeper_that_died(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let container = pod.sleeper().await?;
     let other = daemon.run(&["sleep", "1000"]).await?;
     nix::sys::signal::kill(keeper(&container)?, Signal::SIGKILL)?;
-    eventually(
-        "the pod to be not ready",
-        Duration::from_secs(10),
-        || async {
-            Ok(
-                (pod.status().await?.state() == cri::PodSandboxState::SandboxNotready)
-                    .then_some(()),
-            )
-        },
-    )
+    eventually("the pod to be not ready", seconds(10), || async {
+        Ok((pod.status().await?.state() == cri::PodSandboxState::SandboxNotready).then_some(()))
+    })
     .await?;
-    eventually(
-        "the container to be exited",
-        Duration::from_secs(10),
-        || async {
-            Ok(
-                (container.status().await?.state() == cri::ContainerState::ContainerExited)
-                    .then_some(()),
-            )
-        },
-    )
+    eventually("the container to be exited", seconds(10), || async {
+        Ok(
+            (container.status().await?.state() == cri::ContainerState::ContainerExited)
+                .then_some(()),
+        )
+    })
     .await?;
     assert_eq!(
         other.status().await?.state(),
@@ -312,11 +319,7 @@ async fn fifty_pods_are_found_again(env: Env) -> Result<()> {
         all.iter()
             .all(|c| c.state() == cri::ContainerState::ContainerRunning)
     );
-    assert!(
-        began.elapsed() < Duration::from_secs(10),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(10), "{:?}", began.elapsed());
     Ok(())
 }
 

@@ -99,7 +99,7 @@ async fn grace_runs_out(env: Env) -> Result<()> {
     container.stop(2).await?;
     let took = began.elapsed();
     assert!(
-        took >= Duration::from_millis(1900) && took < Duration::from_secs(6),
+        took >= Duration::from_millis(1900) && took < seconds(6),
         "{took:?}"
     );
     let status = container.status().await?;
@@ -129,7 +129,7 @@ async fn a_second_stop_shortens_the_first(env: Env) -> Result<()> {
     container.stop(1).await?;
     first.await??;
     let took = began.elapsed();
-    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert!(took < seconds(10), "{took:?}");
     assert_eq!(container.status().await?.exit_code, 137);
     assert_eq!(
         container.stdout()?.matches("signal 15").count(),
@@ -150,11 +150,7 @@ async fn a_second_stop_does_not_lengthen_the_first(env: Env) -> Result<()> {
     container.says("signal 15").await?;
     container.stop(50).await?;
     first.await??;
-    assert!(
-        began.elapsed() < Duration::from_secs(10),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(10), "{:?}", began.elapsed());
     Ok(())
 }
 
@@ -163,11 +159,7 @@ async fn a_container_that_ends_at_once_stops_at_once(env: Env) -> Result<()> {
     let container = waiter(&daemon, &[], |_| {}).await?;
     let began = Instant::now();
     container.stop(30).await?;
-    assert!(
-        began.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(3), "{:?}", began.elapsed());
     Ok(())
 }
 
@@ -201,9 +193,10 @@ async fn a_created_container_stops(env: Env) -> Result<()> {
 async fn list_and_status_do_not_wait_for_a_stop(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let container = waiter(&daemon, &["15"], |_| {}).await?;
+    let grace = seconds(4).as_secs().cast_signed();
     let stop = tokio::spawn({
         let container = container.clone();
-        async move { container.stop(4).await }
+        async move { container.stop(grace).await }
     });
     container.says("signal 15").await?;
     let began = Instant::now();
@@ -221,11 +214,7 @@ async fn list_and_status_do_not_wait_for_a_stop(env: Env) -> Result<()> {
             .list_pod_sandbox(cri::ListPodSandboxRequest::default())
             .await?;
     }
-    assert!(
-        began.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < seconds(1), "{:?}", began.elapsed());
     assert_eq!(container.exec(&["true"]).await?.code, 0, "and execs go on");
     assert!(!stop.is_finished());
     stop.await??;
@@ -275,7 +264,7 @@ async fn a_frozen_container_stops(env: Env) -> Result<()> {
         },
     };
     std::fs::write(&file, word)?;
-    let stopped = tokio::time::timeout(Duration::from_secs(40), container.stop(1)).await;
+    let stopped = tokio::time::timeout(seconds(40), container.stop(1)).await;
     stopped.context("a frozen container can't be stopped")??;
     assert_eq!(container.status().await?.exit_code, 137);
     Ok(())
@@ -285,7 +274,7 @@ async fn negative_grace(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let container = waiter(&daemon, &[], |_| {}).await?;
     // Refused, or taken as none; never a wait without end.
-    match tokio::time::timeout(Duration::from_secs(10), container.stop(-1))
+    match tokio::time::timeout(seconds(10), container.stop(-1))
         .await
         .context("waits for ever")?
     {

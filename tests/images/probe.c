@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
@@ -217,6 +218,19 @@ static int eat(long mebibytes) {
     return 0;
 }
 
+/* Maps and touches so much in huge pages; says what came of it. */
+static int huge(long mebibytes) {
+    size_t size = (size_t)mebibytes << 20;
+    char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+    if (memory == MAP_FAILED) {
+        puts(error_name(-1, errno));
+        return 0;
+    }
+    memset(memory, 1, size);
+    puts("OK");
+    return 0;
+}
+
 /* Waits for a signal, ignoring those named; exits with the number of the one that came. */
 static int wait_signal(int argc, char **argv) {
     sigset_t all;
@@ -256,10 +270,11 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "writable")) return writable(argc - 2, argv + 2);
     if (!strcmp(what, "flood") && argc > 3) return flood(atol(argv[2]), atoi(argv[3]));
     if (!strcmp(what, "eat") && argc > 2) return eat(atol(argv[2]));
+    if (!strcmp(what, "huge") && argc > 2) return huge(atol(argv[2]));
     if (!strcmp(what, "wait")) return wait_signal(argc - 2, argv + 2);
     if (!strcmp(what, "leave") && argc > 2) return leave_child(argv[2]);
     if (!strcmp(what, "exit") && argc > 2) return atoi(argv[2]);
-    fprintf(stderr, "probe: status | syscalls | writable FILE... | flood COUNT WIDTH | eat MIB | wait [SIGNAL...] | "
+    fprintf(stderr, "probe: status | syscalls | writable FILE... | flood COUNT WIDTH | eat MIB | huge MIB | wait [SIGNAL...] | "
                     "leave SECONDS | exit CODE\n");
     return 2;
 }

@@ -86,6 +86,7 @@ impl Connection {
 impl Keeper {
     pub(super) fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
+            self.unused_until = None;
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }

@@ -1,7 +1,7 @@
 //! A container in its keeper: from create over start to exit, and its output.
 
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -13,13 +13,14 @@ use slipway_proto::keeper::{
     Phase, UpdateContainer, response::Result as Answer,
 };
 
+use super::attach::Readers;
 use super::job::{Origin, Purpose};
 use super::{Keeper, Source, now_ns, wire_error};
 use crate::confine::{Confinement, chain};
-use crate::creator::{self, Inherited};
+use crate::creator::{self, Inherited, Stdio};
 use crate::log::{LineSplitter, LogFile, Stream, timestamp};
 use crate::user::Resolved;
-use crate::{cgroup, removal, resize};
+use crate::{cgroup, removal, resize, terminal};
 
 /// Most bytes that one round of the loop takes from one pipe, so that one noisy container does not keep
 /// the others, or a call, waiting.
@@ -33,16 +34,24 @@ pub(super) struct Container {
     state: ContainerState,
     /// Process id of the creator while it works.
     creator: Option<i32>,
-    /// Pins the init: its number can't be given to another process while this is open.
+    /// The init.
     pub(super) pidfd: Option<OwnedFd>,
     /// What exec sessions are confined with; known once created.
     pub(super) confinement: Option<Confinement>,
     pub(super) oom_score_adj: i32,
     own_pid_namespace: bool,
+    /// The count of OOM kills when one last hit an exec session: they are not what ends the container.
+    pub(super) oom_kills_of_execs: u64,
     /// The call as it came; needed until the container is created.
     create: Option<CreateContainer>,
+    /// A terminal is its output and its input; it is here, and has no `stderr`.
     stdout: Option<Output>,
     stderr: Option<Output>,
+    /// The write end of its standard input, while that is open.
+    pub(super) stdin: Option<OwnedFd>,
+    /// Where the init sends the master end of its terminal.
+    terminal: Option<OwnedFd>,
+    pub(super) readers: Readers,
     log: LogFile,
     start: Option<Start>,
     /// Set by DeleteContainer: exit is no longer worth an answer to anybody.
@@ -51,6 +60,7 @@ pub(super) struct Container {
 
 struct Output {
     pipe: OwnedFd,
+    terminal: bool,
     token: u64,
     lines: LineSplitter,
 }
@@ -77,8 +87,26 @@ impl Container {
         &self.state
     }
 
+    pub(super) fn has_exited(&self) -> bool {
+        self.state.phase() == Phase::Exited
+    }
+
     pub(super) fn is_running(&self) -> bool {
         self.state.phase() == Phase::Running
+    }
+
+    /// What its input is written to: its pipe, or the master end of its terminal.
+    pub(super) fn input(&self) -> Option<BorrowedFd<'_>> {
+        let terminal = self.stdout.as_ref().filter(|o| o.terminal);
+        let terminal = terminal.map(|o| o.pipe.as_fd());
+        self.stdin.as_ref().map(AsFd::as_fd).or(terminal)
+    }
+
+    pub(super) fn has_output(&self, stream: Stream) -> bool {
+        match stream {
+            Stream::Stdout => self.stdout.is_some(),
+            Stream::Stderr => self.stderr.is_some(),
+        }
     }
 
     fn output(&mut self, stream: Stream) -> &mut Option<Output> {
@@ -132,37 +160,11 @@ impl Keeper {
             )
         })?;
 
-        let pipe =
-            || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| internal("make a pipe", &e));
-        let (out_read, out_write) = pipe()?;
-        let (err_read, err_write) = pipe()?;
-        let (start_read, start_write) = pipe()?;
-        rustix::fs::fcntl_setfl(&start_read, rustix::fs::OFlags::NONBLOCK)
-            .map_err(|e| internal("make a pipe", &e))?;
-        let output = |keeper: &mut Self, read: OwnedFd, stream| -> Result<_, WireError> {
-            let watched = rustix::fs::fcntl_setfl(&read, rustix::fs::OFlags::NONBLOCK)
-                .map_err(std::io::Error::from)
-                .and_then(|()| keeper.watch(&read, Source::Output(id.clone(), stream)));
-            let token = watched.map_err(|e| internal("watch a pipe", &e))?;
-            Ok(Output {
-                pipe: read,
-                token,
-                lines: LineSplitter::new(stream),
-            })
-        };
-        let stdout = output(self, out_read, Stream::Stdout)?;
-        let stderr = match output(self, err_read, Stream::Stderr) {
-            Ok(stderr) => stderr,
-            Err(e) => {
-                self.forget(&stdout.pipe, stdout.token);
-                return Err(e);
-            }
-        };
-        let keep = [
-            out_write.as_raw_fd(),
-            err_write.as_raw_fd(),
-            start_write.as_raw_fd(),
-        ];
+        let (start_read, start_write) = pipe(true).map_err(|e| internal("make a pipe", &e))?;
+        let (stdio, ours) =
+            Streams::new(&create).map_err(|e| internal("make the standard streams", &e))?;
+        let mut keep = stdio.descriptors();
+        keep.push(start_write.as_raw_fd());
         // The creator is born in the container's cgroup (v2), so that nothing has to be migrated.
         let born_in = self
             .cgroups
@@ -188,8 +190,7 @@ impl Keeper {
                     run_root: &run_root,
                     cgroups: &cgroups,
                     cgroup,
-                    stdout: out_write,
-                    stderr: err_write,
+                    stdio,
                     start_pipe: start,
                     pid_namespace,
                 };
@@ -201,13 +202,11 @@ impl Keeper {
         let creator = match job {
             Ok(pid) => pid,
             Err(e) => {
-                self.forget(&stdout.pipe, stdout.token);
-                self.forget(&stderr.pipe, stderr.token);
                 let _ = self.cgroups.remove(&cgroup);
                 return Err(internal("start the creator in the container's cgroup", &e));
             }
         };
-        let container = Container {
+        let mut container = Container {
             dir: PathBuf::from(&create.dir),
             cgroup,
             state: ContainerState {
@@ -220,9 +219,13 @@ impl Keeper {
             oom_score_adj: create.oom_score_adj,
             own_pid_namespace: creator::has_own_pid_namespace(&spec)
                 && create.pid_target.is_empty(),
+            oom_kills_of_execs: 0,
             create: Some(create),
-            stdout: Some(stdout),
-            stderr: Some(stderr),
+            stdout: None,
+            stderr: None,
+            stdin: ours.stdin,
+            terminal: ours.terminal,
+            readers: Readers::default(),
             log,
             start: Some(Start {
                 pipe: start_read,
@@ -232,7 +235,50 @@ impl Keeper {
             }),
             deleting: false,
         };
+        for (pipe, stream) in [(ours.stdout, Stream::Stdout), (ours.stderr, Stream::Stderr)] {
+            let watched = pipe.map(|pipe| self.watch_output(&id, pipe, stream, false));
+            match watched.transpose() {
+                Ok(output) => *container.output(stream) = output,
+                // Without its end: the creator's answer undoes all of it.
+                Err(_) => {
+                    let creator = nix::unistd::Pid::from_raw(creator);
+                    let _ = nix::sys::signal::kill(creator, nix::sys::signal::Signal::SIGKILL);
+                }
+            }
+        }
         self.containers.insert(id, container);
+        Ok(())
+    }
+
+    /// Starts to drain a non-blocking descriptor.
+    fn watch_output(
+        &mut self,
+        id: &str,
+        pipe: OwnedFd,
+        stream: Stream,
+        terminal: bool,
+    ) -> std::io::Result<Output> {
+        let token = self.watch(&pipe, Source::Output(id.to_owned(), stream))?;
+        Ok(Output {
+            pipe,
+            terminal,
+            token,
+            lines: LineSplitter::new(stream),
+        })
+    }
+
+    /// Takes over the terminal that a container's init has opened and sent.
+    fn take_terminal(&mut self, id: &str) -> std::io::Result<()> {
+        let container = self.containers.get_mut(id);
+        let Some(socket) = container.and_then(|c| c.terminal.take()) else {
+            return Ok(());
+        };
+        let master = terminal::receive(&socket)?;
+        rustix::fs::fcntl_setfl(&master, rustix::fs::OFlags::NONBLOCK)?;
+        let output = self.watch_output(id, master, Stream::Stdout, true)?;
+        if let Some(container) = self.containers.get_mut(id) {
+            container.stdout = Some(output);
+        }
         Ok(())
     }
 
@@ -263,7 +309,12 @@ impl Keeper {
         answer: Result<Answer, WireError>,
     ) {
         let Some(container) = self.containers.get_mut(id) else {
-            return;
+            // Deleted meanwhile.
+            let error = wire_error(
+                ErrorKind::NotFound,
+                format!("container {id} was deleted while it was created"),
+            );
+            return self.reply(connection, Err(error));
         };
         container.creator = None;
         let create = container.create.take();
@@ -276,10 +327,17 @@ impl Keeper {
                 "the creator gave another call's answer",
             )),
         });
+        let made = made.and_then(|made| match self.take_terminal(id) {
+            Ok(()) => Ok(made),
+            Err(e) => Err(wire_error(
+                ErrorKind::Internal,
+                format!("can't take over the container's terminal: {e}"),
+            )),
+        });
         match made {
             Ok(made) => {
-                let state = container.state.clone();
-                self.publish(&state);
+                let state = self.containers.get(id).map(|c| c.state.clone());
+                state.iter().for_each(|state| self.publish(state));
                 if let Some(code) = self.unclaimed.remove(&made.pid) {
                     self.container_exited(id, code);
                 }
@@ -289,10 +347,13 @@ impl Keeper {
                 let purpose = Purpose::Undo(id.to_owned(), error.message.clone(), error.kind);
                 self.drop_io(id);
                 if self.begin_delete(id, connection, purpose).is_err() {
-                    self.containers.remove(id);
                     self.reply(connection, Err(error));
                 }
             }
+        }
+        // Process ids are used again: an end that nobody claimed must not become another's.
+        if !self.containers.values().any(Container::is_creating) {
+            self.unclaimed.clear();
         }
     }
 
@@ -412,7 +473,7 @@ impl Keeper {
             // In a shared PID namespace the kernel does not end the rest of the container.
             self.cgroups.signal_all(&cgroup, libc::SIGKILL);
         }
-        let oom_killed = self.cgroups.oom_kills(&cgroup) > 0;
+        let oom_killed = self.cgroups.oom_kills(&cgroup) > container.oom_kills_of_execs;
         for stream in [Stream::Stdout, Stream::Stderr] {
             self.pump_all(id, stream);
         }
@@ -425,7 +486,8 @@ impl Keeper {
         state.set_phase(Phase::Exited);
         state.pid = 0;
         state.exit_code = code;
-        state.oom_killed = oom_killed && code == 128 + libc::SIGKILL;
+        // A container may outlive the death of a child, and then it has completed all the same.
+        state.oom_killed = oom_killed && code != 0;
         state.finished_at = now_ns();
         let Some(container) = self.containers.get(id) else {
             return;
@@ -446,7 +508,9 @@ impl Keeper {
         let mut lines = Vec::new();
         let (mut taken, mut ended) = (0, false);
         let time = timestamp(SystemTime::now());
+        let mut readers = std::mem::take(&mut container.readers);
         let Some(output) = container.output(stream).as_mut() else {
+            container.readers = readers;
             return;
         };
         while taken < PUMP_BUDGET {
@@ -458,6 +522,7 @@ impl Keeper {
                 Ok(n) => {
                     taken += n;
                     output.lines.feed(&buffer[..n], time.as_bytes(), &mut lines);
+                    readers.feed(stream, &buffer[..n]);
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => break,
@@ -467,6 +532,7 @@ impl Keeper {
                 }
             }
         }
+        container.readers = readers;
         // A full disk must not stop the container, and there is nowhere else to put the text.
         let _ = container.log.write(&lines);
         if ended {
@@ -501,6 +567,7 @@ impl Keeper {
             .lines
             .finish(timestamp(SystemTime::now()).as_bytes(), &mut lines);
         let _ = container.log.write(&lines);
+        container.readers.end(stream);
         self.forget(&output.pipe, output.token);
     }
 
@@ -511,6 +578,7 @@ impl Keeper {
         }
         if let Some(container) = self.containers.get_mut(id) {
             container.log.close();
+            container.stdin = None;
         }
     }
 
@@ -639,6 +707,53 @@ impl Keeper {
         }
         self.reply(connection, answer);
     }
+}
+
+/// The keeper's ends of a container's standard streams, all non-blocking.
+#[derive(Default)]
+struct Streams {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+}
+
+impl Streams {
+    /// Makes both ends.
+    fn new(create: &CreateContainer) -> std::io::Result<(Stdio, Self)> {
+        let mut ours = Self::default();
+        if create.tty {
+            let (socket, theirs) = UnixStream::pair()?;
+            socket.set_nonblocking(true)?;
+            ours.terminal = Some(socket.into());
+            return Ok((Stdio::Terminal(theirs.into()), ours));
+        }
+        let (out_read, stdout) = pipe(true)?;
+        let (err_read, stderr) = pipe(true)?;
+        (ours.stdout, ours.stderr) = (Some(out_read), Some(err_read));
+        let mut stdin = None;
+        if create.stdin {
+            let (read, write) = pipe(false)?;
+            (stdin, ours.stdin) = (Some(read), Some(write));
+        }
+        Ok((
+            Stdio::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            },
+            ours,
+        ))
+    }
+}
+
+/// A pipe, closed by execve. The flags of its two ends are separate.
+fn pipe(non_blocking_read: bool) -> std::io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    if non_blocking_read {
+        rustix::fs::fcntl_setfl(&read, rustix::fs::OFlags::NONBLOCK)?;
+    }
+    Ok((read, write))
 }
 
 /// Takes over a container that its creator has made.

@@ -32,6 +32,8 @@ impl Keeper {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             })),
             Some(Call::Signal(call)) => self.signal_container(&call.id, call.signal, call.all),
+            Some(Call::Attach(call)) => self.attach(&call, fds),
+            Some(Call::CloseStdin(call)) => self.close_stdin(&call.id),
             Some(Call::ReopenLog(call)) => self.reopen_log(&call.id),
             Some(Call::Snapshot(_)) => Ok(Answer::Snapshot(SnapshotResult {
                 containers: self
@@ -78,18 +80,7 @@ impl Keeper {
         self.sandbox.ns_dir = path(&setup.ns_dir);
         self.sandbox.shm_dir = path(&setup.shm_dir);
         self.sandbox.cgroup = path(&setup.cgroup);
-        if setup.new_pid {
-            match sandbox::start_init(&setup) {
-                Ok((pid, path)) => {
-                    self.pod_init = Some(pid);
-                    self.sandbox.result.pid = path;
-                }
-                Err(e) => {
-                    let error = wire_error(ErrorKind::Internal, chain(&e));
-                    return self.reply(connection, Err(error));
-                }
-            }
-        }
+        self.setup = Some(setup.clone()).filter(|s| s.new_pid);
         let cgroups = self.cgroups.clone();
         let job = self.start_job(Purpose::Setup, connection, Origin::default(), move || {
             sandbox::make(&setup, &cgroups)
@@ -109,13 +100,20 @@ impl Keeper {
     }
 
     pub(super) fn sandbox_made(&mut self, connection: u64, answer: Result<Answer, WireError>) {
-        let answer = answer.map(|answer| match answer {
-            Answer::SetupSandbox(mut made) => {
-                made.pid.clone_from(&self.sandbox.result.pid);
-                self.sandbox.result = made.clone();
-                Answer::SetupSandbox(made)
+        let setup = self.setup.take();
+        let answer = answer.and_then(|answer| {
+            let Answer::SetupSandbox(mut made) = answer else {
+                return Ok(answer);
+            };
+            self.sandbox.result = made.clone();
+            if let Some(setup) = setup {
+                let (pid, path) = sandbox::start_init(&setup, &made)
+                    .map_err(|e| wire_error(ErrorKind::Internal, chain(&e)))?;
+                self.pod_init = Some(pid);
+                made.pid.clone_from(&path);
+                self.sandbox.result.pid = path;
             }
-            other => other,
+            Ok(Answer::SetupSandbox(made))
         });
         self.reply(connection, answer);
     }
@@ -131,13 +129,8 @@ impl Keeper {
             inits.extend(init.iter().map(std::os::fd::AsRawFd::as_raw_fd));
             doomed.push((container.cgroup.clone(), init, state_dir));
         }
-        let creators: Vec<i32> = self
-            .jobs
-            .iter()
-            .filter(|(_, j)| matches!(j.purpose, Purpose::Create(_)))
-            .map(|(pid, _)| *pid)
-            .collect();
-        for pid in creators.into_iter().chain(self.pod_init) {
+        self.kill_makers();
+        if let Some(pid) = self.pod_init {
             let _ = nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(pid),
                 nix::sys::signal::Signal::SIGKILL,

@@ -1,7 +1,7 @@
 //! Exec sessions: one fork inside the keeper, born in the container's PID namespace and cgroup.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -15,12 +15,14 @@ use super::container::{Container, not_found};
 use super::{Keeper, wire_error};
 use crate::confine::SETUP_FAILED;
 use crate::creator::{report, set_oom_score};
+use crate::terminal::Terminal;
 use crate::{cgroup, sys};
 
 /// A running exec session.
 #[derive(Debug)]
 pub(super) struct Exec {
     connection: u64,
+    container: String,
     /// Its own cgroup in the v2 hierarchy, if there is one: what makes it killable as a whole.
     leaf: Option<PathBuf>,
     /// Where the child says that it could not be set up.
@@ -42,6 +44,7 @@ impl Keeper {
         call: &ExecCall,
         stdio: Vec<OwnedFd>,
     ) -> Result<(), WireError> {
+        self.tidy_leaves();
         let id = call.container_id.as_str();
         let failed = |what: &str, e: io::Error| {
             wire_error(
@@ -60,12 +63,12 @@ impl Keeper {
                 format!("can't exec in container {id}: it is not running"),
             ));
         };
-        let [stdin, stdout, stderr] = <[OwnedFd; 3]>::try_from(stdio).map_err(|_| {
-            wire_error(
+        if stdio.len() != if call.tty { 1 } else { 3 } {
+            return Err(wire_error(
                 ErrorKind::Invalid,
-                "an exec needs three descriptors: stdin, stdout, stderr",
-            )
-        })?;
+                "an exec needs three descriptors (stdin, stdout, stderr), or on a terminal one (a socket)",
+            ));
+        }
         if call.args.is_empty() {
             return Err(wire_error(ErrorKind::Invalid, "an exec needs a command"));
         }
@@ -95,9 +98,9 @@ impl Keeper {
         let forked = sys::clone_process(&options);
         if matches!(forked, Ok(sys::Forked::Child)) {
             sys::reset_signals();
-            let kept = [&stdin, &stdout, &stderr, init, &setup_write].map(|fd| fd.as_raw_fd());
+            let kept = stdio.iter().chain([init, &setup_write]);
+            let kept: Vec<_> = kept.map(AsRawFd::as_raw_fd).collect();
             sys::close_all_but(&kept);
-            let stdio = [stdin, stdout, stderr];
             let joined = self.join(container, init, confinement.user().uid, &stdio);
             if let Err((step, e)) = joined {
                 report(
@@ -107,7 +110,10 @@ impl Keeper {
                 );
                 sys::exit_now(SETUP_FAILED);
             }
-            let error = confinement.enter(&call.args);
+            let error = match call.tty {
+                true => confinement.on_terminal().enter(&call.args),
+                false => confinement.enter(&call.args),
+            };
             // As a shell does it: the caller sees the text on standard error and the code.
             let text = format!("{}\n", error.chain());
             // SAFETY: descriptor 2 is the exec's standard error.
@@ -137,6 +143,7 @@ impl Keeper {
             pid,
             Exec {
                 connection,
+                container: id.to_owned(),
                 leaf,
                 setup,
                 deadline,
@@ -152,7 +159,7 @@ impl Keeper {
         container: &Container,
         init: &OwnedFd,
         uid: u32,
-        stdio: &[OwnedFd; 3],
+        stdio: &[OwnedFd],
     ) -> Result<(), (&'static str, io::Error)> {
         self.cgroups
             .join_v1(&container.cgroup)
@@ -165,7 +172,13 @@ impl Keeper {
             | CloneFlags::CLONE_NEWCGROUP;
         setns(init, namespaces).map_err(|e| ("join the container's namespaces", e.into()))?;
         nix::unistd::setsid().map_err(|e| ("make a session", e.into()))?;
-        for (fd, to) in stdio.iter().zip(0..) {
+        if let [socket] = stdio {
+            Terminal::open(uid)
+                .and_then(|terminal| terminal.take(socket.as_fd()))
+                .map_err(|e| ("open a terminal in the container", e))?;
+        }
+        let pipes = stdio.iter().filter(|_| stdio.len() > 1);
+        for (fd, to) in pipes.zip(0..) {
             // A process that is not root could not open /dev/stdout otherwise.
             let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
                 rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
@@ -215,6 +228,14 @@ impl Keeper {
         }
     }
 
+    /// Removes the cgroups of ended execs in which nobody is any more.
+    pub(super) fn tidy_leaves(&mut self) {
+        self.stale_leaves.retain(|leaf| {
+            let removed = std::fs::remove_dir(leaf);
+            removed.is_err_and(|e| e.kind() != io::ErrorKind::NotFound)
+        });
+    }
+
     pub(super) fn exec_exited(&mut self, pid: i32, code: i32) {
         let Some(exec) = self.execs.remove(&pid) else {
             return;
@@ -225,9 +246,13 @@ impl Keeper {
             // What the first kill missed was born between the deadline and now.
             let _ = std::fs::write(leaf.join("cgroup.kill"), "1");
         }
-        if let Some(leaf) = &exec.leaf {
-            // Fails while the exec's background children live; it goes with the container then.
-            let _ = std::fs::remove_dir(leaf);
+        // While children of the exec live, or are about to die, it can't be removed.
+        self.stale_leaves.extend(exec.leaf);
+        self.tidy_leaves();
+        if code == 128 + libc::SIGKILL
+            && let Some(container) = self.containers.get_mut(&exec.container)
+        {
+            container.oom_kills_of_execs = self.cgroups.oom_kills(&container.cgroup);
         }
         let mut buffer = [0; 1024];
         let answer = match rustix::io::read(&exec.setup, &mut buffer) {
@@ -246,6 +271,8 @@ impl Keeper {
 
 /// Kills an exec with all that it started, also what left its session or lost its parent.
 fn kill_tree(pid: i32, exec: &Exec) {
+    // A privileged one may have left its cgroup.
+    signal(pid, libc::SIGKILL);
     let killed = exec
         .leaf
         .as_ref()

@@ -60,8 +60,13 @@ impl Keeper {
             cgroup: origin.cgroup,
             ..Default::default()
         };
+        let keeper = std::process::id().cast_signed();
         match sys::clone_process(&options)? {
             sys::Forked::Child => {
+                // What a dead keeper's job still makes would be nobody's.
+                if sys::die_with(keeper).is_err() {
+                    sys::exit_now(1);
+                }
                 let mut kept = origin.keep.to_vec();
                 kept.push(write.as_raw_fd());
                 sys::reset_signals();
@@ -164,7 +169,14 @@ impl Keeper {
             Purpose::Setup => self.sandbox_made(job.connection, answer),
             Purpose::Create(id) => self.container_made(&id, job.connection, answer),
             Purpose::Undo(id, message, kind) => {
-                self.containers.remove(&id);
+                // What could not be removed stays known: the daemon asks for its deletion next.
+                let message = match answer {
+                    Ok(_) => {
+                        self.containers.remove(&id);
+                        message
+                    }
+                    Err(undo) => format!("{message}; undoing it failed, too: {}", undo.message),
+                };
                 self.reply(job.connection, Err(WireError { kind, message }));
             }
             Purpose::Delete(id) => self.container_deleted(&id, job.connection, answer),

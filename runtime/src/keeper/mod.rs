@@ -4,6 +4,7 @@
 //! files, knows their exit codes, and answers the daemon on `keeper.sock`. Whatever may take time or crash
 //! (mounts, libcontainer, killing a cgroup) runs in a forked [`job`].
 
+mod attach;
 mod connection;
 mod container;
 mod dispatch;
@@ -17,10 +18,10 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use slipway_proto::keeper::{
-    Error as WireError, ErrorKind, Response, SetupSandboxResult, response::Result as Answer,
+    Error as WireError, ErrorKind, Response, SetupSandbox, SetupSandboxResult,
+    response::Result as Answer,
 };
 
 use crate::cgroup::Hierarchies;
@@ -28,7 +29,13 @@ use crate::sys;
 use connection::Connection;
 use container::Container;
 use exec::Exec;
-use job::Job;
+use job::{Job, Purpose};
+
+/// File in a pod's run directory with its keeper's process id.
+pub const PID_FILE: &str = "keeper.pid";
+
+/// A keeper that was forked by a dying zygote, for a daemon that does not know of it, ends after this long.
+const UNUSED: Duration = Duration::from_secs(60);
 
 /// Whose readiness an epoll event tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +73,14 @@ struct Keeper {
     sandbox: Sandbox,
     /// Set by Teardown: end once everything has been sent.
     ending: bool,
+    /// The pod's init died: end once every container has.
+    doomed: bool,
+    /// When it ends if nobody has called it by then.
+    unused_until: Option<Instant>,
+    /// What the pod's init is made from, until the other namespaces are there.
+    setup: Option<SetupSandbox>,
+    /// Cgroups of ended exec sessions that could not be removed yet.
+    stale_leaves: Vec<PathBuf>,
 }
 
 /// What SetupSandbox made, for Teardown to take away.
@@ -85,6 +100,8 @@ pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd) -> ! {
     std::panic::set_hook(Box::new(move |info| {
         let _ = std::fs::write(&log, format!("keeper of pod {id}: {info}\n"));
     }));
+    // For a daemon that has to end a keeper which does not answer.
+    let _ = std::fs::write(pod_dir.join(PID_FILE), std::process::id().to_string());
     let code = match Keeper::new(pod_dir, listener).and_then(|mut k| k.run()) {
         Ok(()) => 0,
         Err(e) => {
@@ -105,6 +122,8 @@ impl Keeper {
         // Whatever a container's tree leaves behind outside its PID namespace comes to this process.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         let children = sys::child_signals()?;
+        // Readers of a container's output come and go.
+        sys::ignore_broken_pipes();
         let mut keeper = Self {
             pod_dir: pod_dir.to_owned(),
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
@@ -122,6 +141,10 @@ impl Keeper {
             pod_init: None,
             sandbox: Sandbox::default(),
             ending: false,
+            doomed: false,
+            unused_until: Some(Instant::now() + UNUSED),
+            setup: None,
+            stale_leaves: Vec::new(),
         };
         let token = keeper.token(Source::Listener);
         epoll::add(
@@ -143,7 +166,8 @@ impl Keeper {
     fn run(&mut self) -> io::Result<()> {
         let mut events = Vec::with_capacity(16);
         while !self.finished() {
-            let timeout = self.next_deadline().map(|at| {
+            let deadlines = self.next_deadline().into_iter().chain(self.unused_until);
+            let timeout = deadlines.min().map(|at| {
                 let left = at.saturating_duration_since(Instant::now());
                 // Rounded up, so that the deadline has passed when the wait ends.
                 left + Duration::from_millis(1)
@@ -168,7 +192,15 @@ impl Keeper {
     }
 
     fn finished(&self) -> bool {
-        self.ending && self.connections.values().all(Connection::is_flushed)
+        if self
+            .unused_until
+            .is_some_and(|until| until <= Instant::now())
+        {
+            return true;
+        }
+        let over = self.doomed && self.jobs.is_empty();
+        let over = over && self.containers.values().all(Container::has_exited);
+        (self.ending || over) && self.connections.values().all(Connection::is_flushed)
     }
 
     fn handle(&mut self, token: u64, source: Source, flags: EventFlags) {
@@ -211,15 +243,10 @@ impl Keeper {
     fn reap(&mut self) {
         let mut buffer = [0u8; 1024];
         while rustix::io::read(&self.children, &mut buffer).is_ok_and(|n| n > 0) {}
-        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            let (pid, code) = match status {
-                WaitStatus::Exited(pid, code) => (pid.as_raw(), code),
-                WaitStatus::Signaled(pid, signal, _) => (pid.as_raw(), 128 + signal as i32),
-                WaitStatus::StillAlive => break,
-                _ => continue,
-            };
+        while let Some((pid, code)) = sys::collect_child() {
             self.child_exited(pid, code);
         }
+        self.tidy_leaves();
     }
 
     fn child_exited(&mut self, pid: i32, code: i32) {
@@ -231,8 +258,39 @@ impl Keeper {
             self.container_exited(&id, code);
         } else if self.pod_init == Some(pid) {
             self.pod_init = None;
+            self.init_lost();
         } else if self.containers.values().any(Container::is_creating) {
             self.unclaimed.insert(pid, code);
+        }
+    }
+
+    /// The init of the shared PID namespace is dead, and with it everything that was in there: the pod is
+    /// of no use any more. The keeper ends once the ends of its containers are on record; the daemon takes
+    /// its death for the pod's.
+    fn init_lost(&mut self) {
+        if self.tearing_down() {
+            return;
+        }
+        self.doomed = true;
+        self.kill_makers();
+        let alive = self.containers.values().filter(|c| !c.has_exited());
+        for cgroup in alive.map(|c| c.cgroup.clone()).collect::<Vec<_>>() {
+            self.cgroups.signal_all(&cgroup, libc::SIGKILL);
+        }
+    }
+
+    fn tearing_down(&self) -> bool {
+        self.ending || self.jobs.values().any(|j| j.purpose == Purpose::Teardown)
+    }
+
+    /// Ends the jobs that make something.
+    fn kill_makers(&self) {
+        let making = |job: &Job| matches!(job.purpose, Purpose::Create(_) | Purpose::Setup);
+        for (pid, _) in self.jobs.iter().filter(|(_, job)| making(job)) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(*pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
         }
     }
 

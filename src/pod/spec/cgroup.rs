@@ -24,12 +24,17 @@ pub(crate) struct PodCgroup {
     slice: bool,
 }
 
+/// The cgroup of a pod that names no parent.
+pub fn default_cgroup(pod_id: &str) -> String {
+    format!("/slipway/{pod_id}")
+}
+
 impl PodCgroup {
     /// The place that `cgroup_parent` names.
     pub fn new(parent: &str, pod_id: &str) -> Result<Self> {
         if parent.is_empty() {
             return Ok(Self {
-                path: format!("/slipway/{pod_id}"),
+                path: default_cgroup(pod_id),
                 slice: false,
             });
         }

@@ -3,6 +3,7 @@
 use crate::cgroup::PodCgroup;
 use crate::error::{Result, SpecError};
 use crate::mounts::Circumstances;
+use crate::paths;
 use crate::sandbox::is_privileged;
 use crate::sources::security;
 use crate::{
@@ -66,7 +67,15 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         &mut warnings,
     )?;
     let all_devices = privileged.then_some(input.sources.all_devices.as_slice());
-    let devices = devices::of_container(&config.devices, &input.sources.devices, all_devices)?;
+    let own_mounts: Vec<_> = (config.mounts.iter())
+        .map(|mount| paths::clean(&mount.container_path))
+        .collect();
+    let devices = devices::of_container(
+        &config.devices,
+        &input.sources.devices,
+        all_devices,
+        &own_mounts,
+    )?;
     let readonly_rootfs = security.is_some_and(|s| s.readonly_rootfs);
     let at = Circumstances {
         privileged,
@@ -86,7 +95,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
 
     let mut oci_process = Process::default();
     oci_process
-        .set_terminal(None)
+        .set_terminal(config.tty.then_some(true))
         // The creator resolves the user in the root file system.
         .set_user(User::default())
         .set_args(Some(process::arguments(config, image)?))
@@ -162,6 +171,8 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         oom_score_adj: limits.oom_score_adj,
         working_dir,
         recursive_read_only: mounts.recursive_read_only,
+        tty: config.tty,
+        stdin: config.stdin,
     };
     Ok(ContainerPlan {
         create,
@@ -178,22 +189,11 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
 
 /// Refuses what a later version brings.
 fn supported(config: &cri::ContainerConfig) -> Result<()> {
-    let streams = "an open standard input and terminals are not there yet in this version; set it to \
-                   false";
-    let wanted = [
-        ("stdin", config.stdin, streams),
-        ("stdin_once", config.stdin_once, streams),
-        ("tty", config.tty, streams),
-        (
-            "CDI_devices",
-            !config.cdi_devices.is_empty(),
-            "CDI devices are not there yet in this version; use devices",
-        ),
-    ];
-    match wanted.into_iter().find(|(_, set, _)| *set) {
-        Some((field, _, what)) => Err(SpecError::unsupported(field, what)),
-        None => Ok(()),
+    if config.cdi_devices.is_empty() {
+        return Ok(());
     }
+    let what = "CDI devices are not there yet in this version; use devices";
+    Err(SpecError::unsupported("CDI_devices", what))
 }
 
 fn bounding(capabilities: &LinuxCapabilities) -> oci_spec::runtime::Capabilities {

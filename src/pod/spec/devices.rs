@@ -38,10 +38,15 @@ pub(crate) fn of_container(
     requests: &[cri::Device],
     found: &[Vec<HostDevice>],
     host: Option<&[HostDevice]>,
+    mounts: &[PathBuf],
 ) -> Result<Devices> {
     let mut devices = Devices {
         rules: standard(host.is_some()),
         ..Devices::default()
+    };
+    // Where the container has a mount of its own, that has the nodes: none is made in somebody else's files.
+    let covered = |place: &Path| {
+        place.starts_with("/dev") && mounts.iter().any(|mount| place.starts_with(mount))
     };
     let mut taken = BTreeSet::new();
     for (i, request) in requests.iter().enumerate() {
@@ -65,7 +70,9 @@ pub(crate) fn of_container(
                 let what = format!("{} is named twice", quoted(&place.to_string_lossy()));
                 return Err(SpecError::invalid(format!("{field}.container_path"), what));
             }
-            devices.place(place, source);
+            if !covered(&place) {
+                devices.place(place, source);
+            }
             if host.is_none() {
                 let numbers = (i64::from(source.major), Some(i64::from(source.minor)));
                 devices
@@ -75,7 +82,7 @@ pub(crate) fn of_container(
         }
     }
     for source in host.into_iter().flatten() {
-        if taken.insert(source.path.clone()) {
+        if taken.insert(source.path.clone()) && !covered(&source.path) {
             devices.place(source.path.clone(), source);
         }
     }
@@ -177,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_standard_rules() {
-        let found = of_container(&[], &[], None).expect("good");
+        let found = of_container(&[], &[], None, &[]).expect("good");
         let expected = [
             "-a *:* rwm",
             "+c *:* m",
@@ -199,7 +206,7 @@ mod tests {
     #[test]
     fn a_device_gets_a_node_and_a_rule() {
         let source = vec![vec![device("/dev/fuse", "", 10)]];
-        let found = of_container(&[request("/dev/x/y", "rw")], &source, None).expect("good");
+        let found = of_container(&[request("/dev/x/y", "rw")], &source, None, &[]).expect("good");
         let node = &found.nodes[0];
         assert_eq!(node.path(), Path::new("/dev/x/y"));
         assert_eq!(
@@ -208,7 +215,7 @@ mod tests {
         );
         assert_eq!((node.uid(), node.gid()), (Some(0), Some(6)));
         assert_eq!(rules(&found).last().map(String::as_str), Some("+c 10:1 rw"));
-        let found = of_container(&[request("", "")], &source, None).expect("good");
+        let found = of_container(&[request("", "")], &source, None, &[]).expect("good");
         assert_eq!(found.nodes[0].path(), Path::new("/dev/fuse"));
         assert_eq!(
             rules(&found).last().map(String::as_str),
@@ -222,7 +229,7 @@ mod tests {
             device("/dev/snd/a", "a", 116),
             device("/dev/snd/b/c", "b/c", 117),
         ]];
-        let found = of_container(&[request("/dev/sound/", "r")], &source, None).expect("good");
+        let found = of_container(&[request("/dev/sound/", "r")], &source, None, &[]).expect("good");
         let places: Vec<_> = found
             .nodes
             .iter()
@@ -234,7 +241,7 @@ mod tests {
     #[test]
     fn elsewhere_it_is_bound() {
         let source = vec![vec![device("/dev/fuse", "", 10)]];
-        let found = of_container(&[request("/opt/fuse", "rw")], &source, None).expect("good");
+        let found = of_container(&[request("/opt/fuse", "rw")], &source, None, &[]).expect("good");
         assert!(found.nodes.is_empty());
         assert_eq!(found.mounts[0].destination(), Path::new("/opt/fuse"));
         assert_eq!(
@@ -251,7 +258,8 @@ mod tests {
             device("/dev/kmsg", "kmsg", 1),
         ];
         let source = vec![vec![device("/dev/other", "", 99)]];
-        let found = of_container(&[request("/dev/fuse", "r")], &source, Some(&host)).expect("good");
+        let found =
+            of_container(&[request("/dev/fuse", "r")], &source, Some(&host), &[]).expect("good");
         assert_eq!(rules(&found), ["+a *:* rwm"]);
         let nodes: Vec<_> = found
             .nodes
@@ -277,12 +285,12 @@ mod tests {
             ("/dev/x", "R"),
         ] {
             assert!(
-                of_container(&[request(path, permissions)], &source, None).is_err(),
+                of_container(&[request(path, permissions)], &source, None, &[]).is_err(),
                 "{path} {permissions}"
             );
         }
         let twice = [request("/dev/x", "r"), request("/dev//x", "r")];
-        assert!(of_container(&twice, &source, None).is_err());
-        assert!(of_container(&[request("/dev/x", "r")], &[], None).is_err());
+        assert!(of_container(&twice, &source, None, &[]).is_err());
+        assert!(of_container(&[request("/dev/x", "r")], &[], None, &[]).is_err());
     }
 }

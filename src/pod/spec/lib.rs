@@ -36,6 +36,7 @@ mod sysctl;
 #[cfg(test)]
 mod tests;
 
+pub use cgroup::default_cgroup;
 pub use container::container;
 pub use error::{SpecError, SpecErrorKind};
 pub use host::HostFacts;

@@ -42,10 +42,8 @@ const COVERABLE: [&str; 11] = [
     "/proc/uptime",
 ];
 
-/// Made by libcontainer in every container's /dev, after the mounts: it would fail on one that is there,
-/// or, worse, replace it where the host's own /dev is mounted.
-const MADE_IN_DEV: [&str; 13] = [
-    "/dev",
+/// Made by libcontainer in every container's /dev, after the mounts: it would fail on one that is there.
+const MADE_IN_DEV: [&str; 12] = [
     "/dev/fd",
     "/dev/full",
     "/dev/kcore",
@@ -125,11 +123,12 @@ pub(crate) fn of_container(input: &ContainerInput<'_>, at: Circumstances) -> Res
         }
     }
     for standard in standard(at) {
-        // One that lies in a mount of the container's own would only be hidden by it.
-        if !taken
-            .iter()
-            .any(|place| standard.destination().starts_with(place))
-        {
+        // One that lies in a mount of the container's own would only be hidden by it. Not so in /dev: a mount
+        // over that is made last, below the others.
+        let hides = |place: &&PathBuf| {
+            place.as_path() != Path::new("/dev") && standard.destination().starts_with(place)
+        };
+        if !taken.iter().any(|place| hides(&place)) {
             out.list.push(standard);
         }
     }

@@ -45,8 +45,8 @@ pub(crate) fn arguments(config: &cri::ContainerConfig, image: &Image) -> Result<
     Ok(all)
 }
 
-/// The environment as `KEY=VALUE`, each key once: PATH and HOSTNAME unless they are set, the image's, the
-/// request's. Values need not be UTF-8.
+/// The environment as `KEY=VALUE`, each key once: PATH, HOSTNAME and, on a terminal, TERM unless they are set,
+/// the image's, the request's. Values need not be UTF-8.
 pub(crate) fn environment(
     config: &cri::ContainerConfig,
     image: &Image,
@@ -56,6 +56,9 @@ pub(crate) fn environment(
     let mut all = Environment(Vec::new());
     all.set(PATH.into());
     all.set(format!("HOSTNAME={hostname}").into_bytes());
+    if config.tty {
+        all.set(b"TERM=xterm".to_vec());
+    }
     for entry in image.env().iter().flatten() {
         let name = entry.split_once('=').map(|(name, _)| name);
         if name.is_none_or(str::is_empty) || entry.contains('\0') || entry.len() >= LONGEST_STRING {

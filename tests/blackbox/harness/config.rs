@@ -1,6 +1,6 @@
 //! The configurations that tests start from.
 
-use super::{Daemon, Env, cri};
+use super::{Daemon, Env, cri, image};
 
 /// A bridge with host-local addresses and port mappings, of the test's own subnet.
 pub fn conflist(env: &Env) -> String {
@@ -134,4 +134,12 @@ pub fn pod_namespaces(config: &mut cri::PodSandboxConfig) -> &mut cri::Namespace
 /// Gives a pod a network namespace, and an address from CNI.
 pub fn own_network(config: &mut cri::PodSandboxConfig) {
     pod_namespaces(config).network = cri::NamespaceMode::Pod.into();
+}
+
+/// One of the test images, by its short name.
+pub fn of_image(name: &str) -> Option<cri::ImageSpec> {
+    Some(cri::ImageSpec {
+        image: image(name),
+        ..Default::default()
+    })
 }

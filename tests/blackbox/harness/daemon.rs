@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -14,14 +14,21 @@ use tonic::transport::Channel;
 
 use super::{
     Context, Env, LOGIN_REGISTRY, REGISTRY, Result, bail, config, cri, ensure, eventually, image,
+    seconds,
 };
 
-/// Every call that takes longer has failed.
-const DEADLINE: Duration = Duration::from_secs(60);
+/// A call that takes longer has failed.
+fn deadline() -> Duration {
+    seconds(60)
+}
 /// In the environment of the daemon, and so of every process of it that keeps its environment.
 pub const MARK: &str = "SLIPWAY_BLACKBOX_TEST";
-/// The binary.
-pub const BINARY: &str = env!("CARGO_BIN_EXE_slipway");
+/// The binary: cargo's, or another build of the same sources (`hack/vm` strips it: a daemon copies itself
+/// into memory when it starts, which takes a slow machine long).
+pub static BINARY: LazyLock<String> = LazyLock::new(|| {
+    std::env::var("SLIPWAY_TEST_BINARY")
+        .unwrap_or_else(|_| env!("CARGO_BIN_EXE_slipway").to_owned())
+});
 
 /// What a daemon is started with.
 pub struct Setup {
@@ -94,7 +101,7 @@ impl Daemon {
         std::fs::write(env.root.join("config.toml"), text)?;
         let socket = env.root.join("s.sock");
         let channel = tonic::transport::Endpoint::from_static("http://slipway")
-            .timeout(DEADLINE)
+            .timeout(deadline())
             .connect_with_connector_lazy(tower::service_fn(move |_| {
                 let socket = socket.clone();
                 async move {
@@ -120,7 +127,7 @@ impl Daemon {
             .create(true)
             .append(true)
             .open(self.log_file())?;
-        let mut child = Command::new(BINARY)
+        let mut child = Command::new(BINARY.as_str())
             .args(["serve", "--config"])
             .arg(env.root.join("config.toml"))
             .env(MARK, env.number.to_string())
@@ -130,8 +137,8 @@ impl Daemon {
             .stderr(log)
             .kill_on_drop(true)
             .spawn()
-            .with_context(|| format!("starting {BINARY}"))?;
-        let until = tokio::time::Instant::now() + Duration::from_secs(20);
+            .with_context(|| format!("starting {}", *BINARY))?;
+        let until = tokio::time::Instant::now() + seconds(20);
         loop {
             let request = cri::VersionRequest {
                 version: "v1".to_owned(),
@@ -210,7 +217,7 @@ impl Daemon {
             .unwrap()
             .take()
             .context("the daemon is not running")?;
-        let status = tokio::time::timeout(Duration::from_secs(20), child.wait()).await;
+        let status = tokio::time::timeout(seconds(20), child.wait()).await;
         Ok(status.with_context(|| format!("the daemon does not end on {signal}"))??)
     }
 
@@ -257,13 +264,13 @@ impl Daemon {
 
     /// Runs the command line against this daemon: exit code, standard output, standard error.
     pub async fn command(&self, args: &[&str]) -> Result<(i32, String, String)> {
-        let mut command = Command::new(BINARY);
+        let mut command = Command::new(BINARY.as_str());
         let endpoint = format!("unix://{}", self.0.env.root.join("s.sock").display());
         command
             .args(args)
             .env("CONTAINER_RUNTIME_ENDPOINT", endpoint)
             .stdin(std::process::Stdio::null());
-        let done = tokio::time::timeout(DEADLINE, command.kill_on_drop(true).output()).await;
+        let done = tokio::time::timeout(deadline(), command.kill_on_drop(true).output()).await;
         let done = done.with_context(|| format!("slipway {args:?} does not end"))??;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok((
@@ -283,7 +290,7 @@ impl Daemon {
         let path = self.log_file();
         eventually(
             &format!("{words:?} in the daemon's log"),
-            Duration::from_secs(10),
+            seconds(10),
             || async {
                 let text = std::fs::read(&path)?;
                 let text =

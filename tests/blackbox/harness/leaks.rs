@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::daemon::{MARK, names};
-use super::{Env, stage};
+use super::{Env, seconds, stage};
 
 /// Everything that is left, one line each.
 pub fn find(env: &Env) -> Vec<String> {
@@ -55,7 +55,7 @@ pub fn objects(env: &Env) -> Vec<String> {
 
 /// What is left of this once what was going on has had time to end.
 pub async fn settle(env: &Env, find: fn(&Env) -> Vec<String>) -> Vec<String> {
-    let until = tokio::time::Instant::now() + Duration::from_secs(5);
+    let until = tokio::time::Instant::now() + seconds(5);
     loop {
         let left = find(env);
         if left.is_empty() || tokio::time::Instant::now() > until {

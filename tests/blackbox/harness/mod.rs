@@ -6,6 +6,7 @@ pub mod leaks;
 pub mod liar;
 pub mod log;
 pub mod objects;
+pub mod pace;
 pub mod probe;
 pub mod runner;
 pub mod stage;
@@ -21,6 +22,7 @@ pub use anyhow::{Context, Result, bail, ensure};
 pub use config::{container_security, pod_security};
 pub use daemon::{Daemon, Setup};
 pub use objects::{Container, Pod};
+pub use pace::seconds;
 pub use slipway_proto::cri;
 
 /// Where the registry listens in our network namespace.
@@ -223,7 +225,7 @@ pub fn refused<T: std::fmt::Debug>(
 pub async fn output(program: &str, args: &[&str]) -> Result<String> {
     let mut command = tokio::process::Command::new(program);
     let done = command.args(args).kill_on_drop(true).output();
-    let done = tokio::time::timeout(Duration::from_secs(60), done)
+    let done = tokio::time::timeout(seconds(60), done)
         .await
         .with_context(|| format!("{program} {args:?} does not end"))?
         .with_context(|| format!("running {program}"))?;

@@ -1,14 +1,13 @@
 //! Pods and containers of a daemon, with the calls that tests make.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use slipway_proto::cri;
 use tonic::Status;
 
 use super::log::{self, Line};
 use super::probe::Report;
-use super::{Context, Daemon, Result, bail, config, ensure, eventually};
+use super::{Context, Daemon, Result, bail, config, ensure, eventually, seconds};
 
 /// A pod sandbox.
 #[derive(Clone)]
@@ -155,7 +154,7 @@ impl Pod {
         let container = self
             .run(&["sh", "-c", "probe status; exec sleep 1000"], change)
             .await?;
-        let init = eventually("the probe's report", Duration::from_secs(10), || async {
+        let init = eventually("the probe's report", seconds(10), || async {
             let text = container.stdout()?;
             Ok(text.contains("\nns.uts ").then_some(text))
         })
@@ -280,7 +279,7 @@ impl Container {
     /// ExecSync.
     pub async fn exec(&self, command: &[&str]) -> Result<Exec> {
         let answer = self
-            .exec_limited(command, 30)
+            .exec_limited(command, seconds(30).as_secs().cast_signed())
             .await
             .with_context(|| format!("ExecSync {command:?}"))?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -312,7 +311,7 @@ impl Container {
 
     /// Waits for the end of its process.
     pub async fn exited(&self) -> Result<cri::ContainerStatus> {
-        eventually("the container's end", Duration::from_secs(30), || async {
+        eventually("the container's end", seconds(30), || async {
             let status = self.status().await?;
             Ok((status.state() == cri::ContainerState::ContainerExited).then_some(status))
         })
@@ -321,11 +320,9 @@ impl Container {
 
     /// Waits for a line on its standard output.
     pub async fn says(&self, line: &str) -> Result<()> {
-        eventually(
-            &format!("{line:?} in the log"),
-            Duration::from_secs(20),
-            || async { Ok(self.stdout()?.lines().any(|l| l == line).then_some(())) },
-        )
+        eventually(&format!("{line:?} in the log"), seconds(20), || async {
+            Ok(self.stdout()?.lines().any(|l| l == line).then_some(()))
+        })
         .await
     }
 
@@ -384,11 +381,9 @@ impl Container {
                 .filter(|s| !s.contains(") Z "))
                 .collect::<Vec<_>>()
         };
-        eventually(
-            "the end of all processes",
-            Duration::from_secs(2),
-            || async { Ok(alive().is_empty().then_some(())) },
-        )
+        eventually("the end of all processes", seconds(2), || async {
+            Ok(alive().is_empty().then_some(()))
+        })
         .await
         .with_context(|| format!("{:?}", alive()))
     }

@@ -5,10 +5,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::{Env, Skipped, Test, leaks};
+use super::{Env, Skipped, Test, leaks, seconds};
 
 /// A test that takes longer has failed.
-const LIMIT: Duration = Duration::from_secs(180);
+fn limit() -> Duration {
+    seconds(180)
+}
 
 enum Outcome {
     Passed,
@@ -18,11 +20,16 @@ enum Outcome {
 
 /// Runs what the arguments select; true when nothing failed.
 pub async fn run(tests: &[Test], root: &Path, cgroup: &str) -> bool {
-    let (filters, jobs) = arguments();
-    let selected: Vec<(u32, Test)> = (1..)
+    let Arguments {
+        filters,
+        jobs,
+        shard: (shard, shards),
+    } = arguments();
+    let selected = (1..)
         .zip(tests.iter().copied())
-        .filter(|(_, t)| filters.is_empty() || filters.iter().any(|f| t.name.contains(f.as_str())))
-        .collect();
+        .filter(|(_, t)| filters.is_empty() || filters.iter().any(|f| t.name.contains(f.as_str())));
+    // By turns, so that each gets its part of every module.
+    let selected: Vec<(u32, Test)> = selected.skip(shard - 1).step_by(shards).collect();
     let (alone, together): (VecDeque<_>, VecDeque<_>) =
         selected.into_iter().partition(|(_, t)| t.alone);
     let outcomes = Arc::new(Mutex::new(Vec::new()));
@@ -64,20 +71,40 @@ pub async fn run(tests: &[Test], root: &Path, cgroup: &str) -> bool {
     failed == 0
 }
 
-fn arguments() -> (Vec<String>, usize) {
-    let (mut filters, mut jobs) = (Vec::new(), 3);
+/// What the command line says.
+struct Arguments {
+    filters: Vec<String>,
+    jobs: usize,
+    /// This one, counted from 1, of so many.
+    shard: (usize, usize),
+}
+
+fn arguments() -> Arguments {
+    let (mut filters, mut jobs, mut shard) = (Vec::new(), 3, (1, 1));
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--jobs" | "--test-threads" => {
                 jobs = args.next().and_then(|n| n.parse().ok()).unwrap_or(jobs)
             }
+            "--shard" => {
+                let text = args.next().unwrap_or_default();
+                let parts = text.split_once('/').map(|(i, n)| (i.parse(), n.parse()));
+                shard = match parts {
+                    Some((Ok(i), Ok(n))) if (1..=n).contains(&i) => (i, n),
+                    _ => panic!("--shard wants I/N, such as 1/2"),
+                };
+            }
             // Options of libtest that cargo and people pass.
             _ if arg.starts_with('-') => {}
             _ => filters.push(arg),
         }
     }
-    (filters, jobs.max(1))
+    Arguments {
+        filters,
+        jobs: jobs.max(1),
+        shard,
+    }
 }
 
 fn short(name: &str) -> &str {
@@ -112,7 +139,7 @@ async fn watched(test: Test, env: &Env) -> Outcome {
     }
     // A task of its own, so that a panic is a failure of this test alone.
     let mut task = tokio::spawn((test.run)(env.clone()));
-    let ended = tokio::time::timeout(LIMIT, &mut task).await;
+    let ended = tokio::time::timeout(limit(), &mut task).await;
     let outcome = match ended {
         Ok(Ok(Ok(()))) => Outcome::Passed,
         Ok(Ok(Err(error))) => match error.downcast_ref::<Skipped>() {
@@ -129,7 +156,7 @@ async fn watched(test: Test, env: &Env) -> Outcome {
         }),
         Err(_) => {
             task.abort();
-            Outcome::Failed(format!("not done after {LIMIT:?}"))
+            Outcome::Failed(format!("not done after {:?}", limit()))
         }
     };
     // What is still there is removed through the CRI; then nothing may be left.

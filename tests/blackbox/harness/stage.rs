@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{LOGIN_REGISTRY, REGISTRY, Test, runner};
+use super::{LOGIN_REGISTRY, REGISTRY, Test, runner, seconds};
 
 /// Names the life; carries the name of the cgroup.
 const STAGE: &str = "SLIPWAY_BLACKBOX_STAGE";
@@ -143,7 +143,7 @@ fn run(tests: &[Test]) -> ExitCode {
         .build()
         .expect("an event loop");
     let good = runtime.block_on(runner::run(tests, Path::new("/run"), &cgroup));
-    runtime.shutdown_timeout(Duration::from_secs(1));
+    runtime.shutdown_timeout(seconds(1));
     drop(registry);
     if good {
         ExitCode::SUCCESS
@@ -227,7 +227,7 @@ pub fn cgroup_dirs(name: &str) -> Vec<PathBuf> {
 
 /// Removes the cgroups of a run; their processes have died with the PID namespace.
 fn remove_cgroups(name: &str) {
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + seconds(5);
     loop {
         for dir in cgroup_dirs(name) {
             for dir in tree(&dir) {
