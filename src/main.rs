@@ -184,11 +184,12 @@ fn default_config() -> anyhow::Result<()> {
 }
 
 fn check_config(config: Option<PathBuf>) -> anyhow::Result<()> {
-    let (_, files) = Settings {
+    let (config, files) = Settings {
         config,
         ..Settings::default()
     }
     .load()?;
+    slipway::serve::fits_host(&config, &slipway_spec::HostFacts::detect())?;
     if files.is_empty() {
         println!("no configuration file: the defaults apply");
     }

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use sd_notify::NotifyState;
-use slipway_config::{Config, LogFormat, LogLevel, diff_reloadable};
+use slipway_config::{CgroupDriver, Config, LogFormat, LogLevel, diff_reloadable};
 use slipway_image::{ImageStore, Platform, RegistryConfig, StoreConfig};
 use slipway_network::{Cni, CniConfig};
 use slipway_proto::admin::admin_server::AdminServer;
 use slipway_proto::cri::image_service_server::ImageServiceServer;
 use slipway_proto::cri::runtime_service_server::RuntimeServiceServer;
 use slipway_runtime::client::Keepers;
+use slipway_runtime::placement::Placement;
+use slipway_spec::HostFacts;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::service::Routes;
@@ -94,12 +96,58 @@ impl Settings {
     }
 }
 
+/// Whether this machine has what the configuration asks of it.
+///
+/// # Errors
+/// What it lacks, and which key to change.
+pub fn fits_host(config: &Config, host: &HostFacts) -> anyhow::Result<()> {
+    if config.cgroup.driver == CgroupDriver::Systemd {
+        // v1: systemd delegates no v1 hierarchy, and its properties for v1 are going away.
+        anyhow::ensure!(
+            host.cgroup_v2,
+            "cgroup.driver: \"systemd\" needs a host with pure cgroup v2, and this one has v1 or both \
+             (/sys/fs/cgroup is not cgroup2); use \"cgroupfs\", or boot with \
+             systemd.unified_cgroup_hierarchy=1"
+        );
+        anyhow::ensure!(
+            host.systemd,
+            "cgroup.driver: \"systemd\" needs systemd as PID 1, and it is not (there is no \
+             /run/systemd/system); use \"cgroupfs\""
+        );
+    }
+    let monitor = config.cgroup.monitor.as_str();
+    anyhow::ensure!(
+        !monitor.ends_with(".slice") || monitor.starts_with('/') || host.systemd,
+        "cgroup.monitor: {monitor:?} is a slice, and systemd is not PID 1 here; use \"own\" or a path"
+    );
+    anyhow::ensure!(
+        !monitor.starts_with('/') || !host.systemd,
+        "cgroup.monitor: {monitor:?} is a path, and systemd is PID 1 here, which knows slices; use \"own\" \
+         or name.slice"
+    );
+    Ok(())
+}
+
+/// Where keepers are to be born.
+fn placement(config: &Config, host: &HostFacts) -> Placement {
+    match config.cgroup.monitor.as_str() {
+        _ if !host.cgroup_v2 => Placement::Daemon,
+        "own" if host.systemd => Placement::Slice("system.slice".to_owned()),
+        "own" => Placement::Cgroup("/slipway-keepers".into()),
+        // From there into the pod's cgroup.
+        "daemon" | "pod" => Placement::Daemon,
+        path if path.starts_with('/') => Placement::Cgroup(path.into()),
+        slice => Placement::Slice(slice.to_owned()),
+    }
+}
+
 /// Runs the daemon until it is asked to end.
 ///
 /// # Errors
 /// When it can't start, or its server fails.
 pub fn serve(settings: &Settings, keepers: Keepers) -> anyhow::Result<()> {
     let (mut config, files) = settings.load()?;
+    fits_host(&config, &HostFacts::detect())?;
     let level = logging::start(config.log.format, config.log.level);
     // Files have the modes that are asked for, whoever started us.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
@@ -134,6 +182,16 @@ async fn run(
     let mut interrupt = signal(SignalKind::interrupt()).context("can't handle SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("can't handle SIGHUP")?;
 
+    if let Err(error) = keepers
+        .place(placement(&config, &HostFacts::detect()))
+        .await
+    {
+        // Nothing that pods need depends on it.
+        tracing::warn!(
+            error = crate::pod::chain(&error),
+            "keepers are where the daemon is"
+        );
+    }
     let store = store_config(&config);
     let images = tokio::task::spawn_blocking(move || ImageStore::open(store))
         .await?

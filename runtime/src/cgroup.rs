@@ -128,6 +128,13 @@ impl Hierarchies {
         Ok(made)
     }
 
+    /// Gives an existing v2 cgroup every controller that those above it have.
+    pub fn delegate(&self, cgroup: &Path) {
+        if let (true, Some(v2)) = (self.unified(), &self.v2) {
+            let _ = delegate(v2, cgroup);
+        }
+    }
+
     /// Moves the calling process into a cgroup, in the v1 hierarchies only (in v2 a process is born where
     /// it belongs). Through `tasks`, not `cgroup.procs`: a single-threaded process that moves itself needs
     /// no lock against forks, and so does not wait for an RCU grace period.
@@ -162,7 +169,8 @@ impl Hierarchies {
     pub fn make_leaf(&self, cgroup: &Path, name: &str) -> io::Result<Option<(PathBuf, OwnedFd)>> {
         let Some(v2) = &self.v2 else { return Ok(None) };
         let dir = inside(v2, cgroup).join(name);
-        fs::create_dir_all(&dir)?;
+        // Not its parents: a container that ended just now has no cgroup any more, and gets none.
+        fs::create_dir(&dir)?;
         let fd = fs::File::open(&dir)?.into();
         Ok(Some((dir, fd)))
     }
@@ -222,6 +230,11 @@ impl Hierarchies {
 
     /// How many processes the kernel's OOM killer has ended in a cgroup.
     pub fn oom_kills(&self, cgroup: &Path) -> u64 {
+        self.known_oom_kills(cgroup).unwrap_or(0)
+    }
+
+    /// As [`Hierarchies::oom_kills`]; `None` when no hierarchy can tell, as of a cgroup that is gone.
+    pub fn known_oom_kills(&self, cgroup: &Path) -> Option<u64> {
         let read = |path: PathBuf| -> Option<u64> {
             let text = fs::read_to_string(path).ok()?;
             text.lines()
@@ -235,7 +248,6 @@ impl Hierarchies {
                     .filter_map(|m| read(inside(m, cgroup).join("memory.events"))),
             )
             .max()
-            .unwrap_or(0)
     }
 
     /// Removes a pod's cgroup after its containers' are gone; while other pods or processes are in it, it

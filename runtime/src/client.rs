@@ -15,6 +15,7 @@ use slipway_proto::keeper::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
+use crate::placement::Placement;
 use crate::wire;
 use crate::zygote::{ZygoteError, ZygoteProcess};
 
@@ -120,11 +121,24 @@ impl Keepers {
         })
     }
 
-    /// Forks a keeper for a new pod, whose run directory exists.
+    /// Says where keepers are to be; see [`ZygoteProcess::place`].
+    ///
+    /// # Errors
+    /// [`ZygoteError`].
+    pub async fn place(&self, placement: Placement) -> Result<(), ZygoteError> {
+        self.zygote.place(placement).await
+    }
+
+    /// Forks a keeper for a new pod, whose run directory exists; `cgroup`: in a leaf of this cgroup (v2).
     ///
     /// # Errors
     /// [`ClientError::Socket`] or [`ClientError::Zygote`].
-    pub async fn spawn(&self, pod_id: &str, pod_dir: &Path) -> Result<Keeper, ClientError> {
+    pub async fn spawn(
+        &self,
+        pod_id: &str,
+        pod_dir: &Path,
+        cgroup: Option<&str>,
+    ) -> Result<Keeper, ClientError> {
         let keeper = Keeper::at(pod_id, pod_dir);
         let mut tried_before = false;
         loop {
@@ -134,7 +148,7 @@ impl Keepers {
             })?;
             let spawned = self
                 .zygote
-                .spawn_keeper(pod_id, pod_dir, listener.as_fd())
+                .spawn_keeper(pod_id, pod_dir, listener.as_fd(), cgroup)
                 .await;
             match spawned {
                 Ok(_) => return Ok(keeper),
@@ -336,26 +350,6 @@ impl Keeper {
         })
     }
 
-    /// Changes a container's limits to what `resources` (OCI LinuxResources as JSON) names; all or nothing.
-    ///
-    /// # Errors
-    /// `WrongState` when more memory is in use than the new limit allows, or the container has ended;
-    /// `Invalid` for what the kernel refuses; `Unsupported` by a keeper of an older version.
-    pub async fn update(
-        &self,
-        id: &str,
-        resources: Vec<u8>,
-        timeout: Duration,
-    ) -> Result<(), ClientError> {
-        let call = Call::UpdateContainer(proto::UpdateContainer {
-            id: id.to_owned(),
-            resources,
-        });
-        self.call("UpdateContainer", call, &[], Some(timeout))
-            .await
-            .map(drop)
-    }
-
     /// Reads along with a container's output, into the given write ends of pipes. What its input is written to,
     /// or the master end of its terminal, comes through `socket`, if it has either.
     ///
@@ -381,6 +375,26 @@ impl Keeper {
     pub async fn close_stdin(&self, id: &str) -> Result<(), ClientError> {
         let call = Call::CloseStdin(proto::CloseStdin { id: id.to_owned() });
         self.call("CloseStdin", call, &[], Some(SHORT))
+            .await
+            .map(drop)
+    }
+
+    /// Changes a container's limits to what `resources` (OCI LinuxResources as JSON) names; all or nothing.
+    ///
+    /// # Errors
+    /// `WrongState` when more memory is in use than the new limit allows, or the container has ended;
+    /// `Invalid` for what the kernel refuses; `Unsupported` by a keeper of an older version.
+    pub async fn update(
+        &self,
+        id: &str,
+        resources: Vec<u8>,
+        timeout: Duration,
+    ) -> Result<(), ClientError> {
+        let call = Call::UpdateContainer(proto::UpdateContainer {
+            id: id.to_owned(),
+            resources,
+        });
+        self.call("UpdateContainer", call, &[], Some(timeout))
             .await
             .map(drop)
     }
@@ -461,7 +475,7 @@ impl Keeper {
     fn listen(&self) -> io::Result<UnixListener> {
         let path = self.socket_path()?;
         match std::fs::remove_file(&path.1) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => UnixListener::bind(&path.1),
         }
     }

@@ -18,6 +18,7 @@ use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespaceType, PosixRlimit, Process, Spec, UserBuilder};
 use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 use slipway_seccomp::Filter;
+use slipway_systemd::SystemdError;
 
 use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
@@ -26,6 +27,7 @@ use crate::limits::{self, LimitError};
 use crate::own_dev::OwnDev;
 use crate::places::PlaceError;
 use crate::rootfs::{self, RootfsError};
+use crate::scope::{self, ScopeError};
 use crate::terminal::Terminal;
 use crate::user::{self, UserError};
 use crate::{cgroup_view, detach, own_dev, places, propagation, sys};
@@ -86,6 +88,9 @@ pub enum CreateError {
     /// A mount's source.
     #[error("can't set the propagation of a mount")]
     Propagation(#[source] io::Error),
+    /// The scope.
+    #[error(transparent)]
+    Scope(#[from] ScopeError),
     /// The limits.
     #[error(transparent)]
     Limits(#[from] LimitError),
@@ -104,6 +109,8 @@ impl CreateError {
             | Self::Incomplete(_)
             | Self::Seccomp(_) => ErrorKind::Invalid,
             Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
+            // systemd hung, or was not there: another attempt may succeed.
+            Self::Scope(ScopeError::Systemd(SystemdError::Timeout { .. })) => ErrorKind::TimedOut,
             _ => ErrorKind::Internal,
         }
     }
@@ -147,7 +154,8 @@ pub struct Inherited<'a> {
     pub create: &'a CreateContainer,
     /// The directory below which all pods' run directories are.
     pub run_root: &'a Path,
-    /// The host's cgroups; the container's own exists, and in v2 the creator was born in it.
+    /// The host's cgroups; the container's own exists, and in v2 the creator was born in it, unless systemd
+    /// is to make it.
     pub cgroups: &'a Hierarchies,
     /// The container's cgroup.
     pub cgroup: &'a Path,
@@ -185,6 +193,10 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
             source,
         }
     };
+    if create.systemd {
+        let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+        scope::enter(cgroups, cgroup, &create.id, resources)?;
+    }
     if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
         limits::apply(cgroups, cgroup, resources)?;
     }

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::cgroup::{Hierarchies, pin, send};
+use crate::placement::LEAF;
+use crate::scope;
 
 /// How long SIGKILL may take to work; a process in an uninterruptible wait survives it.
 pub const KILL_DEADLINE: Duration = Duration::from_secs(8);
@@ -100,6 +102,36 @@ pub fn wait(process: &OwnedFd, deadline: Instant) {
     }
 }
 
+/// Removes a cgroup in which nobody is any more, with all below it: the unit, where it is one of systemd's,
+/// and the directories.
+///
+/// # Errors
+/// [`RemovalError::Cgroup`].
+pub fn remove_cgroup(cgroups: &Hierarchies, cgroup: &Path) -> Result<(), RemovalError> {
+    // A systemd that does not answer now finds the empty cgroup when it does, and forgets the unit.
+    let _ = scope::stop(cgroups, cgroup);
+    cgroups
+        .remove(cgroup)
+        .map_err(|source| RemovalError::Cgroup {
+            cgroup: cgroup.to_owned(),
+            source,
+        })
+}
+
+/// Removes a pod's cgroup after its containers' are gone, as [`Hierarchies::remove_empty`] does it: if it was
+/// made for the pod, and nobody is in it. A slice is stopped by systemd.
+pub fn remove_pod_cgroup(cgroups: &Hierarchies, cgroup: &Path, made: bool) {
+    // The keeper's own leaf, if it lived here; it has left it, or is dead.
+    if let Some(leaf) = cgroups.v2_dir(&cgroup.join(LEAF)) {
+        let _ = fs::remove_dir(leaf);
+    }
+    // To stop a slice is to stop all that is in it.
+    if made && cgroups.pids(cgroup).is_empty() {
+        let _ = scope::stop(cgroups, cgroup);
+    }
+    cgroups.remove_empty(cgroup, made);
+}
+
 /// Removes a container: processes, cgroup, libcontainer's state directory.
 ///
 /// # Errors
@@ -111,12 +143,7 @@ pub fn remove_container(
     state_dir: &Path,
 ) -> Result<(), RemovalError> {
     kill_cgroup(cgroups, cgroup, init)?;
-    cgroups
-        .remove(cgroup)
-        .map_err(|source| RemovalError::Cgroup {
-            cgroup: cgroup.to_owned(),
-            source,
-        })?;
+    remove_cgroup(cgroups, cgroup)?;
     match fs::remove_dir_all(state_dir) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RemovalError::Directory {
             path: state_dir.to_owned(),

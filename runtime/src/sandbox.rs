@@ -10,6 +10,7 @@ use nix::sched::{CloneFlags, unshare};
 use slipway_proto::keeper::{SetupSandbox, SetupSandboxResult};
 
 use crate::cgroup::Hierarchies;
+use crate::scope::{self, ScopeError};
 use crate::{loopback, sys};
 
 /// Why a sandbox could not be set up.
@@ -49,6 +50,9 @@ pub enum SandboxError {
     /// The loopback interface stays down.
     #[error(transparent)]
     Loopback(#[from] loopback::LoopbackError),
+    /// systemd did not make the pod's slice.
+    #[error("can't make the pod's slice")]
+    Slice(#[source] ScopeError),
     /// A step of the set-up failed.
     #[error("can't {step}")]
     Step {
@@ -71,12 +75,17 @@ pub fn make(
 ) -> Result<SetupSandboxResult, SandboxError> {
     let step = |step: &'static str| move |source: io::Error| SandboxError::Step { step, source };
     let mut result = SetupSandboxResult::default();
-    if !setup.cgroup.is_empty() {
-        // Without any, containers would run without limits and without a device filter, and nobody would know.
-        if cgroups.is_empty() {
-            let cause = "there is no cgroup file system below /sys/fs/cgroup; mount it, and run slipway check";
-            return Err(step("make the pod's cgroup")(io::Error::other(cause)));
-        }
+    // Without any, containers would run without limits and without a device filter, and nobody would know.
+    if !setup.cgroup.is_empty() && cgroups.is_empty() {
+        let cause =
+            "there is no cgroup file system below /sys/fs/cgroup; mount it, and run slipway check";
+        return Err(step("make the pod's cgroup")(io::Error::other(cause)));
+    }
+    if setup.systemd {
+        // What systemd does not know of must not be made in its part of the tree.
+        result.made_cgroup =
+            scope::make_slice(cgroups, Path::new(&setup.cgroup)).map_err(SandboxError::Slice)?;
+    } else if !setup.cgroup.is_empty() {
         result.made_cgroup = cgroups
             .ensure(Path::new(&setup.cgroup))
             .map_err(step("make the pod's cgroup"))?;

@@ -17,14 +17,19 @@ use std::time::Duration;
 use slipway_proto::keeper::{SpawnKeeper, ZygoteRequest, ZygoteResponse};
 use tokio::sync::Mutex;
 
+use crate::cgroup::Hierarchies;
 use crate::client::{receive, send_all};
-use crate::{keeper, sys, wire};
+use crate::keeper::Birth;
+use crate::placement::{self, Placement};
+use crate::{keeper, scope, sys, wire};
 
 /// Subcommand of the binary that becomes the zygote.
 pub const ZYGOTE_COMMAND: &str = "zygote";
 
 /// How long a fork may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The kernel's OOM killer takes everything else first.
+const KEEPER_OOM_SCORE: i32 = -999;
 
 /// Why there is no zygote, or no keeper from it.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +43,9 @@ pub enum ZygoteError {
     /// The zygote died in the middle of a call.
     #[error("the zygote does not answer")]
     Lost(#[source] io::Error),
+    /// The zygote is not where keepers are to be.
+    #[error("keepers can't be placed: {0}")]
+    Place(String),
     /// The zygote could not fork.
     #[error("the zygote can't fork a keeper: {0}")]
     Fork(String),
@@ -47,6 +55,7 @@ pub enum ZygoteError {
 #[derive(Debug)]
 pub struct ZygoteProcess {
     running: Mutex<Running>,
+    placement: std::sync::OnceLock<Placement>,
 }
 
 #[derive(Debug)]
@@ -71,7 +80,20 @@ impl ZygoteProcess {
     pub fn launch() -> Result<Self, ZygoteError> {
         Ok(Self {
             running: Mutex::new(Running::launch()?),
+            placement: std::sync::OnceLock::new(),
         })
+    }
+
+    /// Says where keepers are to be, from now on and of every later zygote.
+    ///
+    /// # Errors
+    /// [`ZygoteError::Place`], [`ZygoteError::Lost`]; keepers are where the zygote is, then.
+    pub async fn place(&self, placement: Placement) -> Result<(), ZygoteError> {
+        let placed = self.running.lock().await.place(&placement).await;
+        if placed.is_ok() {
+            let _ = self.placement.set(placement);
+        }
+        placed
     }
 
     /// Forks a keeper for a pod; it serves `listener`.
@@ -84,19 +106,25 @@ impl ZygoteProcess {
         pod_id: &str,
         pod_dir: &Path,
         listener: BorrowedFd<'_>,
+        cgroup: Option<&str>,
     ) -> Result<i32, ZygoteError> {
         let request = wire::frame(&ZygoteRequest {
             spawn_keeper: Some(SpawnKeeper {
                 pod_id: pod_id.to_owned(),
                 pod_dir: pod_dir.to_string_lossy().into_owned(),
+                cgroup: cgroup.unwrap_or_default().to_owned(),
             }),
+            place: None,
         });
         let mut running = self.running.lock().await;
-        let asked = tokio::time::timeout(PATIENCE, running.ask(&request, listener)).await;
+        let asked = tokio::time::timeout(PATIENCE, running.ask(&request, &[listener])).await;
         let answer = match asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(answer) => answer,
             Err(error) => {
                 *running = Running::launch()?;
+                if let Some(placement) = self.placement.get() {
+                    running.place(placement).await?;
+                }
                 return Err(ZygoteError::Lost(error));
             }
         };
@@ -128,18 +156,29 @@ impl Running {
         })
     }
 
-    async fn ask(
-        &mut self,
-        request: &[u8],
-        listener: BorrowedFd<'_>,
-    ) -> io::Result<ZygoteResponse> {
+    async fn place(&mut self, placement: &Placement) -> Result<(), ZygoteError> {
+        let Some(place) = placement.call() else {
+            return Ok(());
+        };
+        let request = wire::frame(&ZygoteRequest {
+            spawn_keeper: None,
+            place: Some(place),
+        });
+        let answer = self.ask(&request, &[]).await.map_err(ZygoteError::Lost)?;
+        match answer.error {
+            Some(error) => Err(ZygoteError::Place(error.message)),
+            None => Ok(()),
+        }
+    }
+
+    async fn ask(&mut self, request: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<ZygoteResponse> {
         // Until the answer is in, the connection is not fit for another call (this future may be dropped).
         let mut stream = match std::mem::replace(&mut self.socket, Socket::Broken) {
             Socket::Plain(stream) => tokio::net::UnixStream::from_std(stream)?,
             Socket::Async(stream) => stream,
             Socket::Broken => return Err(io::ErrorKind::NotConnected.into()),
         };
-        send_all(&mut stream, request, &[listener]).await?;
+        send_all(&mut stream, request, fds).await?;
         let answer = receive(&mut stream).await?;
         self.socket = Socket::Async(stream);
         Ok(answer)
@@ -192,6 +231,9 @@ fn serve() -> io::Result<()> {
     // From here on, and in all that is forked: /proc/<pid> belongs to root and can't be traced from a
     // container that shares the PID namespace.
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
+    // Lack of memory must not end a keeper, and with it a pod, before anything that the pod runs; whatever a
+    // keeper starts for a container gets the container's own.
+    crate::creator::set_oom_score(KEEPER_OOM_SCORE);
     // Keepers are nobody's to wait for; what dies is reaped by the kernel.
     // SAFETY: setting a disposition to SIG_IGN has no preconditions.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
@@ -224,13 +266,27 @@ fn answer(request: ZygoteRequest, fds: Vec<OwnedFd>) -> ZygoteResponse {
         pid: 0,
         error: Some(slipway_proto::keeper::Error { kind: 0, message }),
     };
+    if let Some(place) = request.place {
+        return match placement::place(&place) {
+            Ok(()) => ZygoteResponse::default(),
+            Err(message) => failure(message),
+        };
+    }
     let Some(spawn) = request.spawn_keeper else {
         return failure("a call that this zygote does not know".into());
     };
     let Some(listener) = fds.into_iter().next() else {
         return failure("no listening socket came with the call".into());
     };
-    match sys::clone_process(&sys::CloneOptions::default()) {
+    let birth = match birthplace(&spawn.cgroup) {
+        Ok(birth) => birth,
+        Err(e) => return failure(format!("in cgroup {}: {e}", spawn.cgroup)),
+    };
+    let options = sys::CloneOptions {
+        cgroup: birth.as_ref().map(|(_, fd)| fd.as_fd()),
+        ..Default::default()
+    };
+    match sys::clone_process(&options) {
         Ok(sys::Forked::Parent(pid)) => ZygoteResponse { pid, error: None },
         Err(e) => failure(e.to_string()),
         Ok(sys::Forked::Child) => {
@@ -239,9 +295,31 @@ fn answer(request: ZygoteRequest, fds: Vec<OwnedFd>) -> ZygoteResponse {
             // Descriptor 0 was the zygote's socket: held open here, its end would never be seen.
             redirect_to_null(0);
             name_process(&spawn.pod_id);
-            keeper::main(&spawn.pod_id, Path::new(&spawn.pod_dir), listener)
+            let birth = birth.map(|(birth, _)| birth).unwrap_or_default();
+            keeper::main(&spawn.pod_id, Path::new(&spawn.pod_dir), listener, birth)
         }
     }
+}
+
+/// Makes the leaf of a pod's cgroup that its keeper is born in. `None`: it is born where the zygote is.
+fn birthplace(cgroup: &str) -> io::Result<Option<(Birth, OwnedFd)>> {
+    if cgroup.is_empty() {
+        return Ok(None);
+    }
+    let (cgroups, cgroup) = (Hierarchies::detect()?, Path::new(cgroup));
+    if !cgroups.unified() {
+        return Ok(None);
+    }
+    let made_cgroup = cgroups.ensure(cgroup)?;
+    let leaf = cgroups.make_leaf(cgroup, placement::LEAF)?;
+    let home = scope::own_cgroup()?;
+    Ok(leaf.map(|(_, fd)| {
+        let birth = Birth {
+            made_cgroup,
+            home: Some(home),
+        };
+        (birth, fd)
+    }))
 }
 
 fn redirect_to_null(fd: i32) {

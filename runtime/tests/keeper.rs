@@ -135,7 +135,7 @@ impl Pod {
         let id = format!("pod{n}");
         let dir = root.path().join("pods").join(&id);
         std::fs::create_dir_all(&dir).unwrap();
-        let keeper = keepers.spawn(&id, &dir).await.unwrap();
+        let keeper = keepers.spawn(&id, &dir, None).await.unwrap();
         let cgroup = format!("/slipway-keeper-test-{}/{id}", std::process::id());
         let made = keeper
             .setup_sandbox(
@@ -150,6 +150,7 @@ impl Pod {
                     ns_dir: dir.join("ns").to_string_lossy().into_owned(),
                     shm_bytes: 1 << 20,
                     shm_dir: dir.join("shm").to_string_lossy().into_owned(),
+                    ..SetupSandbox::default()
                 },
                 LONG,
             )

@@ -3,17 +3,31 @@
 use crate::finding::Finding;
 use nix::sys::resource::{Resource, getrlimit};
 use slipway_config::{CgroupDriver, Config};
+use slipway_systemd::{Systemd, SystemdError};
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 /// A hard limit on open files that some hundred pods do not reach.
 const OPEN_FILES: u64 = 65_536;
+/// How long systemd may take to say who it is.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The first that knows every property that scopes are made with.
+const LEAST_SYSTEMD: u32 = 244;
+/// Where kubeadm, and most who install a kubelet by hand, put its configuration.
+const KUBELET: &str = "/var/lib/kubelet/config.yaml";
 
 /// Everything about the machine around.
 pub(crate) fn check(config: &Config) -> Vec<Finding> {
     // As sd_booted(3) finds out.
     let systemd = Path::new("/run/systemd/system").is_dir();
-    let mut findings = vec![init(systemd), driver(config, systemd)];
+    let cgroup_v2 = slipway_spec::HostFacts::detect().cgroup_v2;
+    let mut findings = vec![init(systemd), driver(config, systemd, cgroup_v2)];
+    findings.extend(
+        fs::read_to_string(KUBELET)
+            .ok()
+            .and_then(|text| kubelet(config, &text)),
+    );
     findings.extend(open_files());
     findings
 }
@@ -28,21 +42,84 @@ fn init(systemd: bool) -> Finding {
     Finding::info("init", "PID 1", found)
 }
 
-fn driver(config: &Config, systemd: bool) -> Finding {
+fn driver(config: &Config, systemd: bool, cgroup_v2: bool) -> Finding {
     let (id, what) = ("cgroup-driver", "cgroup driver");
     match config.cgroup.driver {
         CgroupDriver::Cgroupfs if systemd => {
-            Finding::info(id, what, "cgroupfs, on a host of systemd")
-                .cost("systemd and Slipway both make cgroups; neither touches the other's")
-                .fix(
+            let finding = Finding::info(id, what, "cgroupfs, on a host of systemd").cost(
+                "systemd and Slipway both make cgroups; slices as cgroup parents are refused",
+            );
+            if cgroup_v2 {
+                finding.fix("set cgroup.driver to \"systemd\", and the kubelet's cgroupDriver")
+            } else {
+                finding.fix(
                     "set the kubelet's cgroupDriver to cgroupfs (a recent one asks Slipway for it)",
                 )
+            }
         }
         CgroupDriver::Cgroupfs => Finding::ok(id, what, "cgroupfs"),
-        CgroupDriver::Systemd => Finding::fail(id, what, "systemd")
-            .cost("this version can't ask systemd for cgroups")
-            .fix("set cgroup.driver to \"cgroupfs\""),
+        CgroupDriver::Systemd if !cgroup_v2 => Finding::fail(
+            id,
+            what,
+            "systemd, but cgroup v2 is not alone here",
+        )
+        .cost("the daemon does not start")
+        .fix("set cgroup.driver to \"cgroupfs\", or boot with systemd.unified_cgroup_hierarchy=1"),
+        CgroupDriver::Systemd => match asked() {
+            Ok(version) => judged(&version),
+            Err(e) => Finding::fail(id, what, format!("systemd, but: {e}"))
+                .cost("no pod can be made")
+                .fix("see systemctl status, or set cgroup.driver to \"cgroupfs\""),
+        },
     }
+}
+
+/// systemd's version, from its own mouth.
+fn asked() -> Result<String, SystemdError> {
+    Systemd::here()?.version(PATIENCE)
+}
+
+fn judged(version: &str) -> Finding {
+    let (id, what) = ("cgroup-driver", "cgroup driver");
+    let digits = version.split(|c: char| !c.is_ascii_digit());
+    let number: u32 = digits.clone().find_map(|n| n.parse().ok()).unwrap_or(0);
+    let found = format!("systemd {version}, which answers and delegates");
+    if number < LEAST_SYSTEMD {
+        return Finding::fail(id, what, format!("systemd {version}"))
+            .cost(
+                "it does not know AllowedCPUs=, and refuses the scopes of containers with a cpuset",
+            )
+            .fix(format!(
+                "systemd {LEAST_SYSTEMD} or later, or cgroup.driver \"cgroupfs\""
+            ));
+    }
+    Finding::ok(id, what, found)
+}
+
+/// Whether the kubelet's configuration, where kubeadm puts it, names the other driver.
+fn kubelet(config: &Config, text: &str) -> Option<Finding> {
+    let (id, what) = ("kubelet-cgroup-driver", "kubelet's cgroupDriver");
+    let ours = match config.cgroup.driver {
+        CgroupDriver::Cgroupfs => "cgroupfs",
+        CgroupDriver::Systemd => "systemd",
+    };
+    let value = text.lines().find_map(|l| l.strip_prefix("cgroupDriver:"))?;
+    let theirs = value.trim().trim_matches(['"', '\'']);
+    Some(if theirs == ours {
+        Finding::ok(id, what, theirs)
+    } else {
+        Finding::warn(
+            id,
+            what,
+            format!("{theirs} in {KUBELET}, but Slipway's is {ours}"),
+        )
+        .cost(
+            "pods are refused, unless the kubelet asks Slipway for its driver (1.31 and later do)",
+        )
+        .fix(format!(
+            "set cgroupDriver: {ours} there, or cgroup.driver to {theirs:?} here"
+        ))
+    })
 }
 
 fn open_files() -> Option<Finding> {
@@ -66,9 +143,27 @@ mod tests {
     #[test]
     fn the_driver_is_judged() {
         let mut config = Config::default();
-        assert_eq!(driver(&config, false).status, Status::Ok);
-        assert_eq!(driver(&config, true).status, Status::Info);
+        assert_eq!(driver(&config, false, true).status, Status::Ok);
+        assert_eq!(driver(&config, true, true).status, Status::Info);
         config.cgroup.driver = CgroupDriver::Systemd;
-        assert_eq!(driver(&config, true).status, Status::Fail);
+        assert_eq!(driver(&config, true, false).status, Status::Fail);
+        assert_eq!(judged("252.38-1~deb12u1").status, Status::Ok);
+        assert_eq!(judged("v257").status, Status::Ok);
+        assert_eq!(judged("239").status, Status::Fail);
+    }
+
+    #[test]
+    fn the_kubelets_driver_is_compared() {
+        let mut config = Config::default();
+        let text = "kind: KubeletConfiguration\ncgroupDriver: systemd\n";
+        let status = |config: &Config, text| kubelet(config, text).map(|f| f.status);
+        assert_eq!(status(&config, text), Some(Status::Warn));
+        assert_eq!(
+            status(&config, "cgroupDriver: \"cgroupfs\""),
+            Some(Status::Ok)
+        );
+        assert_eq!(status(&config, "kind: x"), None);
+        config.cgroup.driver = CgroupDriver::Systemd;
+        assert_eq!(status(&config, text), Some(Status::Ok));
     }
 }

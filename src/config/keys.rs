@@ -65,7 +65,14 @@ pub(crate) const KEYS: &[Key] = &[
     fixed(
         "cgroup.driver",
         "Who makes cgroups; must match the kubelet's cgroupDriver.\n\
-         \"cgroupfs\": Slipway itself. Names of systemd slices work, too, as nested directories.",
+         \"cgroupfs\": Slipway itself. \"systemd\": scopes and slices of systemd's, where it is PID 1 on pure\n\
+         cgroup v2; what a node with systemd should have.",
+    ),
+    fixed(
+        "cgroup.monitor",
+        "Where the pods' supervisors live (pure cgroup v2; elsewhere, where the daemon is): \"own\", a cgroup of\n\
+         their own; \"pod\", their pod's, which is charged for them; \"daemon\", the daemon's; or a slice of\n\
+         systemd's (\"name.slice\"), or a cgroup (\"/path\", where systemd is not PID 1).",
     ),
     fixed(
         "images.max_parallel_downloads",
@@ -279,7 +286,7 @@ mod tests {
             state_root = "/c"
             default_runtime = "d"
             log = { format = "json", level = "trace" }
-            cgroup = { driver = "systemd" }
+            cgroup = { driver = "systemd", monitor = "pod" }
             [images]
             max_parallel_downloads = 1
             pull_progress_timeout = "1s"

@@ -104,11 +104,22 @@ impl LogLevel {
 }
 
 /// Control groups.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Cgroup {
     /// Who makes cgroups.
     pub driver: CgroupDriver,
+    /// Where keepers live (cgroup v2): "own", "daemon", "pod", a slice, or a path.
+    pub monitor: String,
+}
+
+impl Default for Cgroup {
+    fn default() -> Self {
+        Self {
+            driver: CgroupDriver::default(),
+            monitor: "own".to_owned(),
+        }
+    }
 }
 
 /// Who makes cgroups.

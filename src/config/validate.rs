@@ -1,6 +1,6 @@
 //! Values that parse but can't work.
 
-use crate::{CgroupDriver, Config};
+use crate::Config;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Component, Path};
@@ -37,16 +37,32 @@ impl Config {
         self.times(&mut problems);
         self.images(&mut problems);
         self.pods(&mut problems);
-        if self.cgroup.driver == CgroupDriver::Systemd {
-            let reason = "this version makes cgroups itself and can't ask systemd for them; use \"cgroupfs\"";
-            problems.add("cgroup.driver", reason);
-        }
+        problems.check("cgroup.monitor", self.monitor());
         self.handlers(&mut problems);
         if problems.0.is_empty() {
             Ok(())
         } else {
             Err(problems.0)
         }
+    }
+
+    fn monitor(&self) -> Result<(), String> {
+        let name = self.cgroup.monitor.as_str();
+        let plain = |name: &str| {
+            let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.@".contains(&b);
+            !name.is_empty() && name.bytes().all(good) && name != "." && name != ".."
+        };
+        let good = match name.strip_prefix('/') {
+            Some(path) => path.split('/').all(plain),
+            None if name.ends_with(".slice") => plain(name),
+            None => ["own", "daemon", "pod"].contains(&name),
+        };
+        if good {
+            return Ok(());
+        }
+        Err(format!(
+            "{name:?} must be \"own\", \"daemon\", \"pod\", a slice (name.slice) or a path (/name)"
+        ))
     }
 
     fn paths(&self, problems: &mut Problems) {
@@ -261,7 +277,8 @@ mod tests {
             ("state_root = '/var/../etc'", "state_root"),
             ("state_root = '/'", "state_root"),
             ("default_runtime = 'kata'", "default_runtime"),
-            ("cgroup.driver = 'systemd'", "cgroup.driver"),
+            ("cgroup.monitor = 'mine'", "cgroup.monitor"),
+            ("cgroup.monitor = '/a/../b'", "cgroup.monitor"),
             (
                 "images.max_parallel_downloads = 0",
                 "images.max_parallel_downloads",

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use slipway_config::{Config, MissingMountSource};
+use slipway_config::{CgroupDriver, Config, MissingMountSource};
 use slipway_image::Image;
 use slipway_proto::{cri, keeper};
 use slipway_seccomp::Source;
@@ -134,6 +134,10 @@ fn pod_files(dir: &Path) -> PodFiles {
 fn options(config: &Config) -> SpecOptions {
     SpecOptions {
         run_root: config.run_root.clone(),
+        cgroup_driver: match config.cgroup.driver {
+            CgroupDriver::Cgroupfs => slipway_spec::CgroupDriver::Cgroupfs,
+            CgroupDriver::Systemd => slipway_spec::CgroupDriver::Systemd,
+        },
         default_sysctls: config.pod.default_sysctls.clone(),
         default_capabilities: config.pod.default_capabilities.clone(),
         pids_limit: config.pod.pids_limit,

@@ -24,7 +24,7 @@ pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
     let cgroups = Hierarchies::detect().map_err(|e| failed(&e))?;
     let path = Path::new("/").join(relative);
     removal::kill_cgroup(&cgroups, &path, &[]).map_err(|e| failed(&e))?;
-    cgroups.remove(&path).map_err(|e| failed(&e))
+    removal::remove_cgroup(&cgroups, &path).map_err(|e| failed(&e))
 }
 
 /// Ends what a pod without a record, or with a keeper that does not obey, may have left: the keeper, the
@@ -33,7 +33,9 @@ pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
 pub fn end_pod(id: &str, dir: &Path) {
     kill_keeper(id, dir);
     kill_pid_namespace(&dir.join("ns/pid"));
-    remove_pod_cgroup(&slipway_spec::default_cgroup(id), true);
+    for cgroup in slipway_spec::default_cgroups(id) {
+        remove_pod_cgroup(&cgroup, true);
+    }
 }
 
 /// Kills a pod's keeper without asking it.
@@ -119,7 +121,7 @@ pub fn is_mount_point(path: &Path) -> bool {
 /// left, as is, but for what was added to it, one that the kubelet made (`made` is false).
 pub fn remove_pod_cgroup(cgroup: &str, made: bool) {
     if let (Some(relative), Ok(cgroups)) = (plain(cgroup), Hierarchies::detect()) {
-        cgroups.remove_empty(&Path::new("/").join(relative), made);
+        removal::remove_pod_cgroup(&cgroups, &Path::new("/").join(relative), made);
     }
 }
 

@@ -31,7 +31,7 @@ mod stop;
 pub mod store;
 
 pub use container::Container;
-pub use error::{Class, PodError};
+pub use error::{Class, PodError, chain};
 pub use leftovers::is_mount_point;
 pub use node::{Node, now};
 pub use sandbox::Pod;

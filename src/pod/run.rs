@@ -124,9 +124,13 @@ impl Node {
         );
         make_dirs(dir, plan.log_directory.as_deref())?;
         phases.mark("prepare");
+        let mut plan = plan;
+        let beside = self.host.cgroup_v2 && self.config().cgroup.monitor == "pod";
+        plan.setup.keeper_in_slice = beside && plan.setup.systemd;
+        let leaf = (beside && !plan.setup.systemd).then_some(plan.setup.cgroup.as_str());
         let keeper = self
             .keepers
-            .spawn(&record.id, dir)
+            .spawn(&record.id, dir, leaf)
             .await
             .map_err(spawn_failed)?;
         phases.mark("keeper");

@@ -50,6 +50,7 @@ mod seccomp;
 mod stats;
 mod stop;
 mod sysctls;
+mod systemd;
 mod update;
 mod users;
 mod v2;
@@ -76,6 +77,7 @@ fn main() -> std::process::ExitCode {
         devices::TESTS,
         resources::TESTS,
         v2::TESTS,
+        systemd::TESTS,
         stats::TESTS,
         events::TESTS,
         update::TESTS,

@@ -273,6 +273,9 @@ async fn the_cgroup_is_below_the_pods_parent(env: Env) -> Result<()> {
 }
 
 async fn slices_are_directories(env: Env) -> Result<()> {
+    if stage::systemd() {
+        return skip("slices are systemd's here, and refused");
+    }
     let daemon = env.daemon().await?;
     // What a kubelet with the systemd driver sends; with ours it is nested directories.
     let slice = format!("slt{}-burstable-pod1.slice", env.number);

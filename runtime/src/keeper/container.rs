@@ -165,11 +165,15 @@ impl Keeper {
             Streams::new(&create).map_err(|e| internal("make the standard streams", &e))?;
         let mut keep = stdio.descriptors();
         keep.push(start_write.as_raw_fd());
-        // The creator is born in the container's cgroup (v2), so that nothing has to be migrated.
-        let born_in = self
-            .cgroups
-            .ensure(&cgroup)
-            .and_then(|_| self.cgroups.open_v2(&cgroup));
+        // The creator is born in the container's cgroup (v2), so that nothing has to be migrated. A scope of
+        // systemd's can only be made around it, when it is there.
+        let born_in = match create.systemd {
+            true => Ok(None),
+            false => self
+                .cgroups
+                .ensure(&cgroup)
+                .and_then(|_| self.cgroups.open_v2(&cgroup)),
+        };
         let job = born_in.and_then(|born_in| {
             let (create, start) = (&create, start_write.as_fd());
             let (cgroups, cgroup) = (self.cgroups.clone(), cgroup.as_path());
@@ -202,7 +206,9 @@ impl Keeper {
         let creator = match job {
             Ok(pid) => pid,
             Err(e) => {
-                let _ = self.cgroups.remove(&cgroup);
+                if !create.systemd {
+                    let _ = self.cgroups.remove(&cgroup);
+                }
                 return Err(internal("start the creator in the container's cgroup", &e));
             }
         };
@@ -473,7 +479,7 @@ impl Keeper {
             // In a shared PID namespace the kernel does not end the rest of the container.
             self.cgroups.signal_all(&cgroup, libc::SIGKILL);
         }
-        let oom_killed = self.cgroups.oom_kills(&cgroup) > container.oom_kills_of_execs;
+        let oom_kills = self.oom_kills(id, &cgroup);
         for stream in [Stream::Stdout, Stream::Stderr] {
             self.pump_all(id, stream);
         }
@@ -487,7 +493,7 @@ impl Keeper {
         state.pid = 0;
         state.exit_code = code;
         // A container may outlive the death of a child, and then it has completed all the same.
-        state.oom_killed = oom_killed && code != 0;
+        state.oom_killed = oom_kills > container.oom_kills_of_execs && code != 0;
         state.finished_at = now_ns();
         let Some(container) = self.containers.get(id) else {
             return;
@@ -703,6 +709,7 @@ impl Keeper {
         if answer.is_ok() {
             self.drop_io(id);
             self.conclude_start(id);
+            self.oom.delete(id);
             self.containers.remove(id);
         }
         self.reply(connection, answer);

@@ -7,11 +7,14 @@ use slipway_proto::keeper::{
     Empty, Error as WireError, ErrorKind, HelloResult, Request, SetupSandbox, SnapshotResult,
     request::Call, response::Result as Answer,
 };
+use slipway_systemd::SystemdError;
 
 use super::job::{Origin, Purpose};
+use super::oom::OomLedger;
 use super::{Keeper, wire_error};
 use crate::confine::chain;
-use crate::{removal, sandbox, wire};
+use crate::scope::ScopeError;
+use crate::{placement, removal, sandbox, wire};
 
 impl Keeper {
     pub(super) fn dispatch(&mut self, connection: u64, request: Request, fds: Vec<OwnedFd>) {
@@ -81,6 +84,11 @@ impl Keeper {
         self.sandbox.shm_dir = path(&setup.shm_dir);
         self.sandbox.cgroup = path(&setup.cgroup);
         self.setup = Some(setup.clone()).filter(|s| s.new_pid);
+        if setup.keeper_in_slice
+            && let Err(e) = self.enter_slice(&setup)
+        {
+            return self.reply(connection, Err(e));
+        }
         let cgroups = self.cgroups.clone();
         let job = self.start_job(Purpose::Setup, connection, Origin::default(), move || {
             sandbox::make(&setup, &cgroups)
@@ -88,6 +96,9 @@ impl Keeper {
                 .map_err(|e| {
                     let kind = match e {
                         sandbox::SandboxError::Sysctl { .. } => ErrorKind::Invalid,
+                        sandbox::SandboxError::Slice(ScopeError::Systemd(
+                            SystemdError::Timeout { .. },
+                        )) => ErrorKind::TimedOut,
                         _ => ErrorKind::Internal,
                     };
                     wire_error(kind, chain(&e))
@@ -99,12 +110,29 @@ impl Keeper {
         }
     }
 
+    /// Goes into a scope in the pod's slice. That may block: nothing else happens in this pod yet.
+    fn enter_slice(&mut self, setup: &SetupSandbox) -> Result<(), WireError> {
+        let home = crate::scope::own_cgroup().unwrap_or_else(|_| PathBuf::from("/"));
+        let cgroup = PathBuf::from(&setup.cgroup);
+        let entered = crate::scope::make_slice(&self.cgroups, &cgroup).and_then(|made| {
+            self.birth.made_cgroup = made;
+            placement::enter_slice(&cgroup, &self.pod_id)
+        });
+        entered.map_err(|e| wire_error(ErrorKind::Internal, chain(&e)))?;
+        self.birth.home = Some(home);
+        Ok(())
+    }
+
     pub(super) fn sandbox_made(&mut self, connection: u64, answer: Result<Answer, WireError>) {
         let setup = self.setup.take();
         let answer = answer.and_then(|answer| {
             let Answer::SetupSandbox(mut made) = answer else {
                 return Ok(answer);
             };
+            made.made_cgroup |= self.birth.made_cgroup;
+            if let Some(cgroup) = &self.sandbox.cgroup {
+                self.oom = OomLedger::new(self.cgroups.oom_kills(cgroup));
+            }
             self.sandbox.result = made.clone();
             if let Some(setup) = setup {
                 let (pid, path) = sandbox::start_init(&setup, &made)
@@ -121,6 +149,9 @@ impl Keeper {
     /// Kills everything, removes everything, and ends the keeper.
     fn tear_down(&mut self, connection: u64) {
         let cgroups = self.cgroups.clone();
+        if let Some(home) = &self.birth.home {
+            placement::leave(&cgroups, home);
+        }
         let mut doomed = Vec::new();
         let mut inits = Vec::new();
         for container in self.containers.values() {
@@ -156,7 +187,7 @@ impl Keeper {
                 sandbox::remove(ns_dir, shm_dir.as_deref());
             }
             if let Some(cgroup) = &pod_cgroup {
-                cgroups.remove_empty(cgroup, made_cgroup);
+                removal::remove_pod_cgroup(&cgroups, cgroup, made_cgroup);
             }
             match failures.as_slice() {
                 [] => Ok(Answer::Empty(Empty {})),

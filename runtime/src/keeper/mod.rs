@@ -10,6 +10,7 @@ mod container;
 mod dispatch;
 mod exec;
 mod job;
+mod oom;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -30,6 +31,7 @@ use connection::Connection;
 use container::Container;
 use exec::Exec;
 use job::{Job, Purpose};
+use oom::OomLedger;
 
 /// File in a pod's run directory with its keeper's process id.
 pub const PID_FILE: &str = "keeper.pid";
@@ -53,7 +55,9 @@ enum Source {
 
 /// All that a keeper holds.
 struct Keeper {
+    pod_id: String,
     pod_dir: PathBuf,
+    birth: Birth,
     epoll: OwnedFd,
     listener: UnixListener,
     children: OwnedFd,
@@ -71,6 +75,7 @@ struct Keeper {
     unclaimed: HashMap<i32, i32>,
     pod_init: Option<i32>,
     sandbox: Sandbox,
+    oom: OomLedger,
     /// Set by Teardown: end once everything has been sent.
     ending: bool,
     /// The pod's init died: end once every container has.
@@ -92,8 +97,17 @@ struct Sandbox {
     shm_dir: Option<PathBuf>,
 }
 
+/// What a keeper inherits from the zygote beside its socket.
+#[derive(Debug, Default)]
+pub struct Birth {
+    /// The pod's cgroup was made for it to be born in.
+    pub made_cgroup: bool,
+    /// Set when it is in its pod's cgroup: where it goes when that is to be removed.
+    pub home: Option<PathBuf>,
+}
+
 /// Runs a keeper until its pod is torn down.
-pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd) -> ! {
+pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd, birth: Birth) -> ! {
     let log = pod_dir.join("keeper.log");
     let id = pod_id.to_owned();
     // Nobody reads a keeper's standard error.
@@ -102,7 +116,7 @@ pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd) -> ! {
     }));
     // For a daemon that has to end a keeper which does not answer.
     let _ = std::fs::write(pod_dir.join(PID_FILE), std::process::id().to_string());
-    let code = match Keeper::new(pod_dir, listener).and_then(|mut k| k.run()) {
+    let code = match Keeper::new(pod_id, pod_dir, listener, birth).and_then(|mut k| k.run()) {
         Ok(()) => 0,
         Err(e) => {
             let _ = std::fs::write(
@@ -116,7 +130,7 @@ pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd) -> ! {
 }
 
 impl Keeper {
-    fn new(pod_dir: &Path, listener: OwnedFd) -> io::Result<Self> {
+    fn new(pod_id: &str, pod_dir: &Path, listener: OwnedFd, birth: Birth) -> io::Result<Self> {
         let listener = UnixListener::from(listener);
         listener.set_nonblocking(true)?;
         // Whatever a container's tree leaves behind outside its PID namespace comes to this process.
@@ -125,7 +139,9 @@ impl Keeper {
         // Readers of a container's output come and go.
         sys::ignore_broken_pipes();
         let mut keeper = Self {
+            pod_id: pod_id.to_owned(),
             pod_dir: pod_dir.to_owned(),
+            birth,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             listener,
             children,
@@ -140,6 +156,7 @@ impl Keeper {
             unclaimed: HashMap::new(),
             pod_init: None,
             sandbox: Sandbox::default(),
+            oom: OomLedger::default(),
             ending: false,
             doomed: false,
             unused_until: Some(Instant::now() + UNUSED),

@@ -1,6 +1,6 @@
 //! Containers.
 
-use crate::cgroup::PodCgroup;
+use crate::cgroup::{CgroupDriver, PodCgroup};
 use crate::error::{Result, SpecError};
 use crate::mounts::Circumstances;
 use crate::paths;
@@ -120,7 +120,11 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         .linux
         .as_ref()
         .map(|l| l.cgroup_parent.as_str());
-    let pod_cgroup = PodCgroup::new(pod_cgroup.unwrap_or_default(), input.pod_id)?;
+    let pod_cgroup = PodCgroup::new(
+        pod_cgroup.unwrap_or_default(),
+        input.pod_id,
+        input.options.cgroups(input.host),
+    )?;
     let mut oci_linux = Linux::default();
     oci_linux
         .set_namespaces(Some(namespaces.list))
@@ -173,6 +177,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         recursive_read_only: mounts.recursive_read_only,
         tty: config.tty,
         stdin: config.stdin,
+        systemd: input.options.cgroup_driver == CgroupDriver::Systemd,
     };
     Ok(ContainerPlan {
         create,

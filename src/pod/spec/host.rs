@@ -13,6 +13,8 @@ pub struct HostFacts {
     pub capabilities: Capabilities,
     /// The unified hierarchy alone; false on v1 and hybrid hosts.
     pub cgroup_v2: bool,
+    /// systemd is PID 1.
+    pub systemd: bool,
     /// Swap is accounted, so it can be limited.
     pub swap_accounting: bool,
     /// The hugetlb controller is there.
@@ -43,6 +45,7 @@ impl HostFacts {
         Self {
             capabilities: own_capabilities(),
             cgroup_v2,
+            systemd: slipway_systemd::booted(),
             swap_accounting: swap_accounting(cgroup_v2),
             hugetlb: if cgroup_v2 {
                 read("/sys/fs/cgroup/cgroup.controllers")

@@ -36,7 +36,7 @@ mod sysctl;
 #[cfg(test)]
 mod tests;
 
-pub use cgroup::default_cgroup;
+pub use cgroup::{CgroupDriver, default_cgroups};
 pub use container::container;
 pub use error::{SpecError, SpecErrorKind};
 pub use host::HostFacts;

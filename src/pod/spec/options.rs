@@ -3,12 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use crate::HostFacts;
+use crate::cgroup::{CgroupDriver, Rules};
+
 /// The node's settings, as far as specifications depend on them. The daemon fills them from its
 /// configuration.
 #[derive(Debug, Clone)]
 pub struct SpecOptions {
     /// Directory under which `pods/<pod id>` lies.
     pub run_root: PathBuf,
+    /// Who makes cgroups.
+    pub cgroup_driver: CgroupDriver,
     /// Sysctls of every pod that has the namespace they belong to.
     pub default_sysctls: BTreeMap<String, String>,
     /// Capabilities of a container before it adds and drops its own.
@@ -46,6 +51,7 @@ impl Default for SpecOptions {
         ];
         Self {
             run_root: "/run/slipway".into(),
+            cgroup_driver: CgroupDriver::default(),
             default_sysctls: BTreeMap::new(),
             default_capabilities: names.map(str::to_owned).to_vec(),
             pids_limit: 0,
@@ -53,6 +59,15 @@ impl Default for SpecOptions {
             create_missing_sources: false,
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
+        }
+    }
+}
+
+impl SpecOptions {
+    pub(crate) fn cgroups(&self, host: &HostFacts) -> Rules {
+        Rules {
+            driver: self.cgroup_driver,
+            systemd: host.systemd,
         }
     }
 }

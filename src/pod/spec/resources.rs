@@ -217,6 +217,7 @@ pub(crate) mod tests {
         HostFacts {
             capabilities: Default::default(),
             cgroup_v2: true,
+            systemd: false,
             swap_accounting: true,
             hugetlb: true,
             hugepage_sizes: ["2MB".to_owned(), "1GB".to_owned()].into(),

@@ -1,6 +1,6 @@
 //! Pods.
 
-use crate::cgroup::PodCgroup;
+use crate::cgroup::{CgroupDriver, PodCgroup};
 use crate::error::{Result, SpecError, quoted};
 use crate::{HostFacts, PortMapping, SandboxPlan, SpecOptions, logpath, namespaces, sysctl};
 use slipway_proto::cri::{self, NamespaceMode};
@@ -45,8 +45,11 @@ pub fn sandbox(
             String::new()
         },
         sysctls: sysctl::collect(&linux.sysctls, &options.default_sysctls, network, ipc)?,
-        cgroup: PodCgroup::new(&linux.cgroup_parent, id)?.path,
+        cgroup: PodCgroup::new(&linux.cgroup_parent, id, options.cgroups(host))?.path,
+        systemd: options.cgroup_driver == CgroupDriver::Systemd,
         ns_dir: text(dir.join("ns")),
+        // The daemon's to decide.
+        keeper_in_slice: false,
         shm_bytes: if ipc { options.shm_bytes } else { 0 },
         shm_dir: if ipc {
             text(dir.join("shm"))

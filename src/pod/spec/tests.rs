@@ -71,6 +71,7 @@ impl Case {
             host: HostFacts {
                 capabilities: [Capability::Chown, Capability::Kill, Capability::SysAdmin].into(),
                 cgroup_v2: true,
+                systemd: false,
                 swap_accounting: true,
                 hugetlb: true,
                 hugepage_sizes: Default::default(),

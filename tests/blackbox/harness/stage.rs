@@ -116,6 +116,7 @@ fn run(tests: &[Test]) -> ExitCode {
     });
     let none = None::<&str>;
     // Short paths for sockets, and locks of our own; gone with the namespace.
+    let from_systemd = keep_systemd();
     mount(
         Some("slipway-test"),
         "/run",
@@ -125,6 +126,7 @@ fn run(tests: &[Test]) -> ExitCode {
     )
     .expect("a /run of our own");
     std::fs::create_dir_all("/run/lock").expect("/run/lock");
+    show_systemd(&from_systemd);
     // What the daemon finds on an ordinary machine, where systemd has made / shared.
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).expect("shared propagation");
     let up = Command::new("ip")
@@ -149,6 +151,35 @@ fn run(tests: &[Test]) -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+/// The directories of /run in which systemd listens.
+const SYSTEMD: [&str; 2] = ["/run/systemd", "/run/dbus"];
+
+/// Whether systemd is PID 1 outside, on pure cgroup v2, so that the systemd driver can be tested.
+pub fn systemd() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// Takes hold of systemd's sockets before /run is covered.
+fn keep_systemd() -> Vec<(std::fs::File, &'static str)> {
+    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    if !unified || !systemd() {
+        return Vec::new();
+    }
+    let open = |dir: &'static str| Some((std::fs::File::open(dir).ok()?, dir));
+    SYSTEMD.into_iter().filter_map(open).collect()
+}
+
+fn show_systemd(kept: &[(std::fs::File, &'static str)]) {
+    use std::os::fd::AsRawFd as _;
+    for (dir, at) in kept {
+        std::fs::create_dir_all(at).expect("a mount point");
+        let from = format!("/proc/self/fd/{}", dir.as_raw_fd());
+        let flags = nix::mount::MsFlags::MS_BIND | nix::mount::MsFlags::MS_REC;
+        let none = None::<&str>;
+        nix::mount::mount(Some(from.as_str()), *at, none, flags, none).expect("systemd's sockets");
     }
 }
 
