@@ -475,7 +475,7 @@ impl Keeper {
     fn listen(&self) -> io::Result<UnixListener> {
         let path = self.socket_path()?;
         match std::fs::remove_file(&path.1) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => UnixListener::bind(&path.1),
         }
     }

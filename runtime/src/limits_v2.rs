@@ -17,6 +17,19 @@ const PERIOD: u64 = 100_000;
 /// # Errors
 /// [`LimitError`].
 pub fn apply(dir: &Path, resources: &mut LinuxResources) -> Result<(), LimitError> {
+    for (file, value) in &files(dir, resources) {
+        set(dir, file, value)?;
+    }
+    resources
+        .set_cpu(None)
+        .set_memory(None)
+        .set_pids(None)
+        .set_hugepage_limits(None);
+    Ok(())
+}
+
+/// The files that say these limits in v2, and what they say, in the order in which they are to be written.
+pub fn files(dir: &Path, resources: &LinuxResources) -> Vec<(String, String)> {
     let mut files = Vec::new();
     if let Some(cpu) = resources.cpu() {
         cpu_files(cpu, &mut files);
@@ -31,15 +44,7 @@ pub fn apply(dir: &Path, resources: &mut LinuxResources) -> Result<(), LimitErro
     for limit in resources.hugepage_limits().iter().flatten() {
         hugepage_files(dir, limit, &mut files);
     }
-    for (file, value) in &files {
-        set(dir, file, value)?;
-    }
-    resources
-        .set_cpu(None)
-        .set_memory(None)
-        .set_pids(None)
-        .set_hugepage_limits(None);
-    Ok(())
+    files
 }
 
 /// Writes one file of a cgroup.

@@ -1,8 +1,9 @@
 //! Changing the limits of a cgroup that is in use: all that is named, or nothing.
 //!
-//! Every file is written here, not by `cgroups-rs`: that refuses lower memory limits without saying why, knows
-//! no way back, and writes quota and period in an order that fails where one of them must go first.
+//! Every file is written here, not by `cgroups-rs`: that knows no way back, and writes quota and period in an
+//! order that fails where one of them must go first. What v2's files are to say is known to [`limits_v2`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResource
 use slipway_proto::keeper::ErrorKind;
 
 use crate::cgroup::{Hierarchies, inside};
+use crate::limits_v2;
 
 /// Why limits could not be changed; nothing was.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +90,30 @@ struct Change<'a> {
 
 impl Change<'_> {
     fn all(&mut self, resources: &LinuxResources) -> Result<()> {
-        // Memory first: it is the limit that the kernel, or we, refuse for what is in use.
+        match self.cgroups.v2_dir(self.cgroup) {
+            Some(dir) if self.cgroups.unified() => self.all_v2(&dir, resources)?,
+            _ => self.all_v1(resources)?,
+        }
+        // In order: which of two bad ones is told of must not change from one try to the next.
+        let unified = resources.unified().iter().flatten();
+        for (key, value) in unified.collect::<BTreeMap<_, _>>() {
+            self.write(key, value)?;
+        }
+        Ok(())
+    }
+
+    fn all_v2(&mut self, dir: &Path, resources: &LinuxResources) -> Result<()> {
+        if let Some(limit) = resources.memory().and_then(|memory| memory.limit()) {
+            self.room(limit)?;
+        }
+        for (file, value) in limits_v2::files(dir, resources) {
+            self.write(&file, &value)?;
+        }
+        Ok(())
+    }
+
+    fn all_v1(&mut self, resources: &LinuxResources) -> Result<()> {
+        // Memory first: it is the limit that the kernel refuses for what is in use.
         if let Some(memory) = resources.memory() {
             self.memory(memory)?;
         }
@@ -98,20 +123,14 @@ impl Change<'_> {
         for limit in resources.hugepage_limits().iter().flatten() {
             self.hugepages(limit)?;
         }
-        for (key, value) in resources.unified().iter().flatten() {
-            self.write(key, value)?;
-        }
         Ok(())
     }
 
     fn memory(&mut self, memory: &LinuxMemory) -> Result<()> {
         let (limit, swap) = (memory.limit(), memory.swap());
-        if self.cgroups.unified() {
-            return self.memory_v2(limit, swap);
-        }
         let both = self.find("memory.memsw.limit_in_bytes");
         let (Some(both), Some(swap)) = (both, swap) else {
-            return limit.map_or(Ok(()), |limit| self.memory_v1(limit));
+            return limit.map_or(Ok(()), |limit| self.memory_alone(limit));
         };
         // Memory alone may never exceed memory and swap together: whichever makes room goes first.
         let now = self.read(&both).and_then(|text| text.trim().parse().ok());
@@ -120,7 +139,7 @@ impl Change<'_> {
             self.write_file(&both, &swap.to_string())?;
         }
         if let Some(limit) = limit {
-            self.memory_v1(limit)?;
+            self.memory_alone(limit)?;
         }
         if !grows {
             let written = self.write_file(&both, &swap.to_string());
@@ -130,39 +149,27 @@ impl Change<'_> {
     }
 
     /// The kernel reclaims what it can, and says EBUSY when that is not enough.
-    fn memory_v1(&mut self, limit: i64) -> Result<()> {
+    fn memory_alone(&mut self, limit: i64) -> Result<()> {
         let written = self.write("memory.limit_in_bytes", &limit.to_string());
         written.map_err(|e| busy(e, limit))
     }
 
-    /// Here the kernel would rather kill than refuse, so the use is looked at before, as runc does.
-    fn memory_v2(&mut self, limit: Option<i64>, swap: Option<i64>) -> Result<()> {
-        if let Some(limit) = limit {
-            let usage = self
-                .find("memory.current")
-                .and_then(|file| self.read(&file))
-                .and_then(|text| text.trim().parse::<i64>().ok());
-            if limit > 0 && usage.is_some_and(|usage| usage > limit) {
-                return Err(ResizeError::InUse { limit, usage });
-            }
-            let value = match limit {
-                -1 => "max".to_owned(),
-                limit => limit.to_string(),
-            };
-            self.write("memory.max", &value)?;
-        }
-        match (swap, limit) {
-            (None, _) => Ok(()),
-            (Some(-1), _) => self.write("memory.swap.max", "max"),
-            (Some(swap), limit) => {
-                let alone = swap.saturating_sub(limit.unwrap_or(0)).max(0);
-                self.write("memory.swap.max", &alone.to_string())
-            }
+    /// v2 would rather kill than refuse, so the use is looked at before, as runc does.
+    fn room(&self, limit: i64) -> Result<()> {
+        let usage = self
+            .find("memory.current")
+            .and_then(|file| self.read(&file))
+            .and_then(|text| text.trim().parse::<i64>().ok());
+        match usage {
+            Some(usage) if limit > 0 && usage > limit => Err(ResizeError::InUse {
+                limit,
+                usage: Some(usage),
+            }),
+            _ => Ok(()),
         }
     }
 
     fn cpu(&mut self, cpu: &LinuxCpu) -> Result<()> {
-        let unified = self.cgroups.unified();
         if let Some(cpus) = cpu.cpus() {
             self.write("cpuset.cpus", cpus)?;
         }
@@ -170,30 +177,21 @@ impl Change<'_> {
             self.write("cpuset.mems", mems)?;
         }
         if let Some(shares) = cpu.shares() {
-            match unified {
-                true => self.write("cpu.weight", &weight(shares).to_string())?,
-                false => self.write("cpu.shares", &shares.to_string())?,
-            }
+            self.write("cpu.shares", &shares.to_string())?;
         }
-        match (cpu.quota(), cpu.period()) {
-            (None, None) => Ok(()),
-            (quota, period) if unified => self.cpu_max(quota, period),
-            (quota, period) => {
-                let quota = quota.map(|q| q.to_string());
-                let period = period.map(|p| p.to_string());
-                let quota = quota.as_deref().map(|q| ("cpu.cfs_quota_us", q));
-                let period = period.as_deref().map(|p| ("cpu.cfs_period_us", p));
-                // The share of a CPU that the two make together must fit into the parent's at every step, so
-                // one order may be refused where the other is not.
-                let written = self.before.len();
-                let first = self.each([quota, period]);
-                if first.is_err() {
-                    self.undo(written);
-                    return self.each([period, quota]);
-                }
-                first
-            }
+        let quota = cpu.quota().map(|q| q.to_string());
+        let period = cpu.period().map(|p| p.to_string());
+        let quota = quota.as_deref().map(|q| ("cpu.cfs_quota_us", q));
+        let period = period.as_deref().map(|p| ("cpu.cfs_period_us", p));
+        // The share of a CPU that the two make together must fit into the parent's at every step, so one order
+        // may be refused where the other is not.
+        let written = self.before.len();
+        let first = self.each([quota, period]);
+        if first.is_err() {
+            self.undo(written);
+            return self.each([period, quota]);
         }
+        first
     }
 
     fn each(&mut self, files: [Option<(&str, &str)>; 2]) -> Result<()> {
@@ -207,26 +205,8 @@ impl Change<'_> {
         }
     }
 
-    fn cpu_max(&mut self, quota: Option<i64>, period: Option<u64>) -> Result<()> {
-        let now = self.find("cpu.max").and_then(|file| self.read(&file));
-        let now = now.unwrap_or_default();
-        let quota = match quota {
-            Some(quota) if quota > 0 => quota.to_string(),
-            Some(_) => "max".to_owned(),
-            None => now.split_whitespace().next().unwrap_or("max").to_owned(),
-        };
-        let value = match period {
-            Some(period) => format!("{quota} {period}"),
-            None => quota,
-        };
-        self.write("cpu.max", &value)
-    }
-
     fn hugepages(&mut self, limit: &LinuxHugepageLimit) -> Result<()> {
-        let file = match self.cgroups.unified() {
-            true => format!("hugetlb.{}.max", limit.page_size()),
-            false => format!("hugetlb.{}.limit_in_bytes", limit.page_size()),
-        };
+        let file = format!("hugetlb.{}.limit_in_bytes", limit.page_size());
         self.write(&file, &limit.limit().to_string())
     }
 
@@ -275,32 +255,12 @@ fn busy(error: ResizeError, limit: i64) -> ResizeError {
     }
 }
 
-/// The v2 weight (1 to 10000) of v1 shares (2 to 262144), on the curve through 1024 and 100 that runc and crun
-/// have agreed on; `cgroups-rs` uses the same when a container is created.
-fn weight(shares: u64) -> u64 {
-    match shares {
-        0..=2 => 1,
-        262_144.. => 10_000,
-        shares => {
-            let l = (shares as f64).log2();
-            let exponent = (l * l + 125.0 * l) / 612.0 - 7.0 / 34.0;
-            10f64.powf(exponent).ceil() as u64
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
 
     const MIB: i64 = 1 << 20;
-
-    #[test]
-    fn shares_become_weights() {
-        let pairs = [2, 512, 1024, 262_144].map(|shares| (shares, weight(shares)));
-        assert_eq!(pairs, [(2, 1), (512, 59), (1024, 100), (262_144, 10_000)]);
-    }
 
     /// A cgroup that goes with the test.
     struct Temporary(Hierarchies, PathBuf);

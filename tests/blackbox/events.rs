@@ -1,7 +1,5 @@
 //! GetContainerEvents.
 
-use std::time::Duration;
-
 use cri::ContainerEventType::{
     ContainerCreatedEvent as Created, ContainerDeletedEvent as Deleted,
     ContainerStartedEvent as Started, ContainerStoppedEvent as Stopped,
@@ -28,7 +26,7 @@ async fn subscribe(daemon: &Daemon) -> Result<Stream> {
 }
 
 async fn next(stream: &mut Stream) -> Result<cri::ContainerEventResponse> {
-    let next = tokio::time::timeout(Duration::from_secs(20), stream.message()).await;
+    let next = tokio::time::timeout(seconds(20), stream.message()).await;
     next.context("no event comes")??
         .context("the stream has ended")
 }
@@ -150,12 +148,8 @@ async fn subscribers_do_not_hold_the_daemon(env: Env) -> Result<()> {
     let mut stream = subscribe(&daemon).await?;
     let begin = std::time::Instant::now();
     daemon.end().await?;
-    assert!(
-        begin.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        begin.elapsed()
-    );
-    let end = tokio::time::timeout(Duration::from_secs(5), stream.message()).await?;
+    assert!(begin.elapsed() < seconds(5), "{:?}", begin.elapsed());
+    let end = tokio::time::timeout(seconds(5), stream.message()).await?;
     refused(end, Code::Unavailable, &[]);
     Ok(())
 }
