@@ -294,15 +294,15 @@ async fn what_a_failed_pod_leaves_is_given_back_later(env: Env) -> Result<()> {
         .expect_err("a pod without a network");
     assert!(status.message().contains("the backend is down"), "{status}");
     std::fs::remove_file(&broken)?;
-    eventually(
-        "a DEL after the plugin works again",
-        seconds(20),
-        || async {
-            let calls = std::fs::read_to_string(&log).unwrap_or_default();
-            Ok(calls.lines().any(|l| l.starts_with("DEL ")).then_some(()))
-        },
-    )
-    .await
+    // The daemon's word, not the plugin's: only then is its record gone, too.
+    eventually("the network to be given back", seconds(20), || async {
+        let log = std::fs::read_to_string(daemon.log_file()).unwrap_or_default();
+        Ok(log.contains("was given back").then_some(()))
+    })
+    .await?;
+    let calls = read(&log)?;
+    assert!(calls.lines().any(|l| l.starts_with("DEL ")), "{calls}");
+    Ok(())
 }
 
 async fn an_answer_without_an_address(env: Env) -> Result<()> {

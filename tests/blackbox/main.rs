@@ -49,6 +49,7 @@ mod restart;
 mod seccomp;
 mod stats;
 mod stop;
+mod stream;
 mod sysctls;
 mod systemd;
 mod update;
@@ -79,6 +80,7 @@ fn main() -> std::process::ExitCode {
         v2::TESTS,
         systemd::TESTS,
         stats::TESTS,
+        stream::TESTS,
         events::TESTS,
         update::TESTS,
         network::TESTS,
