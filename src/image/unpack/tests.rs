@@ -489,6 +489,40 @@ fn sparse_files_keep_their_holes() {
     assert_eq!(unpack.text("next"), "next");
 }
 
+/// However often a directory is named, and whatever was there in between, one time is kept for it.
+#[test]
+fn what_is_kept_is_bounded() {
+    let mut tar = Tar::default();
+    for n in 0..2000 {
+        tar = tar.dir("again", 0o755).dir(&format!("x/{n}"), 0o755);
+    }
+    // All of them are replaced.
+    tar = tar.file("x", b"").dir("again", 0o700);
+    let (dir, written) = (tempfile::tempdir().unwrap(), AtomicU64::new(0));
+    let (root, spare) = (dir.path().join("root"), dir.path().join("spare"));
+    fs::create_dir(&root).unwrap();
+    fs::create_dir(&spare).unwrap();
+    let mut layer = Layer::new(&root, &spare, &written).unwrap();
+    let tar = tar.finish();
+    let mut archive = TarReader::new(tar.as_slice());
+    while let Some(entry) = archive.next().unwrap() {
+        assert!(layer.apply(&entry, &mut archive).is_ok());
+        assert!(layer.times.len() <= 2001, "{}", layer.times.len());
+    }
+    let names: Vec<_> = layer.times.keys().collect();
+    assert_eq!(names, [b"again"]);
+    assert_eq!(layer.names, "again".len() + NAME_OVERHEAD);
+    // A layer can't name more than a machine can remember, by whatever aliases.
+    layer.names = MAX_NAMES;
+    let tar = Tar::default().dir("one more", 0o755).finish();
+    let mut archive = TarReader::new(tar.as_slice());
+    let entry = archive.next().unwrap().unwrap();
+    assert!(matches!(
+        layer.apply(&entry, &mut archive),
+        Err(Failure::Refused(reason)) if reason.contains("in all")
+    ));
+}
+
 #[test]
 fn deep_trees_are_unpacked_and_removed() {
     // Deeper than a process may have open files.
