@@ -623,8 +623,11 @@ impl<'a> Layer<'a> {
                 let fd =
                     match open_beneath(self.root.as_fd(), &path, OFlags::RDONLY | OFlags::NOFOLLOW)
                     {
-                        // Replaced by something else since.
-                        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(()),
+                        // Replaced by something else since: itself, or a parent by a link, which
+                        // may lead out of the layer.
+                        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {
+                            return Ok(());
+                        }
                         result => result?,
                     };
                 rustix::fs::futimens(&fd, &times(time))

@@ -252,6 +252,10 @@ fn later_entries_replace_earlier_ones() {
             .file("h2", b"other")
             .hard_link("h2", "h1")
             .hard_link("h1", "h1")
+            .symlink("lib", "usr")
+            .dir("usr", 0o755)
+            .dir("lib/below", 0o755)
+            .symlink("lib", "/elsewhere")
             .finish(),
     );
     let unpacked = unpack.result.as_ref().unwrap();
@@ -264,8 +268,8 @@ fn later_entries_replace_earlier_ones() {
     assert_eq!(unpack.text("h2"), "h");
     let root: Vec<Vec<u8>> = vec![Vec::new()];
     assert_eq!(unpacked.implied, root);
-    // The root, a, b, c, c/x, s, e, e/keep, h1.
-    assert_eq!(unpacked.inodes, 9);
+    // The root, a, b, c, c/x, s, e, e/keep, h1, lib, usr, usr/below.
+    assert_eq!(unpacked.inodes, 12);
 }
 
 #[test]
