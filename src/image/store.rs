@@ -30,7 +30,7 @@ use crate::blobs::Blobs;
 use crate::config::{Platform, StoreConfig};
 use crate::database::{Change, Database, ImageRecord, LayerRecord};
 use crate::digest::Digest;
-use crate::error::ImageError;
+use crate::error::{ErrorKind, ImageError};
 use crate::image::{FsInfo, Image, LayerRef};
 use crate::inflight::Inflight;
 use crate::layers::{self, Prepared};
@@ -383,14 +383,33 @@ impl Inner {
                 .collect(),
             ..Change::default()
         };
-        if let Err(error) = self.database.apply(&change) {
-            let mut state = self.state();
-            state.layers.extend(orphans);
-            state.images.insert(entry.record.id.clone(), entry);
-            return Err(error);
-        }
-        for (diff_id, _) in &orphans {
-            self.discard_layer(diff_id);
+        let discard = || {
+            for (diff_id, _) in &orphans {
+                self.discard_layer(diff_id);
+            }
+        };
+        match self.database.apply(&change) {
+            Ok(()) => discard(),
+            // Not even a removal fits on the disk. The layers make room for it: a start tells a
+            // record without layers from an image.
+            Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
+                discard();
+                trees::empty(&self.trash());
+                if let Err(error) = self.database.apply(&change) {
+                    tracing::warn!(
+                        image = entry.record.id,
+                        error = error.chain(),
+                        "the removal of an image can't be recorded yet; the next change will"
+                    );
+                    self.database.owe(&change);
+                }
+            }
+            Err(error) => {
+                let mut state = self.state();
+                state.layers.extend(orphans);
+                state.images.insert(entry.record.id.clone(), entry);
+                return Err(error);
+            }
         }
         self.remove_blobs(&entry.record);
         self.notify(Garbage::Trash);
@@ -434,6 +453,10 @@ impl Inner {
         let _commit = self.commit();
         if self.has_layer(diff_id) {
             return Ok(());
+        }
+        if self.database.owes_layer(&diff_id.to_string()) {
+            // Its old row would call it durable before it is.
+            self.database.apply(&Change::default())?;
         }
         let path = self.layer_path(diff_id);
         // Whatever stands here without being known is garbage that could not be discarded.
@@ -481,14 +504,13 @@ impl Inner {
                 .collect(),
             ..Change::default()
         };
-        if !change.remove_layers.is_empty()
-            && let Err(error) = self.database.apply(&change)
-        {
+        if let Err(error) = self.database.apply(&change) {
+            // Keeping the files would not help: on a full disk it's them that are in the way.
             tracing::warn!(
                 error = error.chain(),
-                "can't forget unused layers; the next start will"
+                "can't forget unused layers yet; the next change will"
             );
-            return;
+            self.database.owe(&change);
         }
         for (diff_id, _) in &orphans {
             self.discard_layer(diff_id);
