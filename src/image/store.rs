@@ -411,7 +411,8 @@ impl Inner {
                 return Err(error);
             }
         }
-        self.remove_blobs(&entry.record);
+        let blobs = std::iter::once(&entry.record.id).chain(&entry.record.manifests);
+        self.remove_blobs(blobs.filter_map(|text| Digest::parse(text).ok()));
         self.notify(Garbage::Trash);
         tracing::info!(
             image = entry.record.id,
@@ -421,15 +422,11 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes the blobs of `record` that no image needs any more.
-    fn remove_blobs(&self, record: &ImageRecord) {
+    /// Removes those of the blobs that no image needs.
+    fn remove_blobs(&self, blobs: impl Iterator<Item = Digest>) {
         let needed = self.state().blobs();
-        for text in std::iter::once(&record.id).chain(&record.manifests) {
-            if let Ok(digest) = Digest::parse(text)
-                && !needed.contains(&digest)
-            {
-                self.blobs.remove(&digest);
-            }
+        for digest in blobs.filter(|digest| !needed.contains(digest)) {
+            self.blobs.remove(&digest);
         }
     }
 

@@ -71,7 +71,7 @@ async fn full_disk(root: &Path) {
     let store = reopen(root).await;
     assert!(store.list().is_empty());
     assert_eq!(fs::read_dir(root.join("layers/sha256")).unwrap().count(), 0);
-    // A pull says what is wrong, and the one after it, when there's room, works.
+    // A pull says what is wrong and leaves nothing, and the one after it, when there's room, works.
     fill(&filler);
     let error = store.pull(&fits, None, None).await.unwrap_err();
     assert_eq!(
@@ -80,6 +80,10 @@ async fn full_disk(root: &Path) {
         "{}",
         error.chain()
     );
+    store.idle().await;
+    for dir in ["staging", "trash", "layers/sha256", "blobs/sha256"] {
+        assert_eq!(fs::read_dir(root.join(dir)).unwrap().count(), 0, "{dir}");
+    }
     fs::remove_file(&filler).unwrap();
     store.pull(&fits, None, None).await.unwrap();
 }

@@ -207,6 +207,49 @@ async fn a_lease_keeps_the_image() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pull_of_what_is_here_writes_nothing() {
+    let registry = FakeRegistry::start().await;
+    let image = TestImage::small("same");
+    let name = registry.add("same", "t", &image);
+    let other = registry.add("same", "other", &image);
+    let fixture = Fixture::new();
+    let first = fixture.pull(&name).await.unwrap();
+    let again = fixture.pull(&name).await.unwrap();
+    assert!(Arc::ptr_eq(&first, &again), "it was published again");
+    // Another name is a change, and so is a blob that needs to be made good.
+    let named = fixture.pull(&other).await.unwrap();
+    assert_eq!(named.repo_tags.len(), 2);
+    let blob = fixture
+        .dir
+        .path()
+        .join("blobs/sha256")
+        .join(&image.digest()[7..]);
+    fs::write(&blob, b"damaged").unwrap();
+    fixture.pull(&name).await.unwrap();
+    assert_eq!(fs::read(&blob).unwrap(), image.manifest);
+}
+
+/// Whatever stands in the way of the last step, nothing of the image stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_publication_leaves_no_blob() {
+    let registry = FakeRegistry::start().await;
+    let image = TestImage::small("unpublished");
+    let name = registry.add("unpublished", "t", &image);
+    let fixture = Fixture::new();
+    // A directory in the place of the manifest, which is written after the configuration.
+    let blob = fixture
+        .dir
+        .path()
+        .join("blobs/sha256")
+        .join(&image.digest()[7..]);
+    fs::create_dir_all(blob.join("x")).unwrap();
+    fixture.pull(&name).await.unwrap_err();
+    fs::remove_dir_all(&blob).unwrap();
+    fixture.assert_clean().await;
+    fixture.pull(&name).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn concurrent_pulls_are_one() {
     let registry = FakeRegistry::start().await;
     let image = large_image();
