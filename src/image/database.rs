@@ -57,6 +57,9 @@ pub(crate) struct LayerRecord {
     pub(crate) schema: u32,
     pub(crate) bytes: u64,
     pub(crate) inodes: u64,
+    /// Whether it hides everything below it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) opaque: bool,
 }
 
 impl ImageRecord {
@@ -79,6 +82,7 @@ impl LayerRecord {
             schema: SCHEMA,
             bytes,
             inodes,
+            opaque: false,
         }
     }
 }

@@ -310,15 +310,25 @@ impl Inner {
         }
     }
 
-    fn assemble(&self, record: &ImageRecord, config: &[u8]) -> Result<Image, ImageError> {
+    /// Puts an image together from its record and its configuration; its layers are in `state`.
+    fn assemble(
+        &self,
+        record: &ImageRecord,
+        config: &[u8],
+        state: &State,
+    ) -> Result<Image, ImageError> {
         let file = ConfigFile::parse(config, &format!("the configuration of image {}", record.id))?;
         let config = file.config.unwrap_or_default();
-        let layers = record
+        let diff_ids: Vec<Digest> = record
             .diff_ids
             .iter()
             .filter_map(|text| Digest::parse(text).ok())
+            .collect();
+        let layers = state
+            .seen(&diff_ids)
+            .iter()
             .map(|diff_id| LayerRef {
-                path: self.layer_path(&diff_id),
+                path: self.layer_path(diff_id),
                 diff_id: diff_id.to_string(),
             })
             .collect();
@@ -462,7 +472,10 @@ impl Inner {
         }
         let unpacked = prepared.place(&path)?;
         let layer = Layer {
-            record: LayerRecord::new(unpacked.bytes, unpacked.inodes),
+            record: LayerRecord {
+                opaque: unpacked.opaque,
+                ..LayerRecord::new(unpacked.bytes, unpacked.inodes)
+            },
             durable: false,
             implied: unpacked.implied,
         };

@@ -9,7 +9,9 @@
 //! Whiteouts become overlayfs' (a 0:0 character device), opaque directories get
 //! `trusted.overlay.opaque=y`. Both speak of lower layers only, wherever in the archive they stand:
 //! an entry of the same layer stays, and a directory that the layer both whites out and fills is
-//! opaque.
+//! opaque. The root of a layer can't be marked: overlayfs heeds no mark on the root of a lower layer. That it
+//! is opaque is reported in [`Unpacked::opaque`], and what is below such a layer is then left out of the
+//! stack.
 //!
 //! A directory that an archive needs but doesn't name is made with mode 0755, owned by root, and
 //! reported in [`Unpacked::implied`], so that it can take over the attributes it has in a lower layer
@@ -62,6 +64,8 @@ pub(crate) struct Unpacked {
     pub(crate) inodes: u64,
     /// Directories that the archive didn't name; the layer's root is the empty name.
     pub(crate) implied: Vec<Vec<u8>>,
+    /// Whether nothing of the layers below is to be seen.
+    pub(crate) opaque: bool,
 }
 
 /// Why a layer can't be unpacked.
@@ -150,6 +154,7 @@ struct Layer<'a> {
     /// What the names in `times` and `implied` take.
     names: usize,
     implied: BTreeSet<Vec<u8>>,
+    opaque: bool,
     bytes: u64,
     inodes: u64,
     buffer: Vec<u8>,
@@ -171,6 +176,7 @@ impl<'a> Layer<'a> {
             times: BTreeMap::new(),
             names: 0,
             implied: BTreeSet::from([Vec::new()]),
+            opaque: false,
             bytes: BLOCK,
             inodes: 1,
             buffer: vec![0; 256 * 1024],
@@ -199,6 +205,10 @@ impl<'a> Layer<'a> {
             if part.starts_with(WHITEOUT) {
                 return Err(refuse("it is below a whiteout, which is no directory"));
             }
+        }
+        if name == OPAQUE && parent_path.is_empty() {
+            self.opaque = true;
+            return Ok(());
         }
         if name == OPAQUE {
             let parent = self.parent(parent_path)?;
@@ -641,6 +651,7 @@ impl<'a> Layer<'a> {
             bytes: self.bytes,
             inodes: self.inodes,
             implied: self.implied.into_iter().collect(),
+            opaque: self.opaque,
         })
     }
 }

@@ -449,6 +449,47 @@ async fn pinned_images_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_with_an_opaque_root_is_the_lowest_that_is_seen() {
+    let layer = |name: &str| Tar::default().file(name, b"");
+    let layers = [
+        layer("hidden").finish(),
+        layer("hidden2").finish(),
+        layer("base").file(".wh..wh..opq", b"").finish(),
+        layer("top").finish(),
+    ];
+    let image = TestImage::new(&layers, "");
+    let registry = FakeRegistry::start().await;
+    let name = registry.add("opaque", "t", &image);
+    let fixture = Fixture::new();
+    let pulled = fixture.pull(&name).await.unwrap();
+    let seen: Vec<String> = layers[2..]
+        .iter()
+        .map(|l| Digest::of(l).to_string())
+        .collect();
+    let found = |image: &Image| -> Vec<String> {
+        image
+            .layers
+            .iter()
+            .map(|layer| layer.diff_id.clone())
+            .collect()
+    };
+    assert_eq!(found(&pulled), seen);
+    // All of them are the image's, and a restart knows no less.
+    let fixture = fixture.reopen().await;
+    let again = fixture.store.resolve(&name).unwrap();
+    assert_eq!(found(&again), seen);
+    fixture.store.idle().await;
+    assert_eq!(
+        fs::read_dir(fixture.dir.path().join("layers/sha256"))
+            .unwrap()
+            .count(),
+        4
+    );
+    fixture.store.remove(&name).await.unwrap();
+    fixture.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn implied_directories_look_like_those_below() {
     use std::os::unix::fs::MetadataExt as _;
     if !crate::testing::is_root() {

@@ -97,13 +97,16 @@ impl Inner {
         let mut images = Vec::with_capacity(records.len());
         for record in records {
             let image = if record.id == new.id.to_string() {
-                self.assemble(&record, &new.config)?
+                self.assemble(&record, &new.config, &self.state())?
             } else {
                 let digest = Digest::parse(&record.id).map_err(|reason| ImageError::Malformed {
                     what: format!("the record of image {}", record.id),
                     reason,
                 })?;
-                self.assemble(&record, &self.blobs.get(&digest, MAX_CONFIG)?)?
+                {
+                    let config = self.blobs.get(&digest, MAX_CONFIG)?;
+                    self.assemble(&record, &config, &self.state())?
+                }
             };
             images.push((record, Arc::new(image)));
         }
@@ -159,14 +162,23 @@ impl Inner {
     /// Lets directories that layers implied take over the attributes they have below.
     fn settle(&self, new: &NewImage) -> Result<(), ImageError> {
         for (at, diff_id) in new.diff_ids.iter().enumerate() {
-            let implied = match self.state().layers.get_mut(diff_id) {
-                Some(layer) if !layer.durable => std::mem::take(&mut layer.implied),
+            let (mut implied, opaque) = match self.state().layers.get_mut(diff_id) {
+                Some(layer) if !layer.durable => {
+                    (std::mem::take(&mut layer.implied), layer.record.opaque)
+                }
                 _ => continue,
             };
+            if opaque {
+                // Only its root is the same directory as below.
+                implied.retain(Vec::is_empty);
+            }
             if implied.is_empty() || at == 0 {
                 continue;
             }
-            let lower: Vec<PathBuf> = new.diff_ids[..at]
+            // Below a layer that hides everything there is nothing to look like.
+            let lower: Vec<PathBuf> = self
+                .state()
+                .seen(&new.diff_ids[..at])
                 .iter()
                 .rev()
                 .map(|id| self.layer_path(id))

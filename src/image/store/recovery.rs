@@ -116,7 +116,7 @@ impl Inner {
                 return Err(malformed(format!("its layer {diff_id} is gone")));
             }
         }
-        self.assemble(record, &config)
+        self.assemble(record, &config, state)
     }
 }
 

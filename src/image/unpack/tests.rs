@@ -212,6 +212,21 @@ fn whiteouts_hide_lower_layers_only() {
         assert_eq!(unpack.text("file"), "file");
         assert!(!unpack.path("opaque/.wh..wh..opq").exists());
     }
+    // The layer's root can't be marked; it's said instead.
+    let unpack = unpack_tar(
+        Tar::default()
+            .file("a", b"")
+            .file(".wh..wh..opq", b"")
+            .finish(),
+    );
+    assert!(unpack.result.as_ref().unwrap().opaque);
+    assert!(!unpack.path(".wh..wh..opq").exists() && !unpack.is_opaque("."));
+    assert!(
+        !unpack_tar(Tar::default().file("a/.wh..wh..opq", b"").finish())
+            .result
+            .unwrap()
+            .opaque
+    );
     // AUFS' own files mean nothing.
     let unpack = unpack_tar(
         Tar::default()
