@@ -134,10 +134,11 @@ async fn resolve(
         None => name.tag().unwrap_or("latest").to_owned(),
     };
     let mut expected = name.digest().cloned();
+    let mut size = None;
     let mut documents: Vec<(Digest, Vec<u8>)> = Vec::new();
     for _ in 0..MAX_DEPTH {
         let fetched = repository
-            .manifest(&version, expected.as_ref(), what)
+            .manifest(&version, expected.as_ref(), size, what)
             .await?;
         let document = manifest::parse(&fetched.bytes, fetched.content_type.as_deref(), what)?;
         documents.push((fetched.digest, fetched.bytes));
@@ -150,15 +151,16 @@ async fn resolve(
                 });
             }
             Document::Index(index) => {
-                let entry = index.select(&inner.platform, what)?;
-                if entry.descriptor.size > MAX_MANIFEST {
+                let entry = index.select(&inner.platform, what)?.descriptor(what)?;
+                if entry.size > MAX_MANIFEST {
                     return Err(ImageError::TooLarge {
                         what: what.to_owned(),
                         limit: MAX_MANIFEST,
                     });
                 }
-                version = entry.descriptor.digest.to_string();
-                expected = Some(entry.descriptor.digest.clone());
+                version = entry.digest.to_string();
+                expected = Some(entry.digest);
+                size = Some(entry.size);
             }
         }
     }

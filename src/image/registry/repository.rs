@@ -56,11 +56,13 @@ impl Repository {
         self.registry.retries()
     }
 
-    /// Fetches a manifest or index by tag or digest, and verifies its digest.
+    /// Fetches a manifest or index by tag or digest, and verifies its digest and size, where they are
+    /// known.
     pub(crate) async fn manifest(
         &self,
         version: &str,
         expected: Option<&Digest>,
+        size: Option<u64>,
         what: &str,
     ) -> Result<Fetched, ImageError> {
         let request = Request {
@@ -86,6 +88,12 @@ impl Repository {
                 expected: digest.to_string(),
                 actual: actual.to_string(),
             })?;
+        if let Some(size) = size
+            && size != bytes.len() as u64
+        {
+            let what = format!("the manifest of {what}");
+            return Err(size_mismatch(&what, size, bytes.len() as u64));
+        }
         Ok(Fetched {
             bytes,
             digest,

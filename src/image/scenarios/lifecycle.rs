@@ -373,6 +373,12 @@ async fn the_platform_of_an_index_is_taken() {
         serde_json::json!({ "os": "linux", "architecture": "amd64" }),
     )]);
     registry.manifest("i", "nested", &nested);
+    let lying = index(vec![serde_json::json!({
+        "digest": wanted.digest(),
+        "size": wanted.manifest.len() - 1,
+        "platform": { "os": "linux", "architecture": "amd64" },
+    })]);
+    registry.manifest("i", "lying", &lying);
     let lacking = index(vec![entry(
         &other.manifest,
         serde_json::json!({ "os": "linux", "architecture": "arm64" }),
@@ -391,6 +397,8 @@ async fn the_platform_of_an_index_is_taken() {
                 .any(|known| known.ends_with(&digest))
         );
     }
+    let error = fixture.pull(&name("lying")).await.unwrap_err();
+    assert!(matches!(error, ImageError::SizeMismatch { .. }), "{error}");
     // The platform's own manifest names the image, too.
     let platform = name("x").replace(":x", &format!("@{}", wanted.digest()));
     assert_eq!(fixture.store.resolve(&platform).unwrap().id, wanted.id());
