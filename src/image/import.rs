@@ -122,7 +122,7 @@ async fn import_one(
             let lost = || ImageError::Lost {
                 what: format!("layer {}", expected.name()),
             };
-            let _permit = inner.downloads.acquire().await.map_err(|_| lost())?;
+            let _turn = inner.turns.local().await.ok_or_else(lost)?;
             let (worker, wanted) = (Arc::clone(&inner), expected.clone());
             let unpacking = inner.tasks.spawn_blocking(move || {
                 let written = std::sync::atomic::AtomicU64::new(0);

@@ -214,14 +214,11 @@ impl LayerTask {
             meter.status(LayerStatus::Present);
             return Ok(());
         }
-        let _permit = self
-            .inner
-            .downloads
-            .acquire()
-            .await
-            .map_err(|_| ImageError::Lost {
-                what: format!("layer {}", self.layer.digest),
-            })?;
+        let lost = || ImageError::Lost {
+            what: format!("layer {}", self.layer.digest),
+        };
+        let turn = self.inner.turns.with_registry(&self.repository.host).await;
+        let _turn = turn.ok_or_else(lost)?;
         meter.status(LayerStatus::Downloading);
         let (sink, source) = mpsc::channel(CHANNEL);
         let unpacking = self.spawn_unpack(source, lock);
@@ -235,11 +232,15 @@ impl LayerTask {
         .await;
         drop(sink);
         let unpacked = unpacking.await;
-        // A transfer that failed leaves a stream that can't be unpacked; the cause is the transfer.
-        sent?;
-        unpacked.map_err(|_| ImageError::Lost {
-            what: format!("layer {}", self.layer.digest),
-        })??;
+        match (sent, unpacked.map_err(|_| lost())?) {
+            // These don't come of a stream that breaks off.
+            (_, Err(error @ (ImageError::LayerRefused { .. } | ImageError::LayerIo { .. }))) => {
+                return Err(error);
+            }
+            // A transfer that failed leaves a stream that can't be unpacked; the cause is the transfer.
+            (Err(error), _) => return Err(error),
+            (Ok(()), unpacked) => unpacked?,
+        }
         meter.status(LayerStatus::Done);
         Ok(())
     }

@@ -37,6 +37,8 @@ pub(crate) struct Registry {
     proxied: Clients,
     /// For loopback addresses, which no proxy can reach for us.
     direct: Clients,
+    /// How long a transfer may take to make progress.
+    progress: Duration,
     /// `Authorization` headers that worked, with their end.
     authorizations: Mutex<HashMap<Access, Authorization>>,
     /// Whether a host that may speak plain HTTP does.
@@ -90,6 +92,7 @@ impl Registry {
             proxied: clients(true)?,
             direct: clients(false)?,
             config,
+            progress,
             authorizations: Mutex::default(),
             plain: Mutex::default(),
         })

@@ -23,7 +23,6 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
 
-use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::blobs::Blobs;
@@ -39,6 +38,7 @@ use crate::reference::ImageName;
 use crate::registry::Registry;
 use crate::state::{Layer, State};
 use crate::trees;
+use crate::turns::Turns;
 
 mod publish;
 mod recovery;
@@ -60,7 +60,7 @@ pub(crate) struct Inner {
     commit: Mutex<()>,
     state: Mutex<State>,
     pub(crate) registry: RwLock<Arc<Registry>>,
-    pub(crate) downloads: Arc<Semaphore>,
+    pub(crate) turns: Turns,
     pub(crate) inflight: Mutex<Inflight>,
     pub(crate) layer_locks: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
     /// Pulls and their blocking parts.
@@ -120,7 +120,7 @@ impl ImageStore {
             commit: Mutex::new(()),
             state: Mutex::new(State::default()),
             registry: RwLock::new(Arc::new(registry)),
-            downloads: Arc::new(Semaphore::new(config.max_parallel_downloads.max(1))),
+            turns: Turns::new(config.max_parallel_downloads),
             inflight: Mutex::new(Inflight::default()),
             layer_locks: Mutex::new(HashMap::new()),
             tasks: TaskTracker::new(),

@@ -56,6 +56,11 @@ impl Repository {
         self.registry.retries()
     }
 
+    /// How long a transfer may take to make progress.
+    pub(crate) fn progress_timeout(&self) -> Duration {
+        self.registry.progress
+    }
+
     /// Fetches a manifest or index by tag or digest, and verifies its digest and size, where they are
     /// known.
     pub(crate) async fn manifest(
@@ -365,7 +370,10 @@ impl Repository {
             message: Option<String>,
         }
         let status = response.status();
-        let Ok((_, bytes)) = self.body("an error", response, MAX_ERROR_BODY).await else {
+        // A transfer's request has no deadline as a whole, but what is wrong must not take long to say.
+        let body = self.body("an error", response, MAX_ERROR_BODY);
+        let limit = self.registry.config.request_timeout;
+        let Ok(Ok((_, bytes))) = tokio::time::timeout(limit, body).await else {
             return format!("status {status}");
         };
         match serde_json::from_slice::<Errors>(&bytes) {
