@@ -12,9 +12,10 @@ pub struct StoreConfig {
     pub root: PathBuf,
     /// How registries are reached.
     pub registry: RegistryConfig,
-    /// How many layers are downloaded at the same time, over all pulls. At least 1.
+    /// How many layers are downloaded at the same time, over all pulls. At least 1. One registry gets two
+    /// thirds of them.
     pub max_parallel_downloads: usize,
-    /// A transfer that brings no byte for this long is broken off and resumed.
+    /// A transfer that brings next to nothing (less than 64 KiB) for this long is broken off and resumed.
     pub pull_progress_timeout: Duration,
     /// The platform whose image is taken from a multi-platform index.
     pub platform: Platform,

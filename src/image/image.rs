@@ -30,7 +30,7 @@ pub struct Image {
     pub variant: Option<String>,
     /// When it was made, in RFC 3339, as the image says it.
     pub created: Option<String>,
-    /// The layers, base first.
+    /// The layers to be stacked, base first. What is below a layer that hides everything is left out.
     pub layers: Vec<LayerRef>,
     /// Whether the configuration says that this image must not be collected.
     pub pinned: bool,

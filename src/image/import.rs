@@ -13,7 +13,9 @@ use crate::error::ImageError;
 use crate::image::Image;
 use crate::import::source::Source;
 use crate::layers::Expected;
-use crate::manifest::{self, ConfigFile, Document, IndexEntry, MAX_CONFIG, MAX_MANIFEST};
+use crate::manifest::{
+    self, ConfigFile, Descriptor, Document, IndexEntry, MAX_CONFIG, MAX_MANIFEST,
+};
 use crate::pull::MAX_DEPTH;
 use crate::reference::ImageName;
 use crate::store::{ImageStore, Inner, NewImage};
@@ -120,7 +122,7 @@ async fn import_one(
             let lost = || ImageError::Lost {
                 what: format!("layer {}", expected.name()),
             };
-            let _permit = inner.downloads.acquire().await.map_err(|_| lost())?;
+            let _turn = inner.turns.local().await.ok_or_else(lost)?;
             let (worker, wanted) = (Arc::clone(&inner), expected.clone());
             let unpacking = inner.tasks.spawn_blocking(move || {
                 let written = std::sync::atomic::AtomicU64::new(0);
@@ -181,7 +183,7 @@ fn layout_images(source: &Source, inner: &Inner) -> Result<Vec<Found>, ImageErro
         return Err(source.bad("its index.json is no index"));
     };
     let fits = |entry: &&IndexEntry| match &entry.platform {
-        None => true,
+        None => entry.is_for_unknown_platform(),
         Some(own) => inner
             .platform
             .rank(&own.os, &own.architecture, own.variant.as_deref())
@@ -200,7 +202,9 @@ fn layout_images(source: &Source, inner: &Inner) -> Result<Vec<Found>, ImageErro
 
 fn layout_image(source: &Source, inner: &Inner, entry: &IndexEntry) -> Result<Found, ImageError> {
     let name = layout_name(entry);
-    let mut descriptor = entry.descriptor.clone();
+    let what = format!("index.json of {}", source.path().display());
+    let mut descriptor = entry.descriptor(&what)?;
+    let top = descriptor.digest.clone();
     let mut documents = Vec::new();
     for _ in 0..MAX_DEPTH {
         let what = format!(
@@ -208,22 +212,22 @@ fn layout_image(source: &Source, inner: &Inner, entry: &IndexEntry) -> Result<Fo
             descriptor.digest,
             source.path().display()
         );
-        let bytes = blob(source, &descriptor.digest, MAX_MANIFEST, &what)?;
+        let bytes = blob(source, &descriptor, MAX_MANIFEST, &what)?;
         let document = manifest::parse(&bytes, Some(&descriptor.media_type), &what)?;
         documents.push((descriptor.digest.clone(), bytes));
         let manifest = match document {
             Document::Manifest(manifest) => manifest,
             Document::Index(index) => {
-                descriptor = index.select(&inner.platform, &what)?.descriptor.clone();
+                descriptor = index.select(&inner.platform, &what)?.descriptor(&what)?;
                 continue;
             }
         };
-        let config = blob(source, &manifest.config.digest, MAX_CONFIG, &what)?;
+        let config = blob(source, &manifest.config, MAX_CONFIG, &what)?;
         let file = ConfigFile::parse(&config, &what)?;
         file.check_platform(&inner.platform, &what)?;
         return Ok(Found {
             name,
-            top: Some(entry.descriptor.digest.clone()),
+            top: Some(top),
             documents,
             diff_ids: file.diff_ids(manifest.layers.len(), &what)?,
             config,
@@ -256,7 +260,13 @@ fn blob_name(digest: &Digest) -> String {
     format!("blobs/{}/{}", digest.algorithm().name(), digest.hex())
 }
 
-fn blob(source: &Source, digest: &Digest, limit: u64, what: &str) -> Result<Vec<u8>, ImageError> {
+fn blob(
+    source: &Source,
+    descriptor: &Descriptor,
+    limit: u64,
+    what: &str,
+) -> Result<Vec<u8>, ImageError> {
+    let digest = &descriptor.digest;
     let bytes = source.read(&blob_name(digest), limit)?;
     digest
         .check(&bytes)
@@ -265,6 +275,13 @@ fn blob(source: &Source, digest: &Digest, limit: u64, what: &str) -> Result<Vec<
             expected: digest.to_string(),
             actual: actual.to_string(),
         })?;
+    if bytes.len() as u64 != descriptor.size {
+        return Err(ImageError::SizeMismatch {
+            what: format!("{what}, file {}", blob_name(digest)),
+            expected: descriptor.size,
+            actual: bytes.len() as u64,
+        });
+    }
     Ok(bytes)
 }
 

@@ -34,6 +34,7 @@ mod tarball;
 mod testing;
 mod transfer;
 mod trees;
+mod turns;
 mod unpack;
 
 pub use config::{Platform, RegistryConfig, StoreConfig};

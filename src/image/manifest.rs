@@ -15,6 +15,9 @@ pub(crate) const MAX_CONFIG: u64 = 8 << 20;
 /// More layers than any file system can stack are refused.
 const MAX_LAYERS: usize = 500;
 
+/// The annotation of an attestation in an index.
+const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
+
 /// The media types that a manifest request accepts.
 pub(crate) const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, \
      application/vnd.oci.image.index.v1+json, \
@@ -50,10 +53,11 @@ pub(crate) struct Index {
     pub(crate) entries: Vec<IndexEntry>,
 }
 
-/// One line of an index.
+/// One line of an index. Its digest is parsed when the line is used: those for other platforms may be
+/// of algorithms that we don't know.
 #[derive(Debug, Clone)]
 pub(crate) struct IndexEntry {
-    pub(crate) descriptor: Descriptor,
+    descriptor: RawDescriptor,
     pub(crate) platform: Option<Platform>,
     /// In a layout's index, they hold the image's name.
     pub(crate) annotations: std::collections::HashMap<String, String>,
@@ -94,19 +98,21 @@ struct Raw {
     fs_layers: Option<serde::de::IgnoredAny>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawDescriptor {
     #[serde(default)]
     media_type: String,
     digest: String,
     size: u64,
+    #[serde(default)]
+    artifact_type: Option<String>,
     platform: Option<RawPlatform>,
     #[serde(default)]
     annotations: Option<std::collections::HashMap<String, String>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 struct RawPlatform {
     #[serde(default)]
     os: String,
@@ -160,18 +166,16 @@ pub(crate) fn parse(
             if raw.config.is_some() {
                 return Err(malformed(what, "it is both a manifest and an index"));
             }
-            let mut entries = Vec::with_capacity(manifests.len());
-            for raw in &manifests {
-                entries.push(IndexEntry {
-                    descriptor: raw.check(what)?,
-                    platform: raw.platform.as_ref().map(|platform| Platform {
-                        os: platform.os.clone(),
-                        architecture: platform.architecture.clone(),
-                        variant: platform.variant.clone(),
-                    }),
-                    annotations: raw.annotations.clone().unwrap_or_default(),
-                });
-            }
+            let entry = |mut raw: RawDescriptor| IndexEntry {
+                platform: raw.platform.take().map(|platform| Platform {
+                    os: platform.os,
+                    architecture: platform.architecture,
+                    variant: platform.variant,
+                }),
+                annotations: raw.annotations.take().unwrap_or_default(),
+                descriptor: raw,
+            };
+            let entries = manifests.into_iter().map(entry).collect();
             Ok(Document::Index(Index { entries }))
         }
         (None, Some(layers)) => {
@@ -216,9 +220,30 @@ fn is_layer(media_type: &str) -> bool {
         || media_type.starts_with("application/vnd.docker.container.image.rootfs.")
 }
 
+impl IndexEntry {
+    /// What the line refers to.
+    pub(crate) fn descriptor(&self, what: &str) -> Result<Descriptor, ImageError> {
+        self.descriptor.check(what)
+    }
+
+    /// Whether this may be an image for any platform, which only its configuration tells: it names
+    /// none, and is neither an artifact nor an attestation.
+    pub(crate) fn is_for_unknown_platform(&self) -> bool {
+        self.platform.is_none()
+            && self
+                .descriptor
+                .artifact_type
+                .as_deref()
+                .unwrap_or_default()
+                .is_empty()
+            && !self.annotations.contains_key(REFERENCE_TYPE)
+    }
+}
+
 impl Index {
-    /// The entry for `platform`: the best rank, then the first. Entries without a platform are
-    /// taken only when no entry has one, attestations (`unknown/unknown`) never.
+    /// The entry for `platform`: the best rank, then the first. An entry without a platform is taken
+    /// when none is for this one; its configuration says later whether it was right. Artifacts and
+    /// attestations (`unknown/unknown`) are never taken.
     pub(crate) fn select(
         &self,
         platform: &Platform,
@@ -236,9 +261,8 @@ impl Index {
         if let Some((_, entry)) = best {
             return Ok(entry);
         }
-        if let Some(entry) = self.entries.first()
-            && self.entries.iter().all(|entry| entry.platform.is_none())
-        {
+        let mut entries = self.entries.iter();
+        if let Some(entry) = entries.find(|entry| entry.is_for_unknown_platform()) {
             return Ok(entry);
         }
         let mut available: Vec<String> = self

@@ -134,10 +134,11 @@ async fn resolve(
         None => name.tag().unwrap_or("latest").to_owned(),
     };
     let mut expected = name.digest().cloned();
+    let mut size = None;
     let mut documents: Vec<(Digest, Vec<u8>)> = Vec::new();
     for _ in 0..MAX_DEPTH {
         let fetched = repository
-            .manifest(&version, expected.as_ref(), what)
+            .manifest(&version, expected.as_ref(), size, what)
             .await?;
         let document = manifest::parse(&fetched.bytes, fetched.content_type.as_deref(), what)?;
         documents.push((fetched.digest, fetched.bytes));
@@ -150,15 +151,16 @@ async fn resolve(
                 });
             }
             Document::Index(index) => {
-                let entry = index.select(&inner.platform, what)?;
-                if entry.descriptor.size > MAX_MANIFEST {
+                let entry = index.select(&inner.platform, what)?.descriptor(what)?;
+                if entry.size > MAX_MANIFEST {
                     return Err(ImageError::TooLarge {
                         what: what.to_owned(),
                         limit: MAX_MANIFEST,
                     });
                 }
-                version = entry.descriptor.digest.to_string();
-                expected = Some(entry.descriptor.digest.clone());
+                version = entry.digest.to_string();
+                expected = Some(entry.digest);
+                size = Some(entry.size);
             }
         }
     }
@@ -212,14 +214,11 @@ impl LayerTask {
             meter.status(LayerStatus::Present);
             return Ok(());
         }
-        let _permit = self
-            .inner
-            .downloads
-            .acquire()
-            .await
-            .map_err(|_| ImageError::Lost {
-                what: format!("layer {}", self.layer.digest),
-            })?;
+        let lost = || ImageError::Lost {
+            what: format!("layer {}", self.layer.digest),
+        };
+        let turn = self.inner.turns.with_registry(&self.repository.host).await;
+        let _turn = turn.ok_or_else(lost)?;
         meter.status(LayerStatus::Downloading);
         let (sink, source) = mpsc::channel(CHANNEL);
         let unpacking = self.spawn_unpack(source, lock);
@@ -233,11 +232,15 @@ impl LayerTask {
         .await;
         drop(sink);
         let unpacked = unpacking.await;
-        // A transfer that failed leaves a stream that can't be unpacked; the cause is the transfer.
-        sent?;
-        unpacked.map_err(|_| ImageError::Lost {
-            what: format!("layer {}", self.layer.digest),
-        })??;
+        match (sent, unpacked.map_err(|_| lost())?) {
+            // These don't come of a stream that breaks off.
+            (_, Err(error @ (ImageError::LayerRefused { .. } | ImageError::LayerIo { .. }))) => {
+                return Err(error);
+            }
+            // A transfer that failed leaves a stream that can't be unpacked; the cause is the transfer.
+            (Err(error), _) => return Err(error),
+            (Ok(()), unpacked) => unpacked?,
+        }
         meter.status(LayerStatus::Done);
         Ok(())
     }

@@ -74,6 +74,13 @@ impl ImageName {
             registry
         };
         check_registry(registry)?;
+        // What `sha256:<hex>` would name here is somebody else's image on the hub.
+        if name == "sha256"
+            && digest.is_none()
+            && tag.is_some_and(|tag| tag.len() == 64 && tag.bytes().all(|b| b.is_ascii_hexdigit()))
+        {
+            return Err("it is an image's id; pull the image by its name".to_owned());
+        }
         if path.len() == 64 && path.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(
                 "a name of 64 hexadecimal digits would be mistaken for an image's id".to_owned(),
@@ -248,7 +255,9 @@ mod tests {
     #[test]
     fn nonsense_is_refused() {
         let long = "a".repeat(5000);
+        let id = format!("sha256:{}", "0a".repeat(32));
         for text in [
+            &id,
             "",
             " ",
             ":tag",

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use reqwest::header::HeaderMap;
+use reqwest::redirect::Policy;
 use reqwest::{Client, StatusCode, Url};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
@@ -26,17 +27,29 @@ pub(crate) use repository::Repository;
 /// How long it may take to find out whether a host speaks TLS.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// As many authorizations are remembered; any one can be had again.
+const MAX_AUTHORIZATIONS: usize = 500;
+
 /// The client for all registries.
 pub(crate) struct Registry {
     config: RegistryConfig,
     /// Through the environment's proxies.
-    client: Client,
+    proxied: Clients,
     /// For loopback addresses, which no proxy can reach for us.
-    direct: Client,
+    direct: Clients,
+    /// How long a transfer may take to make progress.
+    progress: Duration,
     /// `Authorization` headers that worked, with their end.
     authorizations: Mutex<HashMap<Access, Authorization>>,
     /// Whether a host that may speak plain HTTP does.
     plain: Mutex<HashMap<String, bool>>,
+}
+
+/// Clients that differ in the redirects they follow.
+struct Clients {
+    any: Client,
+    /// For requests with a secret in their body, which stays with the host it is for.
+    faithful: Client,
 }
 
 /// What an authorization is good for.
@@ -50,29 +63,36 @@ struct Access {
 #[derive(Clone)]
 struct Authorization {
     header: String,
-    until: Option<Instant>,
+    until: Instant,
 }
 
 impl Registry {
     /// Makes the client; reads certificate authorities.
     pub(crate) fn new(config: RegistryConfig, progress: Duration) -> Result<Self, ImageError> {
         let tls = tls(&config)?;
-        let client = |proxies: bool| -> Result<Client, ImageError> {
+        let client = |proxies: bool, policy: Policy| -> Result<Client, ImageError> {
             let builder = Client::builder()
                 .tls_backend_preconfigured(tls.clone())
                 .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
                 .connect_timeout(config.connect_timeout)
                 .read_timeout(progress)
-                .redirect(redirects(config.insecure.clone()));
+                .redirect(policy);
             let builder = if proxies { builder } else { builder.no_proxy() };
             builder.build().map_err(|error| ImageError::Config {
                 reason: format!("the HTTP client can't be set up: {}", chain(&error)),
             })
         };
+        let clients = |proxies: bool| -> Result<Clients, ImageError> {
+            Ok(Clients {
+                any: client(proxies, redirects(config.insecure.clone()))?,
+                faithful: client(proxies, same_origin())?,
+            })
+        };
         Ok(Self {
-            client: client(true)?,
-            direct: client(false)?,
+            proxied: clients(true)?,
+            direct: clients(false)?,
             config,
+            progress,
             authorizations: Mutex::default(),
             plain: Mutex::default(),
         })
@@ -132,10 +152,19 @@ impl Registry {
     }
 
     fn client(&self, host: &str) -> &Client {
+        &self.clients(host).any
+    }
+
+    /// A client that carries what it sends nowhere else.
+    fn faithful_client(&self, host: &str) -> &Client {
+        &self.clients(host).faithful
+    }
+
+    fn clients(&self, host: &str) -> &Clients {
         if is_loopback(host) {
             &self.direct
         } else {
-            &self.client
+            &self.proxied
         }
     }
 
@@ -207,10 +236,7 @@ impl Registry {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let found = map.get(access)?;
-        match found.until {
-            Some(until) if until <= Instant::now() => None,
-            _ => Some(found.header.clone()),
-        }
+        (found.until > Instant::now()).then(|| found.header.clone())
     }
 
     fn remember(&self, access: Access, authorization: Authorization) {
@@ -219,7 +245,13 @@ impl Registry {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        map.retain(|_, known| known.until.is_none_or(|until| until > now));
+        map.retain(|_, known| known.until > now);
+        if map.len() >= MAX_AUTHORIZATIONS
+            && let Some(first) = map.iter().min_by_key(|(_, known)| known.until)
+        {
+            let first = first.0.clone();
+            map.remove(&first);
+        }
         map.insert(access, authorization);
     }
 }
@@ -314,8 +346,8 @@ fn tls(config: &RegistryConfig) -> Result<rustls::ClientConfig, ImageError> {
 }
 
 /// Follows redirects (blobs are often kept elsewhere), but never from TLS to plain HTTP.
-fn redirects(insecure: Vec<String>) -> reqwest::redirect::Policy {
-    reqwest::redirect::Policy::custom(move |attempt| {
+fn redirects(insecure: Vec<String>) -> Policy {
+    Policy::custom(move |attempt| {
         if attempt.previous().len() > 10 {
             return attempt.error("more than 10 redirects");
         }
@@ -328,6 +360,21 @@ fn redirects(insecure: Vec<String>) -> reqwest::redirect::Policy {
             return attempt.error("a redirect from HTTPS to HTTP");
         }
         attempt.follow()
+    })
+}
+
+/// Follows redirects that stay with their host and port; any other is the answer.
+fn same_origin() -> Policy {
+    Policy::custom(|attempt| {
+        let stays = attempt
+            .previous()
+            .last()
+            .is_some_and(|from| from.origin() == attempt.url().origin());
+        if stays && attempt.previous().len() <= 10 {
+            attempt.follow()
+        } else {
+            attempt.stop()
+        }
     })
 }
 
@@ -356,6 +403,38 @@ mod tests {
         ] {
             assert!(!is_loopback(address), "{address}");
         }
+    }
+
+    #[test]
+    fn authorizations_are_forgotten() {
+        let registry = Registry::new(RegistryConfig::default(), Duration::from_secs(1)).unwrap();
+        let access = |n: usize| Access {
+            host: "r.example".into(),
+            repository: n.to_string(),
+            secret: Secret::Anonymous,
+        };
+        let remember = |n: usize, seconds| {
+            let authorization = Authorization {
+                header: n.to_string(),
+                until: Instant::now() + Duration::from_secs(seconds),
+            };
+            registry.remember(access(n), authorization);
+        };
+        remember(0, 0);
+        assert_eq!(registry.authorization(&access(0)), None, "it has ended");
+        for n in 0..3 * MAX_AUTHORIZATIONS {
+            remember(n, 1000 + n as u64);
+        }
+        assert_eq!(
+            registry.authorizations.lock().unwrap().len(),
+            MAX_AUTHORIZATIONS
+        );
+        let last = 3 * MAX_AUTHORIZATIONS - 1;
+        assert_eq!(
+            registry.authorization(&access(last)),
+            Some(last.to_string())
+        );
+        assert_eq!(registry.authorization(&access(0)), None);
     }
 
     #[test]

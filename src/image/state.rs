@@ -113,6 +113,13 @@ impl State {
             .collect()
     }
 
+    /// The layers of an image that are seen, base first: from the last one on that hides all below.
+    pub(crate) fn seen<'a>(&self, diff_ids: &'a [Digest]) -> &'a [Digest] {
+        let opaque = |id| self.layers.get(id).is_some_and(|layer| layer.record.opaque);
+        let first = diff_ids.iter().rposition(opaque).unwrap_or(0);
+        &diff_ids[first..]
+    }
+
     /// Every blob that an image needs.
     pub(crate) fn blobs(&self) -> HashSet<Digest> {
         self.images

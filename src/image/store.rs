@@ -23,14 +23,13 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak, mpsc};
 
-use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::blobs::Blobs;
 use crate::config::{Platform, StoreConfig};
 use crate::database::{Change, Database, ImageRecord, LayerRecord};
 use crate::digest::Digest;
-use crate::error::ImageError;
+use crate::error::{ErrorKind, ImageError};
 use crate::image::{FsInfo, Image, LayerRef};
 use crate::inflight::Inflight;
 use crate::layers::{self, Prepared};
@@ -39,6 +38,7 @@ use crate::reference::ImageName;
 use crate::registry::Registry;
 use crate::state::{Layer, State};
 use crate::trees;
+use crate::turns::Turns;
 
 mod publish;
 mod recovery;
@@ -60,7 +60,7 @@ pub(crate) struct Inner {
     commit: Mutex<()>,
     state: Mutex<State>,
     pub(crate) registry: RwLock<Arc<Registry>>,
-    pub(crate) downloads: Arc<Semaphore>,
+    pub(crate) turns: Turns,
     pub(crate) inflight: Mutex<Inflight>,
     pub(crate) layer_locks: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
     /// Pulls and their blocking parts.
@@ -120,7 +120,7 @@ impl ImageStore {
             commit: Mutex::new(()),
             state: Mutex::new(State::default()),
             registry: RwLock::new(Arc::new(registry)),
-            downloads: Arc::new(Semaphore::new(config.max_parallel_downloads.max(1))),
+            turns: Turns::new(config.max_parallel_downloads),
             inflight: Mutex::new(Inflight::default()),
             layer_locks: Mutex::new(HashMap::new()),
             tasks: TaskTracker::new(),
@@ -310,15 +310,25 @@ impl Inner {
         }
     }
 
-    fn assemble(&self, record: &ImageRecord, config: &[u8]) -> Result<Image, ImageError> {
+    /// Puts an image together from its record and its configuration; its layers are in `state`.
+    fn assemble(
+        &self,
+        record: &ImageRecord,
+        config: &[u8],
+        state: &State,
+    ) -> Result<Image, ImageError> {
         let file = ConfigFile::parse(config, &format!("the configuration of image {}", record.id))?;
         let config = file.config.unwrap_or_default();
-        let layers = record
+        let diff_ids: Vec<Digest> = record
             .diff_ids
             .iter()
             .filter_map(|text| Digest::parse(text).ok())
+            .collect();
+        let layers = state
+            .seen(&diff_ids)
+            .iter()
             .map(|diff_id| LayerRef {
-                path: self.layer_path(&diff_id),
+                path: self.layer_path(diff_id),
                 diff_id: diff_id.to_string(),
             })
             .collect();
@@ -383,16 +393,36 @@ impl Inner {
                 .collect(),
             ..Change::default()
         };
-        if let Err(error) = self.database.apply(&change) {
-            let mut state = self.state();
-            state.layers.extend(orphans);
-            state.images.insert(entry.record.id.clone(), entry);
-            return Err(error);
+        let discard = || {
+            for (diff_id, _) in &orphans {
+                self.discard_layer(diff_id);
+            }
+        };
+        match self.database.apply(&change) {
+            Ok(()) => discard(),
+            // Not even a removal fits on the disk. The layers make room for it: a start tells a
+            // record without layers from an image.
+            Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
+                discard();
+                trees::empty(&self.trash());
+                if let Err(error) = self.database.apply(&change) {
+                    tracing::warn!(
+                        image = entry.record.id,
+                        error = error.chain(),
+                        "the removal of an image can't be recorded yet; the next change will"
+                    );
+                    self.database.owe(&change);
+                }
+            }
+            Err(error) => {
+                let mut state = self.state();
+                state.layers.extend(orphans);
+                state.images.insert(entry.record.id.clone(), entry);
+                return Err(error);
+            }
         }
-        for (diff_id, _) in &orphans {
-            self.discard_layer(diff_id);
-        }
-        self.remove_blobs(&entry.record);
+        let blobs = std::iter::once(&entry.record.id).chain(&entry.record.manifests);
+        self.remove_blobs(blobs.filter_map(|text| Digest::parse(text).ok()));
         self.notify(Garbage::Trash);
         tracing::info!(
             image = entry.record.id,
@@ -402,15 +432,11 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes the blobs of `record` that no image needs any more.
-    fn remove_blobs(&self, record: &ImageRecord) {
+    /// Removes those of the blobs that no image needs.
+    fn remove_blobs(&self, blobs: impl Iterator<Item = Digest>) {
         let needed = self.state().blobs();
-        for text in std::iter::once(&record.id).chain(&record.manifests) {
-            if let Ok(digest) = Digest::parse(text)
-                && !needed.contains(&digest)
-            {
-                self.blobs.remove(&digest);
-            }
+        for digest in blobs.filter(|digest| !needed.contains(digest)) {
+            self.blobs.remove(&digest);
         }
     }
 
@@ -435,6 +461,10 @@ impl Inner {
         if self.has_layer(diff_id) {
             return Ok(());
         }
+        if self.database.owes_layer(&diff_id.to_string()) {
+            // Its old row would call it durable before it is.
+            self.database.apply(&Change::default())?;
+        }
         let path = self.layer_path(diff_id);
         // Whatever stands here without being known is garbage that could not be discarded.
         if path.symlink_metadata().is_ok() {
@@ -442,7 +472,10 @@ impl Inner {
         }
         let unpacked = prepared.place(&path)?;
         let layer = Layer {
-            record: LayerRecord::new(unpacked.bytes, unpacked.inodes),
+            record: LayerRecord {
+                opaque: unpacked.opaque,
+                ..LayerRecord::new(unpacked.bytes, unpacked.inodes)
+            },
             durable: false,
             implied: unpacked.implied,
         };
@@ -481,14 +514,13 @@ impl Inner {
                 .collect(),
             ..Change::default()
         };
-        if !change.remove_layers.is_empty()
-            && let Err(error) = self.database.apply(&change)
-        {
+        if let Err(error) = self.database.apply(&change) {
+            // Keeping the files would not help: on a full disk it's them that are in the way.
             tracing::warn!(
                 error = error.chain(),
-                "can't forget unused layers; the next start will"
+                "can't forget unused layers yet; the next change will"
             );
-            return;
+            self.database.owe(&change);
         }
         for (diff_id, _) in &orphans {
             self.discard_layer(diff_id);

@@ -14,7 +14,7 @@ use crate::tarball::pax::Extensions;
 mod pax;
 
 const BLOCK: usize = 512;
-/// A longer name or PAX header is refused.
+/// An entry whose long names and PAX headers together are longer is refused.
 const MAX_EXTENSION: u64 = 1 << 20;
 /// A sparse file of more pieces is refused.
 const MAX_SEGMENTS: usize = 1 << 20;
@@ -115,6 +115,8 @@ impl<R: Read> TarReader<R> {
     pub(crate) fn next(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extensions = Extensions::default();
         let (mut long_name, mut long_link) = (None, None);
+        // An entry may have any number of extension headers: what counts is all of them together.
+        let mut allowed = MAX_EXTENSION;
         loop {
             self.skip_data()?;
             let Some(block) = self.header()? else {
@@ -126,10 +128,10 @@ impl<R: Read> TarReader<R> {
                 malformed(format!("bad size in the header at byte {}", self.position))
             })?;
             match flag {
-                b'L' => long_name = Some(cut_at_nul(self.extension(size)?)),
-                b'K' => long_link = Some(cut_at_nul(self.extension(size)?)),
+                b'L' => long_name = Some(cut_at_nul(self.extension(size, &mut allowed)?)),
+                b'K' => long_link = Some(cut_at_nul(self.extension(size, &mut allowed)?)),
                 b'x' => {
-                    let text = self.extension(size)?;
+                    let text = self.extension(size, &mut allowed)?;
                     extensions.parse(&text).map_err(malformed)?;
                 }
                 // Global headers and volume labels say nothing about files that we'd use.
@@ -254,7 +256,7 @@ impl<R: Read> TarReader<R> {
             },
             size: 0,
             segments: None,
-            xattrs: std::mem::take(&mut extensions.xattrs),
+            xattrs: std::mem::take(&mut extensions.xattrs).into_iter().collect(),
             name,
             kind,
         };
@@ -370,11 +372,13 @@ impl<R: Read> TarReader<R> {
         Ok(segments)
     }
 
-    /// Reads the data of an extension header.
-    fn extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
-        if size > MAX_EXTENSION {
-            return Err(malformed(format!("a name or PAX header of {size} bytes")));
-        }
+    /// Reads the data of an extension header, of which `allowed` bytes are left for this entry.
+    fn extension(&mut self, size: u64, allowed: &mut u64) -> Result<Vec<u8>, TarError> {
+        *allowed = allowed.checked_sub(size).ok_or_else(|| {
+            malformed(format!(
+                "an entry with more than {MAX_EXTENSION} bytes of names and PAX headers, the last of {size} bytes"
+            ))
+        })?;
         self.set_data(size)?;
         let mut bytes = Vec::with_capacity(size as usize);
         self.read_to_end(&mut bytes).map_err(TarError::Read)?;

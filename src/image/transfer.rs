@@ -5,7 +5,7 @@
 //! never notices.
 
 use std::io::{self, Read};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes};
 use reqwest::StatusCode;
@@ -21,12 +21,27 @@ use crate::registry::{self, Repository};
 pub(crate) const CHANNEL: usize = 16;
 /// However often progress is made in between, a transfer is not resumed more often than this.
 const MAX_RESUMES: u32 = 100;
+/// A transfer must bring as many bytes in the time that the configuration gives it to make progress.
+const LEAST: u64 = 64 << 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Transfers a blob of `size` bytes into `sink`. Ends early, without an error, when the receiver is
-/// gone, which knows why.
+/// gone, which knows why; also while the registry keeps us waiting.
 pub(crate) async fn transfer(
+    repository: &Repository,
+    digest: &Digest,
+    size: u64,
+    sink: &mpsc::Sender<Bytes>,
+    meter: &LayerMeter<'_>,
+) -> Result<(), ImageError> {
+    tokio::select! {
+        result = send(repository, digest, size, sink, meter) => result,
+        () = sink.closed() => Ok(()),
+    }
+}
+
+async fn send(
     repository: &Repository,
     digest: &Digest,
     size: u64,
@@ -51,7 +66,7 @@ pub(crate) async fn transfer(
             Ok(Step::Cut(error)) => error,
             Err(error) => return Err(error),
         };
-        if transfer.done > before {
+        if transfer.done - before >= LEAST {
             (fruitless, pause) = (0, FIRST_PAUSE);
         } else {
             fruitless += 1;
@@ -118,16 +133,29 @@ impl Transfer<'_> {
             let actual = announced.saturating_add(self.size - expected);
             return Err(self.wrong_size(actual));
         }
+        // Only the time that is spent on waiting for the registry counts, not that of unpacking.
+        let (mut brought, mut waited) = (0, Duration::ZERO);
+        let allowed = self.repository.progress_timeout();
         loop {
-            let mut chunk = match response.chunk().await {
-                Ok(Some(chunk)) => chunk,
-                Ok(None) => return Ok(Step::Cut(None)),
-                Err(error) => {
+            let began = Instant::now();
+            let left = allowed.saturating_sub(waited);
+            let next = tokio::time::timeout(left, response.chunk()).await;
+            waited += began.elapsed();
+            let mut chunk = match next {
+                Err(_) if brought >= LEAST => {
+                    (brought, waited) = (0, Duration::ZERO);
+                    continue;
+                }
+                Err(_) => return Ok(Step::Cut(Some(self.too_slow(brought, allowed)))),
+                Ok(Ok(Some(chunk))) => chunk,
+                Ok(Ok(None)) => return Ok(Step::Cut(None)),
+                Ok(Err(error)) => {
                     let what = format!("layer {}", self.digest);
                     let error = registry::unreachable(&self.repository.host, &what, error);
                     return Ok(Step::Cut(Some(error)));
                 }
             };
+            brought += chunk.len() as u64;
             let skipped = skip.min(chunk.len() as u64);
             chunk.advance(
                 usize::try_from(skipped)
@@ -170,6 +198,15 @@ impl Transfer<'_> {
             ),
             status: None,
         })
+    }
+
+    fn too_slow(&self, brought: u64, within: Duration) -> ImageError {
+        ImageError::BadResponse {
+            host: self.repository.host.clone(),
+            what: format!("layer {}", self.digest),
+            reason: format!("it sent {brought} bytes only in {within:?}"),
+            status: None,
+        }
     }
 
     fn wrong_size(&self, actual: u64) -> ImageError {

@@ -9,13 +9,15 @@
 //! Whiteouts become overlayfs' (a 0:0 character device), opaque directories get
 //! `trusted.overlay.opaque=y`. Both speak of lower layers only, wherever in the archive they stand:
 //! an entry of the same layer stays, and a directory that the layer both whites out and fills is
-//! opaque.
+//! opaque. The root of a layer can't be marked: overlayfs heeds no mark on the root of a lower layer. That it
+//! is opaque is reported in [`Unpacked::opaque`], and what is below such a layer is then left out of the
+//! stack.
 //!
 //! A directory that an archive needs but doesn't name is made with mode 0755, owned by root, and
 //! reported in [`Unpacked::implied`], so that it can take over the attributes it has in a lower layer
 //! of the same image.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
@@ -47,6 +49,13 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Disk space is counted in blocks of this size.
 const BLOCK: u64 = 4096;
 
+/// How much memory the names of a layer's directories may take, which are kept to its end: some
+/// hundreds of thousands of directories. Archives compress a thousandfold, so that a small one could
+/// name more than any machine can remember.
+const MAX_NAMES: usize = 64 << 20;
+/// What is kept with each name, roughly.
+const NAME_OVERHEAD: usize = 64;
+
 /// What was unpacked.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Unpacked {
@@ -55,6 +64,8 @@ pub(crate) struct Unpacked {
     pub(crate) inodes: u64,
     /// Directories that the archive didn't name; the layer's root is the empty name.
     pub(crate) implied: Vec<Vec<u8>>,
+    /// Whether nothing of the layers below is to be seen.
+    pub(crate) opaque: bool,
 }
 
 /// Why a layer can't be unpacked.
@@ -111,23 +122,7 @@ pub(crate) fn unpack<R: Read>(
     spare: &Path,
     written: &AtomicU64,
 ) -> Result<(R, Unpacked), UnpackError> {
-    let open = |path: &Path| {
-        trees::open_dir(path).map_err(|source| UnpackError::Io {
-            entry: path.display().to_string(),
-            source,
-        })
-    };
-    let mut layer = Layer {
-        root: Rc::new(open(root)?),
-        spare: open(spare)?,
-        parent: None,
-        times: Vec::new(),
-        implied: BTreeSet::from([Vec::new()]),
-        bytes: BLOCK,
-        inodes: 1,
-        buffer: vec![0; 256 * 1024],
-        written,
-    };
+    let mut layer = Layer::new(root, spare, written)?;
     let mut archive = TarReader::new(archive);
     while let Some(entry) = archive.next()? {
         let shown = || String::from_utf8_lossy(&entry.name).into_owned();
@@ -155,15 +150,40 @@ struct Layer<'a> {
     /// The directory of the last entry, by its name in the archive: most entries follow a sibling.
     parent: Option<(Vec<u8>, Rc<OwnedFd>)>,
     /// Directories' times, set at the end, because every new child changes them.
-    times: Vec<(Vec<u8>, (i64, u32))>,
+    times: BTreeMap<Vec<u8>, (i64, u32)>,
+    /// What the names in `times` and `implied` take.
+    names: usize,
     implied: BTreeSet<Vec<u8>>,
+    opaque: bool,
     bytes: u64,
     inodes: u64,
     buffer: Vec<u8>,
     written: &'a AtomicU64,
 }
 
-impl Layer<'_> {
+impl<'a> Layer<'a> {
+    fn new(root: &Path, spare: &Path, written: &'a AtomicU64) -> Result<Self, UnpackError> {
+        let open = |path: &Path| {
+            trees::open_dir(path).map_err(|source| UnpackError::Io {
+                entry: path.display().to_string(),
+                source,
+            })
+        };
+        Ok(Self {
+            root: Rc::new(open(root)?),
+            spare: open(spare)?,
+            parent: None,
+            times: BTreeMap::new(),
+            names: 0,
+            implied: BTreeSet::from([Vec::new()]),
+            opaque: false,
+            bytes: BLOCK,
+            inodes: 1,
+            buffer: vec![0; 256 * 1024],
+            written,
+        })
+    }
+
     fn apply<R: Read>(&mut self, entry: &Entry, archive: &mut TarReader<R>) -> Result<(), Failure> {
         let path = clean(&entry.name)?;
         let Some(name) = path
@@ -185,6 +205,10 @@ impl Layer<'_> {
             if part.starts_with(WHITEOUT) {
                 return Err(refuse("it is below a whiteout, which is no directory"));
             }
+        }
+        if name == OPAQUE && parent_path.is_empty() {
+            self.opaque = true;
+            return Ok(());
         }
         if name == OPAQUE {
             let parent = self.parent(parent_path)?;
@@ -208,9 +232,8 @@ impl Layer<'_> {
     fn root_entry(&mut self, entry: &Entry) -> Result<(), Failure> {
         let root = Rc::clone(&self.root);
         set_attributes(root.as_fd(), entry)?;
-        self.implied.remove(&Vec::new());
-        self.times.push((Vec::new(), entry.mtime));
-        Ok(())
+        self.implied.remove(&b""[..]);
+        self.set_time(b"", entry)
     }
 
     /// Hides `hidden` of the lower layers.
@@ -346,9 +369,10 @@ impl Layer<'_> {
         if opaque {
             set_opaque(&fd)?;
         }
-        self.implied.remove(path);
-        self.times.push((path.to_vec(), entry.mtime));
-        Ok(())
+        if self.implied.remove(path) {
+            self.names = self.names.saturating_sub(path.len() + NAME_OVERHEAD);
+        }
+        self.set_time(path, entry)
     }
 
     fn regular<R: Read>(
@@ -467,11 +491,51 @@ impl Layer<'_> {
         let removed = trees::remove_tree(parent.as_fd(), name, self.spare.as_fd())?;
         self.inodes = self.inodes.saturating_sub(removed);
         if is_dir(found) {
-            let below = [path, b"/"].concat();
-            self.implied
-                .retain(|dir| dir != path && !dir.starts_with(&below));
+            self.forget_names(path);
         }
         Ok(())
+    }
+
+    /// Keeps the time of a directory; the last entry of a name counts.
+    fn set_time(&mut self, path: &[u8], entry: &Entry) -> Result<(), Failure> {
+        if self.times.insert(path.to_vec(), entry.mtime).is_none() {
+            self.count_name(path)?;
+        }
+        Ok(())
+    }
+
+    fn count_name(&mut self, path: &[u8]) -> Result<(), Failure> {
+        self.names += path.len() + NAME_OVERHEAD;
+        if self.names > MAX_NAMES {
+            return Err(refuse(format!(
+                "the names of the layer's directories are longer than {MAX_NAMES} bytes in all"
+            )));
+        }
+        Ok(())
+    }
+
+    /// The directory `path` is gone with everything below it.
+    fn forget_names(&mut self, path: &[u8]) {
+        // What is below stands between `path/` and the byte that follows the slash.
+        let (first, end) = ([path, b"/"].concat(), [path, b"0"].concat());
+        let mut gone: Vec<Vec<u8>> = self
+            .times
+            .range(first.clone()..end.clone())
+            .map(|(name, _)| name.clone())
+            .collect();
+        gone.push(path.to_vec());
+        for name in &gone {
+            if self.times.remove(name).is_some() {
+                self.names = self.names.saturating_sub(name.len() + NAME_OVERHEAD);
+            }
+        }
+        gone = self.implied.range(first..end).cloned().collect();
+        gone.push(path.to_vec());
+        for name in &gone {
+            if self.implied.remove(name) {
+                self.names = self.names.saturating_sub(name.len() + NAME_OVERHEAD);
+            }
+        }
     }
 
     /// The directory `path`, made if absent.
@@ -546,6 +610,7 @@ impl Layer<'_> {
             set_opaque(&fd)?;
         } else {
             self.implied.insert(path.to_vec());
+            self.count_name(path)?;
         }
         Ok(fd)
     }
@@ -568,8 +633,11 @@ impl Layer<'_> {
                 let fd =
                     match open_beneath(self.root.as_fd(), &path, OFlags::RDONLY | OFlags::NOFOLLOW)
                     {
-                        // Replaced by something else since.
-                        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(()),
+                        // Replaced by something else since: itself, or a parent by a link, which
+                        // may lead out of the layer.
+                        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {
+                            return Ok(());
+                        }
                         result => result?,
                     };
                 rustix::fs::futimens(&fd, &times(time))
@@ -583,6 +651,7 @@ impl Layer<'_> {
             bytes: self.bytes,
             inodes: self.inodes,
             implied: self.implied.into_iter().collect(),
+            opaque: self.opaque,
         })
     }
 }

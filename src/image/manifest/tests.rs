@@ -102,7 +102,7 @@ fn the_platform_is_selected() {
         };
         index
             .select(&platform, "image x")
-            .map(|entry| entry.descriptor.digest.hex()[..1].to_owned())
+            .map(|entry| entry.descriptor("x").unwrap().digest.hex()[..1].to_owned())
     };
     assert_eq!(select("arm", Some("v7")).unwrap(), "2");
     assert_eq!(select("arm", Some("v6")).unwrap(), "1");
@@ -130,4 +130,50 @@ fn real_configurations_parse() {
         assert!(config.diff_ids(1, "x").is_err());
     }
     assert!(ConfigFile::parse(b"{}", "x").is_err());
+}
+
+#[test]
+fn entries_that_say_less_or_are_strange_are_passed_over_or_tried() {
+    let select = |entries: &str| {
+        let text = format!(r#"{{"schemaVersion":2,"manifests":[{entries}]}}"#);
+        let Document::Index(index) = parse(text.as_bytes(), None, "x").unwrap() else {
+            panic!("no index");
+        };
+        let platform = crate::testing::platform();
+        let entry = index.select(&platform, "image x").cloned();
+        entry.and_then(|entry| entry.descriptor("image x"))
+    };
+    let entry = |digit: &str, more: &str| {
+        let hex = digit.repeat(64);
+        format!(r#"{{"digest":"sha256:{hex}","size":1{more}}}"#)
+    };
+    let plain = entry("1", "");
+    let attestation = entry(
+        "2",
+        r#","platform":{"os":"unknown","architecture":"unknown"}"#,
+    );
+    let annotated = entry(
+        "3",
+        r#","annotations":{"vnd.docker.reference.type":"attestation-manifest"}"#,
+    );
+    let artifact = entry("4", r#","artifactType":"application/vnd.example""#);
+    let foreign =
+        r#"{"digest":"blake3:00","size":1,"platform":{"os":"linux","architecture":"s390x"}}"#;
+    let own = entry("5", r#","platform":{"os":"linux","architecture":"amd64"}"#);
+    let first = |entries: &[&str]| {
+        select(&entries.join(",")).map(|found| found.digest.hex()[..1].to_owned())
+    };
+    assert_eq!(first(&[&attestation, &plain]).unwrap(), "1");
+    assert_eq!(first(&[&artifact, &annotated, &plain]).unwrap(), "1");
+    assert_eq!(first(&[foreign, &plain, &own]).unwrap(), "5");
+    for none in [&attestation, &annotated, &artifact] {
+        assert_eq!(
+            first(&[none]).unwrap_err().kind(),
+            ErrorKind::NotFound,
+            "{none}"
+        );
+    }
+    // Only a digest that is needed has to be known.
+    let unknown = foreign.replace("s390x", "amd64");
+    assert_eq!(first(&[&unknown]).unwrap_err().kind(), ErrorKind::DataLoss);
 }

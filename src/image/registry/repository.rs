@@ -56,11 +56,18 @@ impl Repository {
         self.registry.retries()
     }
 
-    /// Fetches a manifest or index by tag or digest, and verifies its digest.
+    /// How long a transfer may take to make progress.
+    pub(crate) fn progress_timeout(&self) -> Duration {
+        self.registry.progress
+    }
+
+    /// Fetches a manifest or index by tag or digest, and verifies its digest and size, where they are
+    /// known.
     pub(crate) async fn manifest(
         &self,
         version: &str,
         expected: Option<&Digest>,
+        size: Option<u64>,
         what: &str,
     ) -> Result<Fetched, ImageError> {
         let request = Request {
@@ -86,6 +93,12 @@ impl Repository {
                 expected: digest.to_string(),
                 actual: actual.to_string(),
             })?;
+        if let Some(size) = size
+            && size != bytes.len() as u64
+        {
+            let what = format!("the manifest of {what}");
+            return Err(size_mismatch(&what, size, bytes.len() as u64));
+        }
         Ok(Fetched {
             bytes,
             digest,
@@ -357,7 +370,10 @@ impl Repository {
             message: Option<String>,
         }
         let status = response.status();
-        let Ok((_, bytes)) = self.body("an error", response, MAX_ERROR_BODY).await else {
+        // A transfer's request has no deadline as a whole, but what is wrong must not take long to say.
+        let body = self.body("an error", response, MAX_ERROR_BODY);
+        let limit = self.registry.config.request_timeout;
+        let Ok(Ok((_, bytes))) = tokio::time::timeout(limit, body).await else {
             return format!("status {status}");
         };
         match serde_json::from_slice::<Errors>(&bytes) {

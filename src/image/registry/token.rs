@@ -20,7 +20,7 @@ const MAX_TOKEN: u64 = 1 << 20;
 const DEFAULT_VALIDITY: Duration = Duration::from_secs(60);
 /// Tokens are renewed this much before their end.
 const LEEWAY: Duration = Duration::from_secs(10);
-/// No token is kept longer.
+/// No token and no password is kept longer.
 const MAX_VALIDITY: Duration = Duration::from_secs(3600);
 
 #[derive(Deserialize)]
@@ -52,7 +52,7 @@ pub(super) async fn answer(
     match &repository.secret {
         Secret::Basic { username, password } if basic => Ok(Some(Authorization {
             header: basic_header(username, password),
-            until: None,
+            until: Instant::now() + MAX_VALIDITY,
         })),
         _ => Ok(None),
     }
@@ -99,9 +99,12 @@ async fn fetch(
     if let Some(service) = challenge.parameters.get("service") {
         parameters.push(("service", service));
     }
-    let client = repository
-        .registry
-        .client(url.host_str().unwrap_or_default());
+    let host = url.host_str().unwrap_or_default();
+    let client = match &repository.secret {
+        // A redirected POST would carry the refresh token to whatever host the answer names.
+        Secret::Identity { .. } => repository.registry.faithful_client(host),
+        _ => repository.registry.client(host),
+    };
     let timeout = repository.registry.config.request_timeout;
     let what_token = format!("a token for {what}");
     let request = match &repository.secret {
@@ -175,7 +178,7 @@ async fn fetch(
         .saturating_sub(LEEWAY);
     Ok(Authorization {
         header: format!("Bearer {token}"),
-        until: Some(Instant::now() + validity),
+        until: Instant::now() + validity,
     })
 }
 

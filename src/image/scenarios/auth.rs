@@ -197,6 +197,36 @@ async fn identity_tokens() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_identity_token_is_not_carried_elsewhere() {
+    let (registry, thief) = (FakeRegistry::start().await, FakeRegistry::start().await);
+    let name = registry.add("a", "t", &TestImage::small("redirected"));
+    thief.bend(|_| Some(Reply::new(200, r#"{"access_token":"tok"}"#)));
+    for status in [301, 302, 307, 308] {
+        let elsewhere = format!("http://{}/token", thief.address);
+        guard(&registry, "Bearer tok", bearer(&registry), move |_| {
+            Reply::new(status, "").header("location", &elsewhere)
+        });
+        let credentials = Credentials {
+            identity_token: "refresh".into(),
+            ..Default::default()
+        };
+        let fixture = Fixture::new();
+        let error = fixture
+            .store
+            .pull(&name, Some(credentials), None)
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{}", error.chain());
+        assert!(
+            error.chain().contains(&status.to_string()),
+            "{}",
+            error.chain()
+        );
+    }
+    assert!(thief.requests().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn token_servers_that_lie() {
     let registry = FakeRegistry::start().await;
     let name = registry.add("a", "t", &TestImage::small("liar"));

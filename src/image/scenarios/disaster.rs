@@ -57,7 +57,59 @@ async fn full_disk(root: &Path) {
         assert_eq!(fs::read_dir(root.join(dir)).unwrap().count(), 0, "{dir}");
     }
     // There is room again.
+    let image = store.pull(&fits, None, None).await.unwrap();
+    // Not a byte is left: the store can be opened, and what is in it can be removed.
+    let filler = root.join("filler");
+    fill(&filler);
+    store.idle().await;
+    drop(store);
+    let store = reopen(root).await;
+    assert_eq!(store.list(), [image]);
+    store.remove(&fits).await.unwrap();
+    store.idle().await;
+    drop(store);
+    let store = reopen(root).await;
+    assert!(store.list().is_empty());
+    assert_eq!(fs::read_dir(root.join("layers/sha256")).unwrap().count(), 0);
+    // A pull says what is wrong and leaves nothing, and the one after it, when there's room, works.
+    fill(&filler);
+    let error = store.pull(&fits, None, None).await.unwrap_err();
+    assert_eq!(
+        error.kind(),
+        ErrorKind::ResourceExhausted,
+        "{}",
+        error.chain()
+    );
+    store.idle().await;
+    for dir in ["staging", "trash", "layers/sha256", "blobs/sha256"] {
+        assert_eq!(fs::read_dir(root.join(dir)).unwrap().count(), 0, "{dir}");
+    }
+    fs::remove_file(&filler).unwrap();
     store.pull(&fits, None, None).await.unwrap();
+}
+
+/// Takes all the space that is left.
+fn fill(path: &Path) {
+    use std::io::Write as _;
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .unwrap();
+    for size in [1 << 20, 4096, 1] {
+        while file.write_all(&vec![b'x'; size]).is_ok() {}
+    }
+}
+
+async fn reopen(root: &Path) -> ImageStore {
+    for _ in 0..500 {
+        match ImageStore::open(config(root)) {
+            Ok(store) => return store,
+            Err(error) => assert!(error.chain().contains("open"), "{}", error.chain()),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the store stays open");
 }
 
 /// Not a test by itself: the process that [`a_killed_process_leaves_whole_images_only`] kills.

@@ -207,6 +207,49 @@ async fn a_lease_keeps_the_image() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pull_of_what_is_here_writes_nothing() {
+    let registry = FakeRegistry::start().await;
+    let image = TestImage::small("same");
+    let name = registry.add("same", "t", &image);
+    let other = registry.add("same", "other", &image);
+    let fixture = Fixture::new();
+    let first = fixture.pull(&name).await.unwrap();
+    let again = fixture.pull(&name).await.unwrap();
+    assert!(Arc::ptr_eq(&first, &again), "it was published again");
+    // Another name is a change, and so is a blob that needs to be made good.
+    let named = fixture.pull(&other).await.unwrap();
+    assert_eq!(named.repo_tags.len(), 2);
+    let blob = fixture
+        .dir
+        .path()
+        .join("blobs/sha256")
+        .join(&image.digest()[7..]);
+    fs::write(&blob, b"damaged").unwrap();
+    fixture.pull(&name).await.unwrap();
+    assert_eq!(fs::read(&blob).unwrap(), image.manifest);
+}
+
+/// Whatever stands in the way of the last step, nothing of the image stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_publication_leaves_no_blob() {
+    let registry = FakeRegistry::start().await;
+    let image = TestImage::small("unpublished");
+    let name = registry.add("unpublished", "t", &image);
+    let fixture = Fixture::new();
+    // A directory in the place of the manifest, which is written after the configuration.
+    let blob = fixture
+        .dir
+        .path()
+        .join("blobs/sha256")
+        .join(&image.digest()[7..]);
+    fs::create_dir_all(blob.join("x")).unwrap();
+    fixture.pull(&name).await.unwrap_err();
+    fs::remove_dir_all(&blob).unwrap();
+    fixture.assert_clean().await;
+    fixture.pull(&name).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn concurrent_pulls_are_one() {
     let registry = FakeRegistry::start().await;
     let image = large_image();
@@ -330,6 +373,12 @@ async fn the_platform_of_an_index_is_taken() {
         serde_json::json!({ "os": "linux", "architecture": "amd64" }),
     )]);
     registry.manifest("i", "nested", &nested);
+    let lying = index(vec![serde_json::json!({
+        "digest": wanted.digest(),
+        "size": wanted.manifest.len() - 1,
+        "platform": { "os": "linux", "architecture": "amd64" },
+    })]);
+    registry.manifest("i", "lying", &lying);
     let lacking = index(vec![entry(
         &other.manifest,
         serde_json::json!({ "os": "linux", "architecture": "arm64" }),
@@ -348,6 +397,8 @@ async fn the_platform_of_an_index_is_taken() {
                 .any(|known| known.ends_with(&digest))
         );
     }
+    let error = fixture.pull(&name("lying")).await.unwrap_err();
+    assert!(matches!(error, ImageError::SizeMismatch { .. }), "{error}");
     // The platform's own manifest names the image, too.
     let platform = name("x").replace(":x", &format!("@{}", wanted.digest()));
     assert_eq!(fixture.store.resolve(&platform).unwrap().id, wanted.id());
@@ -403,6 +454,47 @@ async fn pinned_images_say_so() {
         Fixture::with(|config| config.pinned = vec![format!("{}/pin/*", registry.address)]);
     assert!(fixture.pull(&names[0]).await.unwrap().pinned);
     assert!(!fixture.pull(&names[1]).await.unwrap().pinned);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_with_an_opaque_root_is_the_lowest_that_is_seen() {
+    let layer = |name: &str| Tar::default().file(name, b"");
+    let layers = [
+        layer("hidden").finish(),
+        layer("hidden2").finish(),
+        layer("base").file(".wh..wh..opq", b"").finish(),
+        layer("top").finish(),
+    ];
+    let image = TestImage::new(&layers, "");
+    let registry = FakeRegistry::start().await;
+    let name = registry.add("opaque", "t", &image);
+    let fixture = Fixture::new();
+    let pulled = fixture.pull(&name).await.unwrap();
+    let seen: Vec<String> = layers[2..]
+        .iter()
+        .map(|l| Digest::of(l).to_string())
+        .collect();
+    let found = |image: &Image| -> Vec<String> {
+        image
+            .layers
+            .iter()
+            .map(|layer| layer.diff_id.clone())
+            .collect()
+    };
+    assert_eq!(found(&pulled), seen);
+    // All of them are the image's, and a restart knows no less.
+    let fixture = fixture.reopen().await;
+    let again = fixture.store.resolve(&name).unwrap();
+    assert_eq!(found(&again), seen);
+    fixture.store.idle().await;
+    assert_eq!(
+        fs::read_dir(fixture.dir.path().join("layers/sha256"))
+            .unwrap()
+            .count(),
+        4
+    );
+    fixture.store.remove(&name).await.unwrap();
+    fixture.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

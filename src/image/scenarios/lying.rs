@@ -349,6 +349,83 @@ async fn a_silent_transfer_is_broken_off() {
     fixture.assert_clean().await;
 }
 
+/// What can't be unpacked is said at once, not when the registry is done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_layer_ends_its_transfer() {
+    let registry = FakeRegistry::start().await;
+    let layer = Tar::default()
+        .file("../x", b"evil")
+        .file("rest", &noise(1 << 20, 5))
+        .finish();
+    let image = TestImage::new(&[layer], "");
+    let name = registry.add("stalled", "t", &image);
+    registry.bend(for_layer(&image.layers[0], |layer| Reply {
+        cut: Some(500_000),
+        stall: true,
+        ..Reply::new(200, layer)
+    }));
+    let fixture = Fixture::with(|config| config.pull_progress_timeout = Duration::from_secs(600));
+    let error = fixture.pull(&name).await.unwrap_err();
+    assert_eq!(
+        error.kind(),
+        ErrorKind::InvalidArgument,
+        "{}",
+        error.chain()
+    );
+    assert!(error.to_string().contains("../x"), "{error}");
+    fixture.assert_clean().await;
+}
+
+/// A byte now and then is no progress, and no reason to wait for an error's words.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dripping_registry_is_given_up() {
+    let registry = FakeRegistry::start().await;
+    let image = TestImage::new(&[Tar::default().file("f", &noise(200_000, 4)).finish()], "");
+    let name = registry.add("drip", "t", &image);
+    let fixture = Fixture::with(|config| {
+        config.pull_progress_timeout = Duration::from_millis(300);
+        config.registry.request_timeout = Duration::from_millis(500);
+    });
+    for status in [200, 403] {
+        registry.bend(for_layer(&image.layers[0], move |layer| Reply {
+            drip: Some(Duration::from_millis(20)),
+            ..Reply::new(status, layer)
+        }));
+        let error = fixture.pull(&name).await.unwrap_err();
+        let kind = match status {
+            200 => ErrorKind::Unavailable,
+            _ => ErrorKind::PermissionDenied,
+        };
+        assert_eq!(error.kind(), kind, "{}", error.chain());
+        fixture.assert_clean().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalled_registry_holds_up_no_other() {
+    let (stalled, well) = (FakeRegistry::start().await, FakeRegistry::start().await);
+    let image = large_image();
+    let name = stalled.add("stalled", "t", &image);
+    let fixture = Fixture::with(|config| {
+        config.max_parallel_downloads = 3;
+        config.pull_progress_timeout = Duration::from_secs(600);
+        config.registry.request_timeout = Duration::from_secs(600);
+    });
+    let config_name = Digest::of(&image.config).to_string();
+    stalled.bend(move |request| {
+        let is_layer = request.path.contains("/blobs/") && !request.path.ends_with(&config_name);
+        is_layer.then(|| Reply::new(crate::testing::registry::MUTE, ""))
+    });
+    let (store, reference) = (fixture.store.clone(), name.clone());
+    let waiting = tokio::spawn(async move { store.pull(&reference, None, None).await });
+    while stalled.count("/blobs/") < 3 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let other = well.add("well", "t", &TestImage::small("well"));
+    fixture.pull(&other).await.unwrap();
+    waiting.abort();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_never_answers_is_given_up() {
     use crate::testing::registry::MUTE;

@@ -56,7 +56,7 @@ impl Inner {
             }
         }
         // What an unreadable record refers to must not be swept.
-        let careful = contents.set_aside > 0;
+        let careful = contents.set_aside;
         if !careful {
             for diff_id in state.orphans() {
                 state.layers.remove(&diff_id);
@@ -66,13 +66,23 @@ impl Inner {
         let known: HashSet<Digest> = state.layers.keys().cloned().collect();
         let blobs = state.blobs();
         drop(state);
-        self.database.apply(&change)?;
+        if let Err(error) = self.database.apply(&change) {
+            // On a full disk, perhaps. What is swept below is gone all the same, and the records
+            // that say otherwise are told from whole ones at every start.
+            tracing::warn!(
+                error = error.chain(),
+                "can't forget what is gone; the next change will"
+            );
+            self.database.owe(&change);
+        }
         for path in list(&self.root.join("staging"))? {
             trees::discard(&path, &self.trash())
                 .map_err(|e| ImageError::io("discard", &path, e))?;
         }
         if careful {
-            tracing::warn!("image records were set aside, so unused layers and blobs are kept");
+            tracing::warn!(
+                "image records were set aside, so unused layers and blobs are kept until these images are pulled again and images.redb.unreadable-* is removed"
+            );
             return Ok(());
         }
         for algorithm in ["sha256", "sha512"] {
@@ -106,7 +116,7 @@ impl Inner {
                 return Err(malformed(format!("its layer {diff_id} is gone")));
             }
         }
-        self.assemble(record, &config)
+        self.assemble(record, &config, state)
     }
 }
 

@@ -1,6 +1,8 @@
 //! PAX extended headers (POSIX.1-2008, `pax`, "pax Extended Header"), with the keys that matter for
 //! unpacking a layer.
 
+use std::collections::BTreeMap;
+
 use crate::tarball::{MAX_SEGMENTS, Segment};
 
 const XATTR: &[u8] = b"SCHILY.xattr.";
@@ -14,7 +16,7 @@ pub(super) struct Extensions {
     pub(super) uid: Option<u64>,
     pub(super) gid: Option<u64>,
     pub(super) mtime: Option<(i64, u32)>,
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) sparse: Sparse,
 }
 
@@ -102,8 +104,7 @@ impl Extensions {
             }
             _ => {
                 if let Some(name) = key.strip_prefix(XATTR) {
-                    self.xattrs.retain(|(known, _)| known != name);
-                    self.xattrs.push((name.to_vec(), value.to_vec()));
+                    self.xattrs.insert(name.to_vec(), value.to_vec());
                 }
             }
         }
@@ -166,7 +167,10 @@ mod tests {
             .parse(b"12 path=a/b\n26 SCHILY.xattr.user.x=\n\x00\n19 mtime=-1.250000\n")
             .unwrap();
         assert_eq!(extensions.path.as_deref(), Some(&b"a/b"[..]));
-        assert_eq!(extensions.xattrs, [(b"user.x".to_vec(), b"\n\0".to_vec())]);
+        assert_eq!(
+            extensions.xattrs,
+            BTreeMap::from([(b"user.x".to_vec(), b"\n\0".to_vec())])
+        );
         assert_eq!(extensions.mtime, Some((-2, 750_000_000)));
         extensions.parse(b"8 path=\n").unwrap();
         assert_eq!(extensions.path, None);

@@ -82,6 +82,19 @@ fn long_names_of_all_formats() {
     assert_eq!(entries[0].0.name.len(), 211);
 }
 
+/// As many attributes as fit into one header are no work to speak of.
+#[test]
+fn many_attributes_are_read_in_no_time() {
+    let names: Vec<String> = (0..30_000)
+        .map(|n| format!("SCHILY.xattr.user.{n}"))
+        .collect();
+    let records: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b""[..])).collect();
+    let tar = Tar::default().pax(&records).file("x", b"").finish();
+    let started = std::time::Instant::now();
+    assert_eq!(read_all(&tar).unwrap()[0].0.xattrs.len(), names.len());
+    assert!(started.elapsed() < std::time::Duration::from_secs(5));
+}
+
 #[test]
 fn bounds_hold() {
     let mut header = tar::Header::new_gnu();
@@ -89,6 +102,26 @@ fn bounds_hold() {
     header.set_size(1 << 40);
     let error = read_all(&Tar::default().header(header).finish()).unwrap_err();
     assert!(error.to_string().contains("bytes"), "{error}");
+    // However many headers they are spread over.
+    let record = vec![b'v'; 200 << 10];
+    let several = |count: u8| {
+        let mut tar = Tar::default();
+        for n in 0..count {
+            let key = format!("SCHILY.xattr.user.{n}");
+            tar = tar.pax(&[(key.as_str(), record.as_slice())]);
+        }
+        tar.raw(b'L', b"long", b"", 0, &[b'n'; 90 << 10])
+    };
+    let read = read_all(&several(4).file("x", b"").file("y", b"").finish()).unwrap();
+    assert_eq!((read[0].0.xattrs.len(), read[1].0.xattrs.len()), (4, 0));
+    let error = read_all(&several(5).file("x", b"").finish()).unwrap_err();
+    assert!(error.to_string().contains("PAX headers"), "{error}");
+    // Each entry has its own allowance.
+    let twice = [several(4).file("x", b""), several(4).file("y", b"")].map(|tar| {
+        let tar = tar.finish();
+        tar[..tar.len() - 1024].to_vec()
+    });
+    assert_eq!(read_all(&twice.concat()).unwrap().len(), 2);
     let mut header = tar::Header::new_gnu();
     header.set_size(u64::MAX);
     assert!(read_all(&Tar::default().header(header.clone()).finish()).is_err());

@@ -34,6 +34,8 @@ pub(crate) struct Reply {
     pub(crate) unsized_body: bool,
     /// The body is repeated until the client goes away.
     pub(crate) endless: bool,
+    /// The body comes byte by byte, with this much time in between.
+    pub(crate) drip: Option<Duration>,
     /// After `cut` bytes the connection stays open and silent.
     pub(crate) stall: bool,
 }
@@ -47,6 +49,7 @@ impl Reply {
             cut: None,
             unsized_body: false,
             endless: false,
+            drip: None,
             stall: false,
         }
     }
@@ -256,6 +259,15 @@ async fn answer(stream: &mut TcpStream, reply: &Reply) -> bool {
         return false;
     }
     let sent = &reply.body[..reply.cut.unwrap_or(reply.body.len())];
+    if let Some(pause) = reply.drip {
+        for byte in sent {
+            if stream.write_all(&[*byte]).await.is_err() {
+                return false;
+            }
+            tokio::time::sleep(pause).await;
+        }
+        return reply.cut.is_none();
+    }
     loop {
         if stream.write_all(sent).await.is_err() {
             return false;

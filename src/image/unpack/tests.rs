@@ -212,6 +212,21 @@ fn whiteouts_hide_lower_layers_only() {
         assert_eq!(unpack.text("file"), "file");
         assert!(!unpack.path("opaque/.wh..wh..opq").exists());
     }
+    // The layer's root can't be marked; it's said instead.
+    let unpack = unpack_tar(
+        Tar::default()
+            .file("a", b"")
+            .file(".wh..wh..opq", b"")
+            .finish(),
+    );
+    assert!(unpack.result.as_ref().unwrap().opaque);
+    assert!(!unpack.path(".wh..wh..opq").exists() && !unpack.is_opaque("."));
+    assert!(
+        !unpack_tar(Tar::default().file("a/.wh..wh..opq", b"").finish())
+            .result
+            .unwrap()
+            .opaque
+    );
     // AUFS' own files mean nothing.
     let unpack = unpack_tar(
         Tar::default()
@@ -252,6 +267,10 @@ fn later_entries_replace_earlier_ones() {
             .file("h2", b"other")
             .hard_link("h2", "h1")
             .hard_link("h1", "h1")
+            .symlink("lib", "usr")
+            .dir("usr", 0o755)
+            .dir("lib/below", 0o755)
+            .symlink("lib", "/elsewhere")
             .finish(),
     );
     let unpacked = unpack.result.as_ref().unwrap();
@@ -264,8 +283,8 @@ fn later_entries_replace_earlier_ones() {
     assert_eq!(unpack.text("h2"), "h");
     let root: Vec<Vec<u8>> = vec![Vec::new()];
     assert_eq!(unpacked.implied, root);
-    // The root, a, b, c, c/x, s, e, e/keep, h1.
-    assert_eq!(unpacked.inodes, 9);
+    // The root, a, b, c, c/x, s, e, e/keep, h1, lib, usr, usr/below.
+    assert_eq!(unpacked.inodes, 12);
 }
 
 #[test]
@@ -487,6 +506,40 @@ fn sparse_files_keep_their_holes() {
     file.read_exact(&mut data).unwrap();
     assert_eq!(&data, b"data\0");
     assert_eq!(unpack.text("next"), "next");
+}
+
+/// However often a directory is named, and whatever was there in between, one time is kept for it.
+#[test]
+fn what_is_kept_is_bounded() {
+    let mut tar = Tar::default();
+    for n in 0..2000 {
+        tar = tar.dir("again", 0o755).dir(&format!("x/{n}"), 0o755);
+    }
+    // All of them are replaced.
+    tar = tar.file("x", b"").dir("again", 0o700);
+    let (dir, written) = (tempfile::tempdir().unwrap(), AtomicU64::new(0));
+    let (root, spare) = (dir.path().join("root"), dir.path().join("spare"));
+    fs::create_dir(&root).unwrap();
+    fs::create_dir(&spare).unwrap();
+    let mut layer = Layer::new(&root, &spare, &written).unwrap();
+    let tar = tar.finish();
+    let mut archive = TarReader::new(tar.as_slice());
+    while let Some(entry) = archive.next().unwrap() {
+        assert!(layer.apply(&entry, &mut archive).is_ok());
+        assert!(layer.times.len() <= 2001, "{}", layer.times.len());
+    }
+    let names: Vec<_> = layer.times.keys().collect();
+    assert_eq!(names, [b"again"]);
+    assert_eq!(layer.names, "again".len() + NAME_OVERHEAD);
+    // A layer can't name more than a machine can remember, by whatever aliases.
+    layer.names = MAX_NAMES;
+    let tar = Tar::default().dir("one more", 0o755).finish();
+    let mut archive = TarReader::new(tar.as_slice());
+    let entry = archive.next().unwrap().unwrap();
+    assert!(matches!(
+        layer.apply(&entry, &mut archive),
+        Err(Failure::Refused(reason)) if reason.contains("in all")
+    ));
 }
 
 #[test]
