@@ -123,7 +123,15 @@ fn child_that_pulls() {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let store = open(Path::new(&root), |_| {});
+        // The parent's may be about to be closed, by a thread that is on its way out.
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        let store = loop {
+            match ImageStore::open(config(Path::new(&root))) {
+                Ok(store) => break store,
+                Err(e) => assert!(std::time::Instant::now() < until, "{}", e.chain()),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
         loop {
             // Present through several further pulls, so that a kill meets both states.
             for _ in 0..4 {
@@ -156,6 +164,7 @@ async fn a_killed_process_leaves_whole_images_only() {
         // Past its start, then at a moment that differs from round to round.
         let asked = registry.requests().len();
         while registry.requests().len() == asked {
+            assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         tokio::time::sleep(Duration::from_millis(23 * round)).await;
