@@ -2,13 +2,19 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use slipway_image::{ErrorKind, ImageError};
+use slipway_image::{Credentials, ErrorKind, ImageError, LayerProgress, LayerStatus, PullProgress};
 use slipway_proto::admin;
 use slipway_proto::admin::admin_server::Admin;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
 use crate::pod::Node;
+
+/// Between two events of a pull.
+const EVENT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The administration of a running daemon.
 #[derive(Clone)]
@@ -47,6 +53,30 @@ impl Admin for Administration {
         }
     }
 
+    type PullImageStream = ReceiverStream<Result<admin::PullImageEvent, Status>>;
+
+    async fn pull_image(
+        &self,
+        request: Request<admin::PullImageRequest>,
+    ) -> Result<Response<Self::PullImageStream>, Status> {
+        let r = request.into_inner();
+        if r.image.is_empty() {
+            return Err(Status::invalid_argument("the request names no image"));
+        }
+        let auth = Credentials {
+            username: r.username,
+            password: r.password,
+            auth: r.auth,
+            server_address: r.server_address,
+            identity_token: r.identity_token,
+            registry_token: r.registry_token,
+        };
+        let (events, stream) = mpsc::channel(1);
+        let node = self.0.clone();
+        tokio::spawn(async move { pull(&node, &r.image, auth, events).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
     async fn traces(
         &self,
         request: Request<admin::TracesRequest>,
@@ -78,6 +108,57 @@ impl Admin for Administration {
             .map(on_wire)
             .collect();
         Ok(Response::new(admin::TracesResponse { traces }))
+    }
+}
+
+/// Pulls until it is done, or nobody listens any more.
+async fn pull(
+    node: &Node,
+    image: &str,
+    auth: Credentials,
+    events: mpsc::Sender<Result<admin::PullImageEvent, Status>>,
+) {
+    let (progress, mut state) = watch::channel(PullProgress::default());
+    let pulling = node.pull(image, Some(auth), Some(progress));
+    tokio::pin!(pulling);
+    let mut tick = tokio::time::interval(EVENT_INTERVAL);
+    let last = loop {
+        tokio::select! {
+            pulled = &mut pulling => break pulled,
+            () = events.closed() => return,
+            _ = tick.tick() => {
+                if state.has_changed().unwrap_or(false) {
+                    let event = event(&state.borrow_and_update());
+                    // One that is not taken yet says nearly the same.
+                    let _ = events.try_send(Ok(event));
+                }
+            }
+        }
+    };
+    let last = last.map_err(|e| crate::cri::status(&e)).map(|image| {
+        let image_ref = image.id.clone();
+        admin::PullImageEvent {
+            image_ref,
+            ..event(&state.borrow())
+        }
+    });
+    let _ = events.send(last).await;
+}
+
+fn event(progress: &PullProgress) -> admin::PullImageEvent {
+    let layers = &progress.layers;
+    let here = |l: &&LayerProgress| matches!(l.status, LayerStatus::Done | LayerStatus::Present);
+    let arrived = layers.iter().map(|l| match here(&l) {
+        true => l.total,
+        false => l.downloaded.min(l.total),
+    });
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    admin::PullImageEvent {
+        total: layers.iter().map(|l| l.total).sum(),
+        arrived: arrived.sum(),
+        layers: count(layers.len()),
+        finished: count(layers.iter().filter(here).count()),
+        image_ref: String::new(),
     }
 }
 

@@ -3,6 +3,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use slipway_proto::admin;
+use slipway_proto::admin::admin_client::AdminClient;
 use slipway_proto::cri::image_service_client::ImageServiceClient;
 use slipway_proto::cri::runtime_service_client::RuntimeServiceClient;
 use slipway_proto::cri::*;
@@ -22,6 +24,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 pub struct Cri {
     runtime: RuntimeServiceClient<Channel>,
     image: ImageServiceClient<Channel>,
+    /// Where images are.
+    channel: Channel,
     timeout: Duration,
 }
 
@@ -113,6 +117,32 @@ rpcs! {
 }
 
 impl Cri {
+    /// Pulls an image through Slipway's own call, which tells how far it is: `progress` gets each event.
+    ///
+    /// # Errors
+    /// [`ClientError::Rpc`]; `Unimplemented` from every other runtime.
+    pub async fn pull_with_progress(
+        &self,
+        request: admin::PullImageRequest,
+        progress: impl Fn(&admin::PullImageEvent),
+    ) -> Result<String, ClientError> {
+        let failed = |status| ClientError::Rpc {
+            call: "PullImage",
+            status: Box::new(status),
+        };
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(self.timeout);
+        let mut admin = AdminClient::new(self.channel.clone());
+        let answer = admin.pull_image(request).await.map_err(failed)?;
+        let mut events = answer.into_inner();
+        let mut reference = String::new();
+        while let Some(event) = events.message().await.map_err(failed)? {
+            progress(&event);
+            reference = event.image_ref;
+        }
+        Ok(reference)
+    }
+
     /// Connects as the command line says.
     ///
     /// # Errors
@@ -147,7 +177,8 @@ impl Cri {
         };
         Ok(Cri {
             runtime: RuntimeServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE),
-            image: ImageServiceClient::new(images).max_decoding_message_size(MAX_MESSAGE),
+            image: ImageServiceClient::new(images.clone()).max_decoding_message_size(MAX_MESSAGE),
+            channel: images,
             timeout,
         })
     }

@@ -3,7 +3,9 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use slipway_proto::admin;
 use slipway_proto::cri::*;
+use tonic::Code;
 
 use crate::Global;
 use crate::connection::Cri;
@@ -86,8 +88,8 @@ pub async fn present(cri: &Cri, image: &str) -> Result<Option<Image>, ClientErro
     Ok(cri.image_status(request).await?.image)
 }
 
-/// Pulls an image and gives the reference it is known by. On a terminal a spinner shows how long it
-/// takes; the CRI tells no more while a pull lasts.
+/// Pulls an image and gives the reference it is known by. On a terminal a bar shows how far that is; the CRI
+/// tells nothing while a pull lasts, so of other runtimes only the time is shown.
 ///
 /// # Errors
 /// What the runtime answers.
@@ -99,14 +101,21 @@ pub async fn pull_one(
     limit: Duration,
 ) -> Result<String, ClientError> {
     let bar = spinner(image);
-    let request = PullImageRequest {
-        image: Some(spec(image)),
-        auth,
-        sandbox_config,
+    let cri = cri.with_timeout(limit);
+    let own = own_request(image, auth.clone().unwrap_or_default());
+    let answer = match cri.pull_with_progress(own, |e| show(&bar, image, e)).await {
+        Err(ClientError::Rpc { status, .. }) if status.code() == Code::Unimplemented => {
+            let request = PullImageRequest {
+                image: Some(spec(image)),
+                auth,
+                sandbox_config,
+            };
+            cri.pull_image(request).await.map(|answer| answer.image_ref)
+        }
+        answer => answer,
     };
-    let answer = cri.with_timeout(limit).pull_image(request).await;
     bar.finish_and_clear();
-    let reference = answer?.image_ref;
+    let reference = answer?;
     if reference.is_empty() {
         return Err(ClientError::Answer {
             call: "PullImage",
@@ -114,6 +123,35 @@ pub async fn pull_one(
         });
     }
     Ok(reference)
+}
+
+fn own_request(image: &str, auth: AuthConfig) -> admin::PullImageRequest {
+    admin::PullImageRequest {
+        image: image.to_owned(),
+        username: auth.username,
+        password: auth.password,
+        auth: auth.auth,
+        server_address: auth.server_address,
+        identity_token: auth.identity_token,
+        registry_token: auth.registry_token,
+    }
+}
+
+/// Makes a bar of the spinner once it is known how much there is to come.
+fn show(bar: &ProgressBar, image: &str, event: &admin::PullImageEvent) {
+    if event.total == 0 {
+        return;
+    }
+    if bar.length() != Some(event.total) {
+        bar.set_length(event.total);
+        let form = "{spinner} {msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
+        if let Ok(style) = ProgressStyle::with_template(form) {
+            bar.set_style(style);
+        }
+    }
+    bar.set_position(event.arrived);
+    let (finished, layers) = (event.finished, event.layers);
+    bar.set_message(format!("pulling {image}, {finished} of {layers} layers"));
 }
 
 fn spinner(image: &str) -> ProgressBar {

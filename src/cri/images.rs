@@ -134,7 +134,7 @@ async fn pull(
     auth: Option<Credentials>,
 ) -> Result<cri::PullImageResponse, PodError> {
     needs_name(asked)?;
-    let image = node.pull(asked, auth).await?;
+    let image = node.pull(asked, auth, None).await?;
     Ok(cri::PullImageResponse {
         image_ref: image.id.clone(),
     })

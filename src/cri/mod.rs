@@ -18,6 +18,7 @@ mod stats;
 mod stream;
 mod unimplemented;
 
+pub use code::status;
 pub use images::Images;
 pub use runtime_service::Runtime;
 pub use session::Streams;

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
 use slipway_config::Config;
-use slipway_image::{Credentials, Image, ImageStore};
+use slipway_image::{Credentials, Image, ImageStore, ProgressSender};
 use slipway_network::Cni;
 use slipway_observe::Layout;
 use slipway_observe::disk::Ledger;
@@ -172,7 +172,7 @@ impl Node {
         all
     }
 
-    /// Pulls an image. Ends when the last one who waits for it gives up.
+    /// Pulls an image, and tells `progress` how far that is. Ends when the last one who waits for it gives up.
     ///
     /// # Errors
     /// [`PodError::Image`].
@@ -180,8 +180,9 @@ impl Node {
         &self,
         reference: &str,
         auth: Option<Credentials>,
+        progress: Option<ProgressSender>,
     ) -> Result<Arc<Image>, PodError> {
-        let pulled = self.images.pull(reference, auth, None).await;
+        let pulled = self.images.pull(reference, auth, progress).await;
         // TLS, decompression and unpacking are done with.
         memory::give_back();
         pulled.map_err(|source| PodError::Image {

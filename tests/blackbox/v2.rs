@@ -414,8 +414,8 @@ async fn a_subtree_of_the_containers_own(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|c| pod_security(c).privileged = true).await?;
     // As systemd or another container engine does it in a container: its processes go into a leaf, and then
-    // the controllers are handed down.
-    let script = "cd /sys/fs/cgroup && mkdir inner && echo 0 >inner/cgroup.procs && \
+    // the controllers are handed down. A privileged container sees the host's cgroups, and its place in them.
+    let script = "cd /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup) && mkdir inner && echo 0 >inner/cgroup.procs && \
                   echo '+memory +pids' >cgroup.subtree_control && echo 7 >inner/pids.max && echo made; exec sleep 1000";
     let container = pod
         .run(&["sh", "-c", script], |c| {

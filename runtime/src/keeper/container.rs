@@ -40,7 +40,7 @@ pub(super) struct Container {
     pub(super) confinement: Option<Confinement>,
     pub(super) oom_score_adj: i32,
     own_pid_namespace: bool,
-    /// The count of OOM kills when one last hit an exec session: they are not what ends the container.
+    /// How many OOM kills hit exec sessions: they are not what ends the container.
     pub(super) oom_kills_of_execs: u64,
     /// The call as it came; needed until the container is created.
     create: Option<CreateContainer>,

@@ -252,7 +252,9 @@ impl Keeper {
         if code == 128 + libc::SIGKILL
             && let Some(container) = self.containers.get_mut(&exec.container)
         {
-            container.oom_kills_of_execs = self.cgroups.oom_kills(&container.cgroup);
+            // One is the exec's own; of a cgroup that is killed as a whole there are more.
+            let kills = self.cgroups.oom_kills(&container.cgroup);
+            container.oom_kills_of_execs = kills.min(container.oom_kills_of_execs + 1);
         }
         let mut buffer = [0; 1024];
         let answer = match rustix::io::read(&exec.setup, &mut buffer) {
