@@ -211,6 +211,11 @@ async fn attach_to_a_terminal(env: Env) -> Result<()> {
         attach(&container, true).await?,
         attach(&container, true).await?,
     ];
+    // Each is attached when it sees what it typed itself.
+    for client in &mut clients {
+        client.send(STDIN, b"here\n").await?;
+        client.until(STDOUT, "got here\r\n").await?;
+    }
     clients[0].send(STDIN, b"both\n").await?;
     for client in &mut clients {
         client.until(STDOUT, "got both\r\n").await?;
