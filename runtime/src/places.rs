@@ -59,8 +59,19 @@ pub fn secure(root: &OwnedFd, spec: &mut Spec) -> Result<(), PlaceError> {
         let inner = taken
             .iter()
             .any(|other| *other != place && place.starts_with(other));
-        if !inner && let Some(target) = target(root, &place) {
-            mount.set_destination(target);
+        if inner {
+            continue;
+        }
+        let resolved = resolve(root, &place).unwrap_or_else(|_| place.clone());
+        // What may be covered in /proc is decided by the name that was asked for (CVE-2019-16884).
+        if resolved.starts_with("/proc") && !place.starts_with("/proc") {
+            return Err(PlaceError {
+                path: place.strip_prefix("/").unwrap_or(&place).to_owned(),
+                reason: "it is a symbolic link into /proc; nothing may be mounted there".into(),
+            });
+        }
+        if leads_nowhere(root, &place) {
+            mount.set_destination(resolved);
         }
     }
     spec.set_mounts(Some(mounts));
@@ -77,8 +88,8 @@ fn open(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     )
 }
 
-/// Where a place leads that is, or goes through, a symbolic link to nothing; `None` for all others.
-fn target(root: &OwnedFd, place: &Path) -> Option<PathBuf> {
+/// Whether a place does not exist, which it also does not when a symbolic link to nothing is on the way.
+fn leads_nowhere(root: &OwnedFd, place: &Path) -> bool {
     let there = rustix::fs::openat2(
         root,
         place,
@@ -86,10 +97,7 @@ fn target(root: &OwnedFd, place: &Path) -> Option<PathBuf> {
         Mode::empty(),
         ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
     );
-    match there {
-        Err(Errno::NOENT) => resolve(root, place).ok().filter(|path| path != place),
-        _ => None,
-    }
+    there.is_err_and(|e| e == Errno::NOENT)
 }
 
 /// The place without symbolic links, clamped to the root; what does not exist is taken at its word.
@@ -197,6 +205,19 @@ mod tests {
         ];
         assert_eq!(found, expected);
         assert!(dir.path().join("dev").is_dir() && dir.path().join("sys").is_dir());
+    }
+
+    #[test]
+    fn links_into_proc_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = opened(dir.path());
+        symlink("proc/self/attr", dir.path().join("innocent")).unwrap();
+        symlink("innocent", dir.path().join("chain")).unwrap();
+        for place in ["/innocent", "/chain/exec"] {
+            let error = secure(&root, &mut spec(&[place])).unwrap_err();
+            assert!(error.to_string().contains("/proc"), "{error}");
+        }
+        secure(&root, &mut spec(&["/proc", "/proc/cpuinfo"])).unwrap();
     }
 
     #[test]
