@@ -11,6 +11,7 @@ mod dispatch;
 mod exec;
 mod job;
 mod oom;
+mod output;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
