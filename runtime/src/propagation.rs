@@ -127,10 +127,23 @@ mod tests {
     fn spec(options: &[&[&str]]) -> Spec {
         let mounts: Vec<_> = options
             .iter()
-            .map(|o| serde_json::json!({"destination": "/x", "type": "bind", "source": "/", "options": o}))
+            .map(|o| serde_json::json!({"destination": "/x", "type": "bind", "source": "/etc", "options": o}))
             .collect();
         let spec = serde_json::json!({"ociVersion": "1.0.2", "mounts": mounts, "linux": {}});
         serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn what_shows_the_hosts_cgroups() {
+        for (source, shows) in [
+            ("/", true),
+            ("/sys", true),
+            ("/sys/fs/cgroup/x", true),
+            ("/etc", false),
+            ("/system", false),
+        ] {
+            assert_eq!(shows_cgroups(Path::new(source)), shows, "{source}");
+        }
     }
 
     #[test]
