@@ -116,7 +116,13 @@ mod tests {
         ];
         let changes = crate::diff_reloadable(&Config::default(), &back);
         assert_eq!(changes.reloadable, examples);
-        assert_eq!(changes.restart, ["images.pinned"]);
+        let fixed = [
+            "images.pinned",
+            "stream.base_url",
+            "stream.tls_certificate",
+            "stream.tls_key",
+        ];
+        assert_eq!(changes.restart, fixed);
     }
 
     #[test]

@@ -273,13 +273,13 @@ impl Keeper {
 
 /// Kills an exec with all that it started, also what left its session or lost its parent.
 fn kill_tree(pid: i32, exec: &Exec) {
-    // A privileged one may have left its cgroup.
-    signal(pid, libc::SIGKILL);
     let killed = exec
         .leaf
         .as_ref()
         .is_some_and(|leaf| std::fs::write(leaf.join("cgroup.kill"), "1").is_ok());
     if killed {
+        // A privileged one may have left its cgroup. Last, for it is its end that the caller waits for.
+        signal(pid, libc::SIGKILL);
         return;
     }
     // Without a v2 hierarchy (or before Linux 5.14): the process group and all descendants. Stopped first,

@@ -489,7 +489,7 @@ mod tests {
             let field = "mounts[0].container_path".to_owned();
             assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{place:?}");
         }
-        for place in ["/dev", "/dev/", "/dev/null", "/dev/./ptmx", "/dev/fd"] {
+        for place in ["/dev/null", "/dev/./ptmx", "/dev/fd"] {
             let mut case = Case::new();
             case.mount(place, "/y");
             assert_eq!(case.bad().0, SpecErrorKind::Unsupported, "{place:?}");
