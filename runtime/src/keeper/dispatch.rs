@@ -104,6 +104,11 @@ impl Keeper {
                     wire_error(kind, chain(&e))
                 })
         });
+        // For a daemon that has to end a keeper which does not answer; written while the job works.
+        let _ = std::fs::write(
+            self.pod_dir.join(super::PID_FILE),
+            std::process::id().to_string(),
+        );
         if let Err(e) = job {
             let error = wire_error(ErrorKind::Internal, format!("can't fork: {e}"));
             self.reply(connection, Err(error));

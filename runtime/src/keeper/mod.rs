@@ -115,8 +115,6 @@ pub fn main(pod_id: &str, pod_dir: &Path, listener: OwnedFd, birth: Birth) -> ! 
     std::panic::set_hook(Box::new(move |info| {
         let _ = std::fs::write(&log, format!("keeper of pod {id}: {info}\n"));
     }));
-    // For a daemon that has to end a keeper which does not answer.
-    let _ = std::fs::write(pod_dir.join(PID_FILE), std::process::id().to_string());
     let code = match Keeper::new(pod_id, pod_dir, listener, birth).and_then(|mut k| k.run()) {
         Ok(()) => 0,
         Err(e) => {
