@@ -15,6 +15,7 @@ use slipway_proto::keeper::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
+use crate::descriptor::pipe;
 use crate::placement::Placement;
 use crate::wire;
 use crate::zygote::{ZygoteError, ZygoteProcess};
@@ -610,10 +611,6 @@ pub(crate) async fn receive<M: Message + Default>(stream: &mut UnixStream) -> io
     let mut body = vec![0; wire::announced_len(head)?];
     stream.read_exact(&mut body).await?;
     wire::decode(&body)
-}
-
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
 }
 
 /// Reads a pipe, keeping the first `limit` bytes and dropping the rest, so that the writer never blocks.

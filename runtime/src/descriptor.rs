@@ -11,6 +11,14 @@ use std::task::{Context, Poll, ready};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+/// A pipe that execve closes: its read end, its write end.
+///
+/// # Errors
+/// When there are too many open descriptors.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+}
+
 /// A non-blocking descriptor that can be polled: a pipe, a socket, a terminal.
 #[derive(Debug)]
 pub struct Descriptor(AsyncFd<OwnedFd>);

@@ -188,10 +188,7 @@ pub fn start_init(
             match pinned {
                 Ok(path) => Ok((pid, path)),
                 Err(e) => {
-                    let _ = nix::sys::signal::kill(
-                        nix::unistd::Pid::from_raw(pid),
-                        nix::sys::signal::Signal::SIGKILL,
-                    );
+                    sys::kill_child(pid);
                     Err(e)
                 }
             }

@@ -93,6 +93,13 @@ pub fn collect_child() -> Option<(i32, i32)> {
     }
 }
 
+/// Kills a child that has not been waited for, so that its number is still its own. One that has ended is no
+/// error.
+pub fn kill_child(pid: i32) {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+}
+
 /// Asks the kernel to kill this process when its parent dies.
 ///
 /// # Errors

@@ -10,6 +10,7 @@ use slipway_image::ImageLease;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
 
+use super::error::PodError;
 use super::names::container_name;
 use super::record::ContainerRecord;
 use super::sandbox::Cell;
@@ -92,6 +93,21 @@ impl Container {
     /// Where it is in its life.
     pub fn stage(&self) -> Stage {
         self.cell.status.borrow().stage
+    }
+
+    /// Refuses what needs a process to join.
+    ///
+    /// # Errors
+    /// [`PodError::WrongState`] unless it runs.
+    pub fn must_run(&self) -> Result<(), PodError> {
+        match self.stage() {
+            Stage::Running => Ok(()),
+            stage => Err(PodError::WrongState {
+                id: self.id().to_owned(),
+                state: stage.as_str(),
+                needs: "a command can only be executed in a running one",
+            }),
+        }
     }
 
     /// Changes its state; `change` says whether it did.

@@ -8,7 +8,6 @@ use slipway_runtime::client::ExecOutput;
 
 use super::error::PodError;
 use super::node::Node;
-use super::state::Stage;
 
 /// Exit code of a command that was not found (POSIX shell).
 const NOT_FOUND: i32 = 127;
@@ -43,14 +42,7 @@ impl Node {
                 "ExecSync: timeout {timeout} must not be negative; 0 is none"
             ))
         })?;
-        let stage = container.stage();
-        if stage != Stage::Running {
-            return Err(PodError::WrongState {
-                id: container.id().to_owned(),
-                state: stage.as_str(),
-                needs: "a command can only be executed in a running one",
-            });
-        }
+        container.must_run()?;
         let timeout = Some(timeout).filter(|s| *s > 0).map(Duration::from_secs);
         let limit = usize::try_from(self.config().limits.exec_output.bytes()).unwrap_or(usize::MAX);
         let args = command.into_iter().map(String::into_bytes).collect();

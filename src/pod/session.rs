@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 use slipway_proto::keeper;
-use slipway_runtime::descriptor::Descriptor;
+use slipway_runtime::descriptor::{Descriptor, pipe};
 use slipway_runtime::terminal;
 use slipway_stream::{
     AttachRequest, Backend, ExecRequest, ExitStatus, Input, Output, PortStream, Resizes, SessionIo,
@@ -24,7 +24,7 @@ use super::error::{Class, PodError, chain};
 use super::lifecycle::not_ready;
 use super::node::Node;
 use super::sandbox::Pod;
-use super::state::{PodStage, Stage};
+use super::state::PodStage;
 
 /// How much of an output may wait for a reader, in bytes: what the kernel lets an ordinary user have.
 const WAITING: usize = 1 << 20;
@@ -92,15 +92,8 @@ impl Node {
     /// For one that does not run.
     pub fn running(&self, id: &str) -> Result<Arc<Container>, PodError> {
         let container = self.container(id)?;
-        let stage = container.stage();
-        if stage == Stage::Running {
-            return Ok(container);
-        }
-        Err(PodError::WrongState {
-            id: container.id().to_owned(),
-            state: stage.as_str(),
-            needs: "a command can only be executed in a running one",
-        })
+        container.must_run()?;
+        Ok(container)
     }
 }
 
@@ -342,10 +335,6 @@ async fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
     socket
         .async_io(tokio::io::Interest::READABLE, || terminal::receive(socket))
         .await
-}
-
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
 }
 
 /// A pipe with room for what a client has not taken yet.

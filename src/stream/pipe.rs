@@ -18,6 +18,11 @@ pub(crate) fn pipe() -> (PipeWriter, PipeReader) {
     (PipeWriter(state.clone()), PipeReader(state))
 }
 
+/// What a write to a stream that has ended says.
+pub(crate) fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the stream is closed")
+}
+
 #[derive(Default)]
 struct State {
     buffer: BytesMut,

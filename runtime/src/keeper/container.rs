@@ -19,7 +19,7 @@ use crate::confine::{Confinement, chain};
 use crate::creator::{self, Inherited};
 use crate::log::{LogFile, Stream};
 use crate::user::Resolved;
-use crate::{cgroup, removal, resize};
+use crate::{cgroup, removal, resize, sys};
 
 /// A container.
 pub(super) struct Container {
@@ -234,10 +234,7 @@ impl Keeper {
             match watched.transpose() {
                 Ok(output) => *container.output(stream) = output,
                 // Without its end: the creator's answer undoes all of it.
-                Err(_) => {
-                    let creator = nix::unistd::Pid::from_raw(creator);
-                    let _ = nix::sys::signal::kill(creator, nix::sys::signal::Signal::SIGKILL);
-                }
+                Err(_) => sys::kill_child(creator),
             }
         }
         self.containers.insert(id, container);
@@ -521,10 +518,7 @@ impl Keeper {
         container.deleting = true;
         if let Some(creator) = container.creator {
             // Its caller is told that it was killed; what it made is removed below.
-            let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(creator),
-                nix::sys::signal::Signal::SIGKILL,
-            );
+            sys::kill_child(creator);
         }
         if let Err(e) = self.begin_delete(id, connection, Purpose::Delete(id.to_owned())) {
             let message = format!("can't delete container {id}: {e}");
@@ -591,9 +585,7 @@ fn adopt(
     };
     let confinement = creator::confinement(create, &spec, user).map_err(|e| invalid(&e))?;
     container.confinement = Some(confinement);
-    container.pidfd = rustix::process::Pid::from_raw(made.pid).and_then(|pid| {
-        rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
-    });
+    container.pidfd = cgroup::pin(made.pid);
     container.state.pid = made.pid;
     container.state.created_at = now_ns();
     Ok(())

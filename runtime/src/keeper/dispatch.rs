@@ -167,10 +167,7 @@ impl Keeper {
         }
         self.kill_makers();
         if let Some(pid) = self.pod_init {
-            let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(pid),
-                nix::sys::signal::Signal::SIGKILL,
-            );
+            crate::sys::kill_child(pid);
         }
         let made_cgroup = self.sandbox.result.made_cgroup;
         let pod_cgroup = self.sandbox.cgroup.clone();

@@ -305,13 +305,9 @@ fn kill_tree(pid: i32, exec: &Exec) {
 }
 
 fn signal(pid: i32, signal: i32) {
-    if let Some(target) = (pid > 0)
-        .then(|| rustix::process::Pid::from_raw(pid))
-        .flatten()
-    {
-        if let Ok(pidfd) = rustix::process::pidfd_open(target, rustix::process::PidfdFlags::empty())
-        {
-            cgroup::send(&pidfd, signal);
+    if pid > 0 {
+        if let Some(process) = cgroup::pin(pid) {
+            cgroup::send(&process, signal);
         }
     } else if let Ok(signal) = nix::sys::signal::Signal::try_from(signal) {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);

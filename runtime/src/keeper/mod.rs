@@ -303,10 +303,7 @@ impl Keeper {
     fn kill_makers(&self) {
         let making = |job: &Job| matches!(job.purpose, Purpose::Create(_) | Purpose::Setup);
         for (pid, _) in self.jobs.iter().filter(|(_, job)| making(job)) {
-            let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(*pid),
-                nix::sys::signal::Signal::SIGKILL,
-            );
+            sys::kill_child(*pid);
         }
     }
 

@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::SystemTime;
 
-use rustix::pipe::PipeFlags;
 use slipway_proto::keeper::{
     CreateContainer, Empty, Error as WireError, ErrorKind, response::Result as Answer,
 };
@@ -13,7 +12,7 @@ use super::container::not_found;
 use super::{Keeper, Source, wire_error};
 use crate::creator::Stdio;
 use crate::log::{LineSplitter, Stream, timestamp};
-use crate::terminal;
+use crate::{descriptor, terminal};
 
 /// Most bytes that one round of the loop takes from one pipe, so that one noisy container does not keep
 /// the others, or a call, waiting.
@@ -66,7 +65,7 @@ impl Streams {
 
 /// A pipe, closed by execve. The flags of its two ends are separate.
 pub(super) fn pipe(non_blocking_read: bool) -> std::io::Result<(OwnedFd, OwnedFd)> {
-    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    let (read, write) = descriptor::pipe()?;
     if non_blocking_read {
         rustix::fs::fcntl_setfl(&read, rustix::fs::OFlags::NONBLOCK)?;
     }

@@ -3,7 +3,7 @@
 use super::frame::{Frame, reset};
 use super::headers::Headers;
 use super::state::{Outgoing, Shared};
-use crate::pipe::PipeReader;
+use crate::pipe::{PipeReader, closed};
 use bytes::Bytes;
 use std::io;
 use std::pin::Pin;
@@ -95,10 +95,6 @@ pub(crate) struct StreamWriter {
     id: u32,
     shared: Arc<Shared>,
     sender: PollSender<Outgoing>,
-}
-
-fn closed() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the stream is closed")
 }
 
 impl AsyncWrite for StreamWriter {

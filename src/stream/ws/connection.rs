@@ -3,7 +3,7 @@
 use super::channel::{Codec, Inbound, payload};
 use crate::activity::Activity;
 use crate::peer::Peer;
-use crate::pipe::PipeWriter;
+use crate::pipe::{PipeWriter, closed};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use parking_lot::Mutex;
@@ -253,10 +253,6 @@ pub(crate) struct ChannelWriter {
     channel: u8,
     shared: Arc<Shared>,
     sender: PollSender<Message>,
-}
-
-fn closed() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the stream is closed")
 }
 
 impl AsyncWrite for ChannelWriter {
