@@ -101,6 +101,13 @@ impl Hierarchies {
             .map(|v| inside(&v.mount, cgroup))
     }
 
+    /// The directory by which a cgroup is frozen, and whether it is a v2 one; `None` without a freezer.
+    pub fn freezer_dir(&self, cgroup: &Path) -> Option<(PathBuf, bool)> {
+        let v1 = self.v1.iter().find(|v| v.freezer);
+        let v1 = v1.map(|v| (inside(&v.mount, cgroup), false));
+        v1.or_else(|| self.v2_dir(cgroup).map(|dir| (dir, true)))
+    }
+
     /// The directories of a cgroup, one in each hierarchy.
     fn dirs<'a>(&'a self, cgroup: &'a Path) -> impl Iterator<Item = PathBuf> + 'a {
         self.mount_points().map(|m| inside(m, cgroup))

@@ -400,6 +400,21 @@ impl Keeper {
             .map(drop)
     }
 
+    /// Takes one consistent checkpoint of running containers into the directories that `checkpoint` names. Given
+    /// up when this future is dropped.
+    ///
+    /// # Errors
+    /// `WrongState` when one does not run or holds something that can't be dumped, `TimedOut`, `NotFound`;
+    /// `Unsupported` without criu, and by a keeper of an older version. All containers go on running.
+    pub async fn checkpoint(&self, checkpoint: proto::Checkpoint) -> Result<(), ClientError> {
+        // The keeper gives up when its time is over; this is for a keeper that does not.
+        let limit = Duration::from_millis(checkpoint.timeout_ms) + SHORT;
+        let call = Call::Checkpoint(checkpoint);
+        self.call("Checkpoint", call, &[], Some(limit))
+            .await
+            .map(drop)
+    }
+
     /// Reopens a container's log file; works whatever the container's state.
     ///
     /// # Errors

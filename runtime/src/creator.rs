@@ -490,6 +490,12 @@ pub fn report(pipe: RawFd, code: i32, message: &str) {
     let _ = rustix::io::write(pipe, &bytes);
 }
 
+/// Whether a mount shows something that is there already.
+pub fn is_bind(mount: &oci_spec::runtime::Mount) -> bool {
+    let by_option = |option: &String| option == "bind" || option == "rbind";
+    mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(by_option)
+}
+
 /// The namespaces that a container's init has to itself, by the spec.
 pub fn has_own_pid_namespace(spec: &Spec) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());

@@ -9,17 +9,21 @@
 
 pub mod cgroup;
 mod cgroup_view;
+pub mod checkpoint;
 pub mod client;
 mod confine;
 mod creator;
+pub mod criu;
 pub mod descriptor;
 mod detach;
 mod device_filter;
+mod freezer;
 mod keeper;
 mod limits;
 mod limits_v2;
 pub mod log;
 pub mod loopback;
+mod mount_table;
 mod own_dev;
 pub mod placement;
 mod places;
@@ -33,6 +37,7 @@ mod sys;
 pub mod terminal;
 mod user;
 pub mod wire;
+mod writable_layer;
 pub mod zygote;
 
 pub use creator::SPEC_FILE;

@@ -255,6 +255,30 @@ pub fn dup_to(from: &OwnedFd, to: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets a descriptor stay open over execve.
+pub fn keep_over_exec(fd: RawFd) {
+    // SAFETY: the call takes integers; a number that is no descriptor is refused by it.
+    unsafe { libc::fcntl(fd, libc::F_SETFD, 0) };
+}
+
+/// Waits for a child's end: its exit status, or 128 + signal; -1 when there is no such child.
+pub fn wait_child(pid: i32) -> i32 {
+    loop {
+        let mut status = 0;
+        // SAFETY: the call writes to `status` only.
+        let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        if waited == pid && libc::WIFEXITED(status) {
+            return libc::WEXITSTATUS(status);
+        }
+        if waited == pid && libc::WIFSIGNALED(status) {
+            return 128 + libc::WTERMSIG(status);
+        }
+        if waited < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return -1;
+        }
+    }
+}
+
 /// `prctl(2)` with integer arguments.
 ///
 /// # Errors

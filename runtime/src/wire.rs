@@ -11,10 +11,13 @@ use rustix::net::{
 };
 
 /// Version of the protocol that this build speaks; see `keeper.proto` for what changes may do.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// The first version with terminals, open standard input and attach.
 pub const SESSIONS: u32 = 2;
+
+/// The first version with checkpoints and restores.
+pub const CHECKPOINTS: u32 = 3;
 
 /// Largest message that either side accepts, in bytes (an OCI spec with a large environment fits).
 pub const MAX_MESSAGE: usize = 16 << 20;

@@ -15,6 +15,7 @@
 
 mod attempt;
 mod cgroup;
+mod checkpoint;
 mod finding;
 mod handlers;
 mod host;
@@ -34,6 +35,7 @@ mod socket;
 mod sys;
 mod sysctl;
 
+pub use checkpoint::{criu_complaint, find_criu};
 pub use finding::{Finding, Report, Status};
 
 use slipway_config::Config;
@@ -72,6 +74,7 @@ pub fn inspect(config: &Config) -> Report {
     findings.extend(mounts::check(privileged, &config.state_root));
     findings.extend(overlay::check(privileged, &config.state_root));
     findings.extend(cgroup::check(privileged));
+    findings.extend(checkpoint::check(privileged, config));
     findings.extend(lsm::check());
     findings.extend(privileges::check());
     findings.extend(roots::check(config));

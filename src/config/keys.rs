@@ -201,6 +201,18 @@ pub(crate) const KEYS: &[Key] = &[
         "Where Localhost seccomp profiles with a relative name are looked up.",
     ),
     live(
+        "checkpoint.criu",
+        "The program criu, which makes checkpoints: a path, or a name in PATH; empty: no checkpoints.",
+    ),
+    live(
+        "checkpoint.timeout",
+        "How long a checkpoint may take whose caller says nothing about it.",
+    ),
+    live(
+        "checkpoint.tcp_established",
+        "Save established TCP connections; otherwise a checkpoint has them closed.",
+    ),
+    live(
         "runtimes",
         "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).",
     ),
@@ -343,6 +355,10 @@ mod tests {
             missing_mount_source = "create"
             seccomp_profile = "/a"
             seccomp_dir = "/a"
+            [checkpoint]
+            criu = "/a"
+            timeout = "1s"
+            tcp_established = true
             [runtimes.d]
             type = "native"
         "#;

@@ -33,6 +33,8 @@ pub struct Config {
     pub limits: Limits,
     /// What pods and containers get unless they say otherwise.
     pub pod: Pod,
+    /// Checkpoints.
+    pub checkpoint: Checkpoint,
     /// Runtime handlers by name. Always holds `native`.
     pub runtimes: BTreeMap<String, Runtime>,
 }
@@ -51,6 +53,7 @@ impl Default for Config {
             stream: Stream::default(),
             limits: Limits::default(),
             pod: Pod::default(),
+            checkpoint: Checkpoint::default(),
             runtimes: BTreeMap::from([("native".to_owned(), Runtime::default())]),
         }
     }
@@ -334,6 +337,29 @@ pub enum MissingMountSource {
     Reject,
     /// An empty directory is made.
     Create,
+}
+
+/// Checkpoints.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    /// The program criu: a path, or a name that is looked up in PATH; empty: no checkpoints.
+    pub criu: String,
+    /// How long a checkpoint may take whose caller says nothing about it.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// Established TCP connections are saved; otherwise the checkpoint has them closed.
+    pub tcp_established: bool,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self {
+            criu: "criu".to_owned(),
+            timeout: Duration::from_secs(120),
+            tcp_established: false,
+        }
+    }
 }
 
 /// A runtime handler.

@@ -127,6 +127,7 @@ impl Config {
             ("network.timeout", self.network.timeout),
             ("limits.sandbox_timeout", self.limits.sandbox_timeout),
             ("limits.create_timeout", self.limits.create_timeout),
+            ("checkpoint.timeout", self.checkpoint.timeout),
             ("limits.start_timeout", self.limits.start_timeout),
             ("limits.delete_timeout", self.limits.delete_timeout),
         ];

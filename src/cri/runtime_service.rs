@@ -341,16 +341,33 @@ impl RuntimeService for Runtime {
 
     async fn checkpoint_container(
         &self,
-        _: Request<cri::CheckpointContainerRequest>,
+        request: Request<cri::CheckpointContainerRequest>,
     ) -> Result<Response<cri::CheckpointContainerResponse>, Status> {
-        later("CheckpointContainer")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = container_span("CheckpointContainer", &r.container_id);
+        call(Kind::Change, async move {
+            node.checkpoint_container(&r.container_id, &r.location, r.timeout)
+                .await?;
+            Ok(cri::CheckpointContainerResponse {})
+        })
+        .instrument(span)
+        .await
     }
 
     async fn checkpoint_pod(
         &self,
-        _: Request<cri::CheckpointPodRequest>,
+        request: Request<cri::CheckpointPodRequest>,
     ) -> Result<Response<cri::CheckpointPodResponse>, Status> {
-        later("CheckpointPod")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = pod_span("CheckpointPod", &r.pod_sandbox_id);
+        call(Kind::Change, async move {
+            node.checkpoint_pod(r).await?;
+            Ok(cri::CheckpointPodResponse {})
+        })
+        .instrument(span)
+        .await
     }
 
     async fn restore_pod(

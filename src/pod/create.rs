@@ -269,7 +269,7 @@ fn image_name(asked: &cri::ImageSpec, image: &Image) -> String {
 /// The image's layers for the overlay, topmost first (images are described base first). The kernel refuses a
 /// directory that stands twice: the upper one says all that the other could. An image without layers is an
 /// empty directory.
-fn lower_dirs(image: &Image, layers: &Path) -> Vec<String> {
+pub(super) fn lower_dirs(image: &Image, layers: &Path) -> Vec<String> {
     let mut seen = std::collections::HashSet::new();
     let mut lower: Vec<_> = (image.layers.iter().rev())
         .filter(|layer| seen.insert(&layer.path))

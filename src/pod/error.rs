@@ -102,6 +102,12 @@ pub enum PodError {
         /// What the call needs, as a clause.
         needs: &'static str,
     },
+    /// A pod without anything to be checkpointed.
+    #[error("no container of pod sandbox {id} is running")]
+    NothingRuns {
+        /// The pod.
+        id: String,
+    },
     /// The handler is not configured.
     #[error("runtime handler {handler:?} is not configured; known are {known}")]
     UnknownHandler {
@@ -243,7 +249,9 @@ impl PodError {
             Self::UnknownHandler { .. } => Class::InvalidArgument,
             Self::NameTaken { .. } => Class::AlreadyExists,
             Self::Spec { source, .. } => spec_class(source),
-            Self::PodNotReady { .. } | Self::WrongState { .. } => Class::FailedPrecondition,
+            Self::PodNotReady { .. } | Self::WrongState { .. } | Self::NothingRuns { .. } => {
+                Class::FailedPrecondition
+            },
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),

@@ -17,6 +17,7 @@ use slipway_spec::HostFacts;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 
+use super::checkpoint::Tool;
 use super::container::Container;
 use super::error::PodError;
 use super::feed::Feed;
@@ -64,6 +65,8 @@ pub struct Node {
     pub ledger: Arc<Ledger>,
     /// The node's pod network range, as the kubelet said; kept for the operator's information.
     pub pod_cidr: RwLock<String>,
+    /// criu.
+    pub(super) tool: Tool,
     /// Work that a shutdown waits for.
     pub tasks: TaskTracker,
 }
@@ -91,6 +94,7 @@ impl Node {
             feed: Arc::default(),
             ledger: Arc::default(),
             pod_cidr: RwLock::default(),
+            tool: Tool::default(),
             tasks,
             config: RwLock::new(Arc::new(config)),
         })

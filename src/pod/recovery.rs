@@ -46,6 +46,9 @@ impl Node {
         for dir in [&pods, &layers] {
             make_private(dir)?;
         }
+        for name in names_in(&self.checkpoints_dir()) {
+            self.sweep_later(self.checkpoints_dir().join(name));
+        }
         // Containers whose layers must stay although nobody here knows them.
         let mut kept = HashSet::new();
         let mut found = Recovered::default();

@@ -162,6 +162,7 @@ impl Keeper {
             self.forget(&connection.stream, token);
         }
         self.abandon_execs(token);
+        self.abandon_checkpoints(token);
     }
 
     /// Tells every subscriber of a change.

@@ -27,6 +27,7 @@ impl Keeper {
                 return self.delete_container(connection, &call.id);
             }
             Some(Call::UpdateContainer(call)) => return self.update_container(connection, &call),
+            Some(Call::Checkpoint(call)) => return self.checkpoint(connection, &call),
             Some(Call::Teardown(_)) => return self.tear_down(connection),
             Some(Call::Subscribe(_)) => return self.subscribe(connection),
             Some(Call::Hello(_)) => Ok(Answer::Hello(HelloResult {

@@ -18,6 +18,7 @@ pub(super) enum Purpose {
     Undo(String, String, i32),
     Delete(String),
     Update,
+    Checkpoint,
     Teardown,
 }
 
@@ -180,7 +181,7 @@ impl Keeper {
                 self.reply(job.connection, Err(WireError { kind, message }));
             }
             Purpose::Delete(id) => self.container_deleted(&id, job.connection, answer),
-            Purpose::Update => self.reply(job.connection, answer),
+            Purpose::Update | Purpose::Checkpoint => self.reply(job.connection, answer),
             Purpose::Teardown => self.torn_down(job.connection, answer),
         }
     }

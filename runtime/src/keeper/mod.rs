@@ -5,6 +5,7 @@
 //! (mounts, libcontainer, killing a cgroup) runs in a forked [`job`].
 
 mod attach;
+mod checkpoint;
 mod connection;
 mod container;
 mod dispatch;
@@ -301,7 +302,12 @@ impl Keeper {
 
     /// Ends the jobs that make something.
     fn kill_makers(&self) {
-        let making = |job: &Job| matches!(job.purpose, Purpose::Create(_) | Purpose::Setup);
+        let making = |job: &Job| {
+            matches!(
+                job.purpose,
+                Purpose::Create(_) | Purpose::Setup | Purpose::Checkpoint
+            )
+        };
         for (pid, _) in self.jobs.iter().filter(|(_, job)| making(job)) {
             sys::kill_child(*pid);
         }
