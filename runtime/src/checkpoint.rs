@@ -167,9 +167,15 @@ fn dump(
         .map_err(file("create", &images))?;
     let descriptors = images.join(DESCRIPTORS);
     let text = serde_json::to_vec(&target.descriptors).map_err(|e| io::Error::other(e.to_string()));
-    text.and_then(|text| private(&descriptors).and_then(|mut f| io::Write::write_all(&mut f, &text)))
-        .map_err(file("write", &descriptors))?;
-    let open = |path: &Path| File::open(path).map(OwnedFd::from).map_err(file("open", path));
+    text.and_then(|text| {
+        private(&descriptors).and_then(|mut f| io::Write::write_all(&mut f, &text))
+    })
+    .map_err(file("write", &descriptors))?;
+    let open = |path: &Path| {
+        File::open(path)
+            .map(OwnedFd::from)
+            .map_err(file("open", path))
+    };
     let (images_dir, work_dir) = (open(&images)?, open(&target.dir)?);
     let left = deadline.saturating_duration_since(Instant::now());
     let options = rpc::Options {

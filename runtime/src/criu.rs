@@ -177,10 +177,7 @@ fn converse(
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = rustix::event::Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
-        match poll(
-            &mut [PollFd::new(socket, PollFlags::IN)],
-            Some(&timeout),
-        ) {
+        match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout)) {
             Ok(0) => return Err(Errno::TIMEDOUT),
             Ok(_) => {}
             Err(Errno::INTR) => continue,

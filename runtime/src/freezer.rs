@@ -73,7 +73,11 @@ impl Freezer {
     }
 
     fn file(&self) -> PathBuf {
-        let name = if self.unified { "cgroup.freeze" } else { "freezer.state" };
+        let name = if self.unified {
+            "cgroup.freeze"
+        } else {
+            "freezer.state"
+        };
         self.dir.join(name)
     }
 

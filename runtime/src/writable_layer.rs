@@ -62,7 +62,9 @@ pub fn save(
     let Saver {
         builder, deleted, ..
     } = saver;
-    let written = builder.into_inner().and_then(|mut out| io::Write::flush(&mut out));
+    let written = builder
+        .into_inner()
+        .and_then(|mut out| io::Write::flush(&mut out));
     written.map_err(at(upper))?;
     Ok(deleted)
 }
@@ -163,7 +165,9 @@ impl Saver<'_> {
         }
         if kind.is_file() {
             header.set_size(metadata.len());
-            return self.builder.append_data(&mut header, path, File::open(full)?);
+            return self
+                .builder
+                .append_data(&mut header, path, File::open(full)?);
         }
         if kind.is_char_device() || kind.is_block_device() {
             let device = metadata.rdev();
@@ -264,7 +268,10 @@ mod tests {
             .unwrap()
             .map(|e| {
                 let e = e.unwrap();
-                (e.path().unwrap().display().to_string(), e.header().entry_type())
+                (
+                    e.path().unwrap().display().to_string(),
+                    e.header().entry_type(),
+                )
             })
             .collect();
         let has = |name: &str, kind| names.contains(&(name.to_owned(), kind));

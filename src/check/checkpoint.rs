@@ -14,7 +14,11 @@ pub(crate) fn check(privileged: bool, config: &Config) -> Vec<Finding> {
     let cost = "CheckpointContainer and CheckpointPod are refused";
     let name = &config.checkpoint.criu;
     if name.is_empty() {
-        return vec![Finding::ok(ID, WHAT, "switched off (checkpoint.criu is empty)".to_owned())];
+        return vec![Finding::ok(
+            ID,
+            WHAT,
+            "switched off (checkpoint.criu is empty)".to_owned(),
+        )];
     }
     let Some(path) = find_criu(name) else {
         let found = format!("no program {name:?}");
@@ -52,7 +56,13 @@ pub fn find_criu(name: &str) -> Option<PathBuf> {
         return Some(PathBuf::from(name)).filter(|path| path.is_absolute() && path.is_file());
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let usual = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin"];
+    let usual = [
+        "/usr/local/sbin",
+        "/usr/sbin",
+        "/sbin",
+        "/usr/local/bin",
+        "/usr/bin",
+    ];
     std::env::split_paths(&path)
         .chain(usual.map(PathBuf::from))
         .filter(|dir| dir.is_absolute())
@@ -67,7 +77,9 @@ pub fn criu_complaint(output: &[u8]) -> String {
         let (_, rest) = line.split_once("Error (")?;
         Some(rest.split_once("): ").map_or(rest, |(_, text)| text))
     });
-    let first = error.or_else(|| text.lines().next()).unwrap_or("no reason given");
+    let first = error
+        .or_else(|| text.lines().next())
+        .unwrap_or("no reason given");
     first.trim().chars().take(200).collect()
 }
 

@@ -57,7 +57,10 @@ impl Drop for Staging {
     fn drop(&mut self) {
         let problems = leftovers::remove_tree(&self.0);
         if !problems.is_empty() {
-            tracing::error!(problems = problems.join("; "), "a checkpoint left something behind");
+            tracing::error!(
+                problems = problems.join("; "),
+                "a checkpoint left something behind"
+            );
         }
     }
 }
@@ -95,8 +98,14 @@ impl Node {
         let pod = self.pod(&container.record.pod_id)?;
         let staging = Staging::new(&self.checkpoints_dir())?;
         let dir = staging.0.join(container.id());
-        self.dump(&pod, std::slice::from_ref(&container), &staging, criu, timeout)
-            .await?;
+        self.dump(
+            &pod,
+            std::slice::from_ref(&container),
+            &staging,
+            criu,
+            timeout,
+        )
+        .await?;
         let target = location.clone();
         // The staging directory stays until the archive is written, even if the caller goes.
         blocking(move || {
@@ -415,16 +424,18 @@ fn bind(mount: &cri::Mount) -> Option<archive::Bind> {
     Some(archive::Bind {
         source: mount.host_path.clone(),
         destination: mount.container_path.clone(),
-        file_type: if metadata.is_dir() { "directory" } else { "file" }.to_owned(),
+        file_type: if metadata.is_dir() {
+            "directory"
+        } else {
+            "file"
+        }
+        .to_owned(),
         permissions: metadata.permissions().mode() & 0o7777,
     })
 }
 
 /// By these `checkpointctl` and CRI-O know whose checkpoint it is.
-fn peers_annotations(
-    container: &Container,
-    pod: &cri::PodSandboxConfig,
-) -> Vec<(String, String)> {
+fn peers_annotations(container: &Container, pod: &cri::PodSandboxConfig) -> Vec<(String, String)> {
     let metadata = container.metadata();
     let owner = pod.metadata.clone().unwrap_or_default();
     let named = serde_json::json!({ "name": metadata.name, "attempt": metadata.attempt });
@@ -440,7 +451,10 @@ fn peers_annotations(
             "io.kubernetes.cri-o.Labels",
             serde_json::json!(config.labels).to_string(),
         ),
-        ("io.kubernetes.cri-o.LogPath", container.record.log_path.clone()),
+        (
+            "io.kubernetes.cri-o.LogPath",
+            container.record.log_path.clone(),
+        ),
         ("io.kubernetes.pod.name", owner.name),
         ("io.kubernetes.pod.namespace", owner.namespace),
         ("io.kubernetes.pod.uid", owner.uid),

@@ -251,7 +251,7 @@ impl PodError {
             Self::Spec { source, .. } => spec_class(source),
             Self::PodNotReady { .. } | Self::WrongState { .. } | Self::NothingRuns { .. } => {
                 Class::FailedPrecondition
-            },
+            }
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),

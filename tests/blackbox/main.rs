@@ -27,6 +27,7 @@ macro_rules! tests {
 mod harness;
 
 mod bad_images;
+mod checkpoint;
 mod cni;
 mod confinement;
 mod containers;
@@ -84,6 +85,7 @@ fn main() -> std::process::ExitCode {
         events::TESTS,
         update::TESTS,
         network::TESTS,
+        checkpoint::TESTS,
         cni::TESTS,
         images::TESTS,
         bad_images::TESTS,

@@ -500,7 +500,7 @@ async fn version_and_status_tell_about_us(env: Env) -> Result<()> {
     // What later issues bring says so.
     let events = daemon
         .runtime()
-        .checkpoint_container(cri::CheckpointContainerRequest::default())
+        .restore_pod(cri::RestorePodRequest::default())
         .await;
     refused(events, Code::Unimplemented, &[]);
     Ok(())

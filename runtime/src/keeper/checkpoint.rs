@@ -50,7 +50,8 @@ impl Keeper {
     fn target(&self, asked: &CheckpointTarget) -> Result<Target, WireError> {
         let id = asked.id.as_str();
         let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
-        let wrong = |what: &str| wire_error(ErrorKind::WrongState, format!("container {id} {what}"));
+        let wrong =
+            |what: &str| wire_error(ErrorKind::WrongState, format!("container {id} {what}"));
         let pid = container
             .pid()
             .filter(|_| container.is_running())

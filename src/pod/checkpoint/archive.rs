@@ -170,7 +170,10 @@ fn append<W: io::Write>(
 pub fn private_dir(path: &Path) -> Result<(), PodError> {
     use std::os::unix::fs::DirBuilderExt as _;
     let mut builder = fs::DirBuilder::new();
-    builder.mode(0o700).create(path).map_err(file("create", path))
+    builder
+        .mode(0o700)
+        .create(path)
+        .map_err(file("create", path))
 }
 
 #[cfg(test)]
@@ -190,7 +193,10 @@ mod tests {
         let target = to.path().join("c.tar");
         write(from.path(), &target).unwrap();
         use std::os::unix::fs::PermissionsExt as _;
-        assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&target).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         let again = write(from.path(), &target).unwrap_err();
         assert!(matches!(again, PodError::Invalid(_)), "{again}");
         let missing = write(from.path(), &to.path().join("none/c.tar")).unwrap_err();

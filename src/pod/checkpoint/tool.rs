@@ -24,9 +24,12 @@ impl Node {
     /// [`PodError::Unsupported`], with what it says.
     pub(super) async fn criu(&self) -> Result<keeper::Criu, PodError> {
         let config = self.config().checkpoint.clone();
-        let refused = |reason: String| PodError::Unsupported(format!("no checkpoints here: {reason}"));
+        let refused =
+            |reason: String| PodError::Unsupported(format!("no checkpoints here: {reason}"));
         if config.criu.is_empty() {
-            return Err(refused("checkpoint.criu is empty in the configuration".into()));
+            return Err(refused(
+                "checkpoint.criu is empty in the configuration".into(),
+            ));
         }
         let path = slipway_check::find_criu(&config.criu).ok_or_else(|| {
             refused(format!(
