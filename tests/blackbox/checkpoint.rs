@@ -45,25 +45,26 @@ fn criu() -> Result<String> {
     }
 }
 
+/// A daemon with this criu.
+async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
+    let daemon = env
+        .daemon_with(|s| s.set("checkpoint.criu", &format!("{criu:?}")))
+        .await?;
+    daemon.pull("test").await?;
+    Ok(daemon)
+}
+
 /// A daemon whose criu is a script that passes the check and then does as `then` says.
 async fn with_script(env: &Env, then: &str) -> Result<Daemon> {
     let script = env.root.join("criu");
     let text = format!("#!/bin/sh\n[ \"$1\" = check ] && exit 0\n{then}\n");
     std::fs::write(&script, text)?;
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?;
-    env.daemon_with(|s| {
-        s.set(
-            "checkpoint.criu",
-            &format!("{:?}", script.display().to_string()),
-        )
-    })
-    .await
+    daemon_with(env, &script.display().to_string()).await
 }
 
 async fn with_criu(env: &Env) -> Result<Daemon> {
-    let criu = criu()?;
-    env.daemon_with(|s| s.set("checkpoint.criu", &format!("{criu:?}")))
-        .await
+    daemon_with(env, &criu()?).await
 }
 
 async fn checkpoint(container: &Container, location: &Path, timeout: i64) -> Result<(), Status> {
@@ -272,9 +273,7 @@ async fn what_cannot_be_checkpointed(env: Env) -> Result<()> {
 }
 
 async fn no_criu(env: Env) -> Result<()> {
-    let daemon = env
-        .daemon_with(|s| s.set("checkpoint.criu", "\"/nonexistent/criu\""))
-        .await?;
+    let daemon = daemon_with(&env, "/nonexistent/criu").await?;
     let container = counter(&daemon).await?;
     let answer = checkpoint(&container, &env.root.join("c.tar"), 0).await;
     refused(answer, Code::Unimplemented, &["/nonexistent/criu"]);
