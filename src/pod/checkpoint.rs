@@ -255,7 +255,8 @@ impl Node {
                 what,
                 source,
             })?;
-        for container in ordered.iter().cloned() {
+        for container in &ordered {
+            let container = container.clone();
             let dir = staging.0.join(container.id());
             let (pod_config, handler) = (pod.record.config.clone(), pod.record.runtime.clone());
             blocking(move || describe(&container, &pod_config, &handler, &dir)).await?;
