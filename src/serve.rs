@@ -194,6 +194,8 @@ async fn run(
             "keepers are where the daemon is"
         );
     }
+    let apparmor = config.pod.apparmor_profile.clone();
+    let apparmor = tokio::spawn(async move { crate::apparmor::load(&apparmor).await });
     let store = store_config(&config);
     let images = tokio::task::spawn_blocking(move || ImageStore::open(store))
         .await?
@@ -213,6 +215,12 @@ async fn run(
         "state recovered"
     );
 
+    if let Ok(Err(error)) = apparmor.await {
+        tracing::warn!(
+            error = crate::pod::chain(&error),
+            "containers have no AppArmor profile unless they name one"
+        );
+    }
     let listener = run_root::listen(&listen)?;
     listener
         .set_nonblocking(true)

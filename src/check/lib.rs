@@ -72,7 +72,7 @@ pub fn inspect(config: &Config) -> Report {
     findings.extend(mounts::check(privileged, &config.state_root));
     findings.extend(overlay::check(privileged, &config.state_root));
     findings.extend(cgroup::check(privileged));
-    findings.extend(lsm::check());
+    findings.extend(lsm::check(&config.pod.apparmor_profile));
     findings.extend(privileges::check());
     findings.extend(roots::check(config));
     findings.extend(socket::check(&config.listen));

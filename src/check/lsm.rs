@@ -1,11 +1,12 @@
 //! Linux security modules.
 
 use crate::finding::Finding;
+use slipway_spec::{AppArmor, SpecOptions};
 use std::fs;
 use std::path::Path;
 
-/// AppArmor and SELinux.
-pub(crate) fn check() -> Vec<Finding> {
+/// AppArmor, with the profile that is RuntimeDefault's, and SELinux.
+pub(crate) fn check(profile: &str) -> Vec<Finding> {
     let list = fs::read_to_string("/sys/kernel/security/lsm").ok();
     let names = list.as_deref().map(modules);
     let active = |name: &str| names.as_ref().is_some_and(|names| names.contains(&name));
@@ -19,9 +20,7 @@ pub(crate) fn check() -> Vec<Finding> {
     );
     let mut findings = Vec::new();
     findings.push(if apparmor {
-        Finding::info("apparmor", "AppArmor", "on")
-            .cost("Slipway brings no profile of its own: RuntimeDefault runs without one")
-            .fix("ask for Localhost profiles that are loaded on this node")
+        default_profile(&AppArmor::detect(), profile)
     } else {
         Finding::info("apparmor", "AppArmor", "off")
             .cost("pods that ask for a Localhost profile are refused")
@@ -40,6 +39,34 @@ pub(crate) fn check() -> Vec<Finding> {
     findings
 }
 
+/// Whether containers can have the profile they get unless they name another.
+fn default_profile(apparmor: &AppArmor, profile: &str) -> Finding {
+    let what = "AppArmor";
+    // The daemon's own, which it loads when it starts.
+    let ours = profile == SpecOptions::default().apparmor_profile;
+    match apparmor.has(profile) {
+        Some(true) => Finding::ok("apparmor", what, format!("on; {profile} is loaded")),
+        None => Finding::info("apparmor", what, "on; which profiles are loaded can't be read")
+            .cost("a container whose profile is missing fails at its start, not at its creation")
+            .fix("as root; mount -t securityfs securityfs /sys/kernel/security"),
+        Some(false) if ours && on_path("apparmor_parser") => {
+            Finding::ok("apparmor", what, format!("on; the daemon loads {profile}"))
+        }
+        Some(false) if ours => Finding::warn("apparmor", what, "on, but apparmor_parser is missing")
+            .cost("containers have no profile, and those that ask for RuntimeDefault are refused")
+            .fix("install the package apparmor and restart the daemon"),
+        Some(false) => Finding::warn("apparmor", what, format!("on, but {profile} is not loaded"))
+            .cost("containers have no profile, and those that ask for RuntimeDefault are refused")
+            .fix("load it with apparmor_parser -r, or take pod.apparmor_profile out of the configuration"),
+    }
+}
+
+/// Whether a program can be found; that it is executable is for its call to tell.
+fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
 /// The names in `/sys/kernel/security/lsm`: separated by commas, without a newline at the end.
 fn modules(list: &str) -> Vec<&str> {
     let names = list.split(',').map(str::trim);
@@ -49,6 +76,18 @@ fn modules(list: &str) -> Vec<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_default_profile_is_judged() {
+        use crate::Status::{Info, Ok, Warn};
+        let loaded = AppArmor::Loaded(["mine".to_owned()].into());
+        assert_eq!(default_profile(&loaded, "mine").status, Ok);
+        assert_eq!(default_profile(&loaded, "other").status, Warn);
+        assert_eq!(default_profile(&AppArmor::Unknown, "mine").status, Info);
+        let ours = default_profile(&loaded, "slipway-default");
+        let parser = on_path("apparmor_parser");
+        assert_eq!(ours.status, if parser { Ok } else { Warn });
+    }
 
     #[test]
     fn the_list_is_read() {

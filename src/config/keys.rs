@@ -192,6 +192,10 @@ pub(crate) const KEYS: &[Key] = &[
         "A bind mount whose source does not exist: \"reject\" the container, or \"create\" a directory.",
     ),
     live(
+        "pod.apparmor_profile",
+        "AppArmor profile that RuntimeDefault means, and saying nothing. The daemon loads \"slipway-default\" itself.",
+    ),
+    live(
         "pod.seccomp_profile",
         "Profile (JSON) used for RuntimeDefault in place of the built-in one.",
     )
@@ -341,6 +345,7 @@ mod tests {
             pids_limit = 1
             shm_size = 1
             missing_mount_source = "create"
+            apparmor_profile = "mine"
             seccomp_profile = "/a"
             seccomp_dir = "/a"
             [runtimes.d]

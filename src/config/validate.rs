@@ -109,6 +109,10 @@ impl Config {
                 "needs stream.tls_key beside it, and the other way round",
             );
         }
+        let profile = &self.pod.apparmor_profile;
+        if profile.is_empty() || profile.chars().any(|c| c.is_control() || c.is_whitespace()) {
+            problems.add("pod.apparmor_profile", "must be the name of a profile");
+        }
         if let Some(file) = &self.pod.seccomp_profile {
             problems.path("pod.seccomp_profile", file);
         }
@@ -327,6 +331,7 @@ mod tests {
                 "pod.default_sysctls",
             ),
             ("pod.shm_size = 1", "pod.shm_size"),
+            ("pod.apparmor_profile = ''", "pod.apparmor_profile"),
             ("pod.seccomp_profile = 'x.json'", "pod.seccomp_profile"),
             (
                 "runtimes = { native = { type = 'native' }, 'Not A Name' = { type = 'native' } }",

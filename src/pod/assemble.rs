@@ -143,6 +143,7 @@ fn options(config: &Config) -> SpecOptions {
         pids_limit: config.pod.pids_limit,
         shm_bytes: config.pod.shm_size.bytes(),
         create_missing_sources: config.pod.missing_mount_source == MissingMountSource::Create,
+        apparmor_profile: config.pod.apparmor_profile.clone(),
         seccomp_profile: config.pod.seccomp_profile.clone(),
         seccomp_dir: config.pod.seccomp_dir.clone(),
     }

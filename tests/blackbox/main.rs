@@ -26,6 +26,7 @@ macro_rules! tests {
 
 mod harness;
 
+mod apparmor;
 mod bad_images;
 mod cni;
 mod confinement;
@@ -58,6 +59,7 @@ mod v2;
 
 fn main() -> std::process::ExitCode {
     let all: &[&[harness::Test]] = &[
+        apparmor::TESTS,
         pods::TESTS,
         names::TESTS,
         containers::TESTS,

@@ -7,8 +7,8 @@ use crate::paths;
 use crate::sandbox::is_privileged;
 use crate::sources::security;
 use crate::{
-    ContainerInput, ContainerPlan, capabilities, devices, logpath, mounts, namespaces, process,
-    resources, security as lsm, signal,
+    ContainerInput, ContainerPlan, apparmor, capabilities, devices, logpath, mounts, namespaces,
+    process, resources, security as lsm, signal,
 };
 use oci_spec::runtime::{Linux, LinuxCapabilities, Process, Root, Spec, User};
 use slipway_proto::cri::{self, NamespaceMode};
@@ -108,7 +108,12 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         .set_capabilities(Some(capabilities.clone()))
         .set_rlimits(None)
         .set_no_new_privileges(Some(security.is_some_and(|s| s.no_new_privs)))
-        .set_apparmor_profile(lsm::apparmor(security, host, &mut warnings)?)
+        .set_apparmor_profile(apparmor::profile(
+            security,
+            &input.sources.apparmor,
+            input.options,
+            &mut warnings,
+        )?)
         .set_selinux_label(labels.as_ref().map(|(process, _)| process.clone()))
         // The keeper's, who knows what the kernel lets it set.
         .set_oom_score_adj(None);

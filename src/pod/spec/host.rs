@@ -25,8 +25,6 @@ pub struct HostFacts {
     pub kernel: (u32, u32),
     /// Mounts can be made read-only recursively (Linux 5.12).
     pub recursive_read_only: bool,
-    /// AppArmor is on.
-    pub apparmor: bool,
     /// SELinux is on.
     pub selinux: bool,
     /// The host's name.
@@ -57,7 +55,6 @@ impl HostFacts {
             hugepage_sizes: hugepage_sizes(Path::new("/sys/kernel/mm/hugepages")),
             kernel,
             recursive_read_only: kernel >= (5, 12),
-            apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
             selinux: Path::new("/sys/fs/selinux/enforce").exists(),
             hostname: uname.nodename().to_string_lossy().into_owned(),
         }

@@ -9,6 +9,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod apparmor;
 mod capabilities;
 mod cgroup;
 mod container;
@@ -36,6 +37,7 @@ mod sysctl;
 #[cfg(test)]
 mod tests;
 
+pub use apparmor::AppArmor;
 pub use cgroup::{CgroupDriver, default_cgroups};
 pub use container::container;
 pub use error::{SpecError, SpecErrorKind};

@@ -1,10 +1,9 @@
-//! Linux security modules, and what of /proc and /sys is hidden.
+//! SELinux labels, and what of /proc and /sys is hidden.
 
 use crate::HostFacts;
 use crate::error::{Result, SpecError, quoted};
 use crate::paths;
 use slipway_proto::cri;
-use slipway_proto::cri::security_profile::ProfileType;
 
 const SECURITY: &str = "linux.security_context";
 
@@ -52,75 +51,6 @@ pub(crate) fn hidden(
         return Ok((Vec::new(), Vec::new()));
     }
     Ok((masked, readonly))
-}
-
-/// The AppArmor profile to enter, if any. `apparmor` goes before the deprecated `apparmor_profile`.
-pub(crate) fn apparmor(
-    security: Option<&cri::LinuxContainerSecurityContext>,
-    host: &HostFacts,
-    warnings: &mut Vec<String>,
-) -> Result<Option<String>> {
-    let Some(security) = security else {
-        return Ok(None);
-    };
-    #[allow(deprecated)]
-    let old = security.apparmor_profile.as_str();
-    let (field, kind, name) = match &security.apparmor {
-        Some(profile) => {
-            let field = format!("{SECURITY}.apparmor");
-            let Ok(kind) = ProfileType::try_from(profile.profile_type) else {
-                let what = format!("there is no profile type {}", profile.profile_type);
-                return Err(SpecError::invalid(field, what));
-            };
-            let name = profile.localhost_ref.as_str();
-            (field, kind, name.strip_prefix("localhost/").unwrap_or(name))
-        }
-        None => {
-            let field = format!("{SECURITY}.apparmor_profile");
-            match old {
-                "" => return Ok(None),
-                "runtime/default" => (field, ProfileType::RuntimeDefault, ""),
-                "unconfined" => (field, ProfileType::Unconfined, ""),
-                _ => match old.strip_prefix("localhost/") {
-                    Some(name) => (field, ProfileType::Localhost, name),
-                    None => {
-                        let what = format!(
-                            "{} is not a profile; write runtime/default, unconfined or \
-                             localhost/<name>",
-                            quoted(old)
-                        );
-                        return Err(SpecError::invalid(field, what));
-                    }
-                },
-            }
-        }
-    };
-    match kind {
-        ProfileType::Unconfined => Ok(None),
-        ProfileType::RuntimeDefault => {
-            if host.apparmor && !security.privileged {
-                let what =
-                    "Slipway has no AppArmor profile of its own yet; the container runs without";
-                warnings.push(what.to_owned());
-            }
-            Ok(None)
-        }
-        ProfileType::Localhost => {
-            if name.is_empty() || name.chars().any(|c| c.is_control() || c.is_whitespace()) {
-                let what = format!("{} is not the name of a profile", quoted(name));
-                return Err(SpecError::invalid(field, what));
-            }
-            if !host.apparmor {
-                let what = format!(
-                    "the profile {} can't be used: AppArmor is off on this host; turn it on, or use \
-                     RuntimeDefault or Unconfined",
-                    quoted(name)
-                );
-                return Err(SpecError::precondition(field, what));
-            }
-            Ok(Some(name.to_owned()))
-        }
-    }
 }
 
 /// The SELinux labels of the process and of its mounts; none on a host without SELinux, as with the
@@ -198,13 +128,11 @@ fn is_level(level: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::SpecErrorKind::{FailedPrecondition, Invalid};
 
     type Security = cri::LinuxContainerSecurityContext;
 
-    fn host(apparmor: bool, selinux: bool) -> HostFacts {
+    fn host(selinux: bool) -> HostFacts {
         HostFacts {
-            apparmor,
             selinux,
             ..HostFacts::detect()
         }
@@ -245,70 +173,6 @@ mod tests {
         }
     }
 
-    fn profile(kind: ProfileType, name: &str) -> Option<cri::SecurityProfile> {
-        Some(cri::SecurityProfile {
-            profile_type: kind.into(),
-            localhost_ref: name.into(),
-        })
-    }
-
-    #[allow(deprecated)]
-    fn old(name: &str) -> Security {
-        Security {
-            apparmor_profile: name.into(),
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn apparmor_profiles() {
-        use ProfileType::{Localhost, RuntimeDefault, Unconfined};
-        let new = |kind, name| Security {
-            apparmor: profile(kind, name),
-            ..Default::default()
-        };
-        let some = |name: &str| Ok(Some(name.to_owned()));
-        // request, with AppArmor, without
-        let cases = [
-            (Security::default(), Ok(None), Ok(None)),
-            (new(Unconfined, ""), Ok(None), Ok(None)),
-            (new(RuntimeDefault, ""), Ok(None), Ok(None)),
-            (new(Localhost, "p"), some("p"), Err(FailedPrecondition)),
-            (
-                new(Localhost, "localhost/p"),
-                some("p"),
-                Err(FailedPrecondition),
-            ),
-            (new(Localhost, ""), Err(Invalid), Err(Invalid)),
-            (new(Localhost, "a b"), Err(Invalid), Err(Invalid)),
-            (old("localhost/p"), some("p"), Err(FailedPrecondition)),
-            (old("runtime/default"), Ok(None), Ok(None)),
-            (old("unconfined"), Ok(None), Ok(None)),
-            (old("p"), Err(Invalid), Err(Invalid)),
-            (
-                Security {
-                    apparmor: profile(Localhost, "new"),
-                    ..old("localhost/old")
-                },
-                some("new"),
-                Err(FailedPrecondition),
-            ),
-        ];
-        for (security, with, without) in cases {
-            for (on, expected) in [(true, with), (false, without)] {
-                let found = apparmor(Some(&security), &host(on, false), &mut Vec::new());
-                assert_eq!(found.map_err(|e| e.kind()), expected, "{security:?} {on}");
-            }
-        }
-        let mut warnings = Vec::new();
-        let _ = apparmor(
-            Some(&new(RuntimeDefault, "")),
-            &host(true, false),
-            &mut warnings,
-        );
-        assert_eq!(warnings.len(), 1);
-    }
-
     #[test]
     fn selinux_labels() {
         let options = |user: &str, role: &str, kind: &str, level: &str| cri::SeLinuxOption {
@@ -323,7 +187,7 @@ mod tests {
             ..Default::default()
         };
         let pod = cri::PodSandboxConfig::default();
-        let label = |security: &Security, on| selinux(Some(security), &pod, &host(false, on));
+        let label = |security: &Security, on| selinux(Some(security), &pod, &host(on));
         let process = |security: &Security| label(security, true).expect("good").map(|l| l.0);
         let level = with(options("", "", "", "s0:c1,c2"), false);
         assert_eq!(
@@ -365,7 +229,7 @@ mod tests {
             }),
             ..Default::default()
         };
-        let found = selinux(None, &of_pod, &host(false, true))
+        let found = selinux(None, &of_pod, &host(true))
             .expect("good")
             .map(|l| l.0);
         assert_eq!(found.as_deref(), Some("system_u:system_r:pod_t:s0"));
