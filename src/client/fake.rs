@@ -370,7 +370,7 @@ impl RuntimeService for Face {
         &self,
         _: Request<ListContainerStatsRequest>,
     ) -> Result<Response<ListContainerStatsResponse>, Status> {
-        self.call("ListContainerStats")?;
+        drop(self.call("ListContainerStats")?);
         Ok(Response::new(ListContainerStatsResponse::default()))
     }
 
