@@ -23,6 +23,7 @@ use slipway_systemd::SystemdError;
 use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
+use crate::labels::Label;
 use crate::limits::{self, LimitError};
 use crate::own_dev::OwnDev;
 use crate::places::PlaceError;
@@ -30,7 +31,7 @@ use crate::rootfs::{self, RootfsError};
 use crate::scope::{self, ScopeError};
 use crate::terminal::Terminal;
 use crate::user::{self, UserError};
-use crate::{cgroup_view, detach, own_dev, places, propagation, sys};
+use crate::{cgroup_view, detach, labels, own_dev, places, propagation, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -242,6 +243,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
 
     let args = process_args(&spec)?;
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
+    let label = labels::take(&mut spec);
     let own_dev = own_dev::take(&mut spec).map_err(CreateError::OwnDev)?;
     propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let view = cgroup_view::hide(&mut spec, cgroups, cgroup)
@@ -282,6 +284,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         args,
         view,
         own_dev,
+        label,
         working_dir: PathBuf::from(&create.working_dir),
         terminal,
         start_pipe: start_pipe.as_raw_fd(),
@@ -427,6 +430,7 @@ struct Enter {
     args: Vec<Vec<u8>>,
     view: Option<View>,
     own_dev: Option<OwnDev>,
+    label: Option<Label>,
     /// To be made if it is missing; empty: none.
     working_dir: PathBuf,
     /// Where the master end of the container's terminal goes, if it has one.
@@ -453,6 +457,8 @@ impl Executor for Enter {
         view.map_err(failed("mount the container's view of its cgroups"))?;
         let own_dev = self.own_dev.as_ref().map_or(Ok(()), OwnDev::cover);
         own_dev.map_err(failed("mount the container's /dev"))?;
+        let queues = self.label.as_ref().map_or(Ok(()), Label::queues);
+        queues.map_err(failed("label the container's message queues"))?;
         if !self.working_dir.as_os_str().is_empty()
             && let Ok(root) = rootfs::open_root(Path::new("/"))
         {

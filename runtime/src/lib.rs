@@ -16,6 +16,7 @@ pub mod descriptor;
 mod detach;
 mod device_filter;
 mod keeper;
+mod labels;
 mod limits;
 mod limits_v2;
 pub mod log;

@@ -100,10 +100,10 @@ pub fn mount_overlay(overlay: &Overlay, target: &Path) -> Result<(), RootfsError
         // An overlay needs two layers or an upper.
         return bind_read_only(&lower[0], target).map_err(failed);
     }
-    match overlay_by_fd(&lower, &writable, target) {
+    match overlay_by_fd(&lower, &writable, &overlay.selinux_label, target) {
         // Before Linux 6.5 the new mount API does not take layers one by one.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            overlay_by_options(&lower, &writable, target).map_err(failed)
+            overlay_by_options(&lower, &writable, &overlay.selinux_label, target).map_err(failed)
         }
         other => other.map_err(failed),
     }
@@ -114,7 +114,12 @@ fn fd_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-fn overlay_by_fd(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::Result<()> {
+fn overlay_by_fd(
+    lower: &[OwnedFd],
+    writable: &[OwnedFd],
+    label: &str,
+    target: &Path,
+) -> io::Result<()> {
     let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&fs, "source", "overlay")?;
     for layer in lower {
@@ -124,6 +129,9 @@ fn overlay_by_fd(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::
         fsconfig_set_string(&fs, "upperdir", fd_path(upper))?;
         fsconfig_set_string(&fs, "workdir", fd_path(work))?;
         fsconfig_set_flag(&fs, "volatile")?;
+    }
+    if !label.is_empty() {
+        fsconfig_set_string(&fs, "context", label)?;
     }
     fsconfig_create(&fs)?;
     let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
@@ -137,7 +145,12 @@ fn overlay_by_fd(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::
     Ok(())
 }
 
-fn overlay_by_options(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::Result<()> {
+fn overlay_by_options(
+    lower: &[OwnedFd],
+    writable: &[OwnedFd],
+    label: &str,
+    target: &Path,
+) -> io::Result<()> {
     let layers: Vec<_> = lower.iter().map(fd_path).collect();
     let mut options = format!("lowerdir={}", layers.join(":"));
     if let [upper, work] = writable {
@@ -146,6 +159,10 @@ fn overlay_by_options(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) ->
             fd_path(upper),
             fd_path(work)
         ));
+    }
+    if !label.is_empty() {
+        // Levels have commas.
+        options.push_str(&format!(",context=\"{label}\""));
     }
     let options = std::ffi::CString::new(options)?;
     rustix::mount::mount(

@@ -1,9 +1,8 @@
 //! Linux security modules.
 
 use crate::finding::Finding;
-use slipway_spec::{AppArmor, SpecOptions};
+use slipway_spec::{AppArmor, NoSelinux, Selinux, SpecOptions};
 use std::fs;
-use std::path::Path;
 
 /// AppArmor, with the profile that is RuntimeDefault's, and SELinux.
 pub(crate) fn check(profile: &str) -> Vec<Finding> {
@@ -12,8 +11,6 @@ pub(crate) fn check(profile: &str) -> Vec<Finding> {
     let active = |name: &str| names.as_ref().is_some_and(|names| names.contains(&name));
     let parameter = fs::read_to_string("/sys/module/apparmor/parameters/enabled");
     let apparmor = parameter.is_ok_and(|text| text.starts_with('Y')) || active("apparmor");
-    // The file system is there exactly when a policy can be.
-    let selinux = Path::new("/sys/fs/selinux/enforce").exists();
     let shown = names.as_ref().map_or_else(
         || "the list is not readable (securityfs is not mounted)".to_owned(),
         |names| names.join(", "),
@@ -26,12 +23,16 @@ pub(crate) fn check(profile: &str) -> Vec<Finding> {
             .cost("pods that ask for a Localhost profile are refused")
             .fix("a kernel with CONFIG_SECURITY_APPARMOR, booted with apparmor=1 security=apparmor")
     });
-    findings.push(if selinux {
+    let labels = Selinux::detect();
+    findings.push(if let Err(NoSelinux::Policy(context)) = &labels {
+        Finding::warn("selinux", "SELinux", format!("on, but the policy has no context {context}"))
+            .cost("containers have no labels: they run with the daemon's")
+            .fix("install the policy for containers (container-selinux), or name its contexts in lxc_contexts")
+    } else if let Ok(labels) = &labels {
         let enforcing = fs::read_to_string("/sys/fs/selinux/enforce").is_ok_and(|t| t.trim() == "1");
         let found = if enforcing { "enforcing" } else { "permissive" };
-        Finding::warn("selinux", "SELinux", found)
-            .cost("this version sets no process labels: containers run with the daemon's")
-            .fix("rely on seccomp and capabilities, or use another runtime where policy demands labels")
+        let kind = labels.process.last().map_or("", String::as_str);
+        Finding::ok("selinux", "SELinux", format!("{found}; containers are {kind}"))
     } else {
         Finding::info("selinux", "SELinux", "off")
     });

@@ -191,6 +191,10 @@ pub(crate) const KEYS: &[Key] = &[
         "pod.missing_mount_source",
         "A bind mount whose source does not exist: \"reject\" the container, or \"create\" a directory.",
     ),
+    fixed(
+        "pod.selinux",
+        "Whether containers are labelled where SELinux is on with a policy that knows them.",
+    ),
     live(
         "pod.apparmor_profile",
         "AppArmor profile that RuntimeDefault means, and saying nothing. The daemon loads \"slipway-default\" itself.",
@@ -345,6 +349,7 @@ mod tests {
             pids_limit = 1
             shm_size = 1
             missing_mount_source = "create"
+            selinux = false
             apparmor_profile = "mine"
             seccomp_profile = "/a"
             seccomp_dir = "/a"

@@ -288,6 +288,8 @@ pub struct Pod {
     pub shm_size: Size,
     /// What a bind mount whose source does not exist means.
     pub missing_mount_source: MissingMountSource,
+    /// Whether containers are labelled where SELinux is on.
+    pub selinux: bool,
     /// The AppArmor profile that RuntimeDefault means.
     pub apparmor_profile: String,
     /// A profile used for RuntimeDefault in place of the built-in one.
@@ -321,6 +323,7 @@ impl Default for Pod {
             pids_limit: 0,
             shm_size: Size::mib(64),
             missing_mount_source: MissingMountSource::Reject,
+            selinux: true,
             apparmor_profile: "slipway-default".to_owned(),
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),

@@ -159,10 +159,15 @@ impl Node {
         let empty = image.layers.is_empty();
         make_dirs(&dir, &layers, empty, plan.log_path.as_deref()).await?;
         phases.mark("prepare");
+        let linux = plan.spec.linux().as_ref();
+        let selinux_label = linux
+            .and_then(|l| l.mount_label().clone())
+            .unwrap_or_default();
         create.overlay = Some(keeper::Overlay {
             lower: lower_dirs(&image, &layers),
             upper: layers.join("upper").to_string_lossy().into_owned(),
             work: layers.join("work").to_string_lossy().into_owned(),
+            selinux_label,
         });
         let timeout = self.config().limits.create_timeout;
         let made = pod

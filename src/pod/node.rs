@@ -21,6 +21,7 @@ use super::container::Container;
 use super::error::PodError;
 use super::feed::Feed;
 use super::handlers::Runtimes;
+use super::levels::Levels;
 use super::names::Names;
 use super::phases::Traces;
 use super::probe;
@@ -52,6 +53,8 @@ pub struct Node {
     pub cni: Cni,
     /// What this machine can do.
     pub host: HostFacts,
+    /// SELinux levels of pods.
+    pub levels: Levels,
     /// Compiled seccomp filters.
     pub seccomp: ProfileCache,
     /// Where the time of the last operations went.
@@ -73,6 +76,10 @@ impl Node {
     pub fn new(config: Config, keepers: Keepers, images: ImageStore, cni: Cni) -> Arc<Self> {
         let recursive_read_only_mounts = probe::recursive_read_only_mounts();
         let tasks = TaskTracker::new();
+        let mut host = HostFacts::detect();
+        if !config.pod.selinux {
+            host.selinux = None;
+        }
         Arc::new(Self {
             runtimes: RwLock::new(Arc::new(Runtimes::new(&config, recursive_read_only_mounts))),
             recursive_read_only_mounts,
@@ -84,7 +91,8 @@ impl Node {
             keepers,
             images,
             cni,
-            host: HostFacts::detect(),
+            host,
+            levels: Levels::default(),
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
             layout: stats::layout(),

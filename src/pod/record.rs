@@ -57,6 +57,9 @@ pub struct PodRecord {
     pub cgroup: String,
     /// Whether the cgroup is ours to remove.
     pub made_cgroup: bool,
+    /// SELinux level of its containers; none on a host without SELinux.
+    #[serde(default)]
+    pub selinux_level: Option<String>,
     /// Its addresses, the primary one first.
     pub ips: Vec<std::net::IpAddr>,
     /// It was stopped completely.

@@ -13,12 +13,13 @@ use super::assemble;
 use super::error::{PodError, file};
 use super::events;
 use super::feed::Kind;
-use super::files::Files;
+use super::files::{Files, HOSTNAME, HOSTS, RESOLV_CONF};
 use super::leftovers;
 use super::names::pod_name;
 use super::node::{Node, new_id, now};
 use super::phases::{Phases, Trace, describe};
 use super::record::{self, Namespaces, PodRecord};
+use super::relabel;
 use super::sandbox::Pod;
 use super::state::PodStage;
 
@@ -62,6 +63,17 @@ impl Node {
         let plan = assemble::pod(&self, &id, &config)?;
         let wishes = Wishes::new(&config, &plan)?;
         let dir = self.pods_dir().join(&id);
+        let selinux_level = match &self.host.selinux {
+            Some(_) => {
+                let asked = slipway_spec::level_of_pod(&config);
+                let asked = asked.map_err(|source| PodError::Spec {
+                    what: format!("pod sandbox {id}"),
+                    source,
+                })?;
+                Some(asked.unwrap_or_else(|| self.levels.take(&id)))
+            }
+            None => None,
+        };
         let draft = PodRecord {
             schema: PodRecord::SCHEMA,
             id: id.clone(),
@@ -73,6 +85,7 @@ impl Node {
             namespaces: Namespaces::default(),
             cgroup: plan.setup.cgroup.clone(),
             made_cgroup: false,
+            selinux_level,
             ips: Vec::new(),
             stopped: false,
             phases: Vec::new(),
@@ -148,6 +161,9 @@ impl Node {
             phases.mark("network");
         }
         wishes.files.write(dir, &record.ips)?;
+        if let (Some(selinux), Some(level)) = (&self.host.selinux, &record.selinux_level) {
+            label_files(dir, &format!("{}:{level}", selinux.file.join(":")))?;
+        }
         phases.mark("files");
         record.created_at = now();
         record.phases = phases.laps().to_vec();
@@ -186,6 +202,7 @@ impl Node {
 
     /// Leaves nothing of a pod that could not be made. Every step is tried; what fails is logged.
     async fn undo_pod(self: &Arc<Self>, id: &str, dir: &Path) {
+        self.levels.release(id);
         let mut problems = Vec::new();
         if let Err(e) = self.cni.del(id, None).await {
             problems.push(super::error::chain(&e));
@@ -221,6 +238,15 @@ fn namespaces(made: keeper::SetupSandboxResult) -> Namespaces {
         uts: made.uts,
         pid: made.pid,
     }
+}
+
+/// Every container of the pod reads these, so they have the pod's level.
+fn label_files(dir: &Path, label: &str) -> Result<(), PodError> {
+    for name in [RESOLV_CONF, HOSTS, HOSTNAME, "shm"] {
+        let path = dir.join(name);
+        relabel::relabel(&path, label).map_err(file("label", &path))?;
+    }
+    Ok(())
 }
 
 /// The pod's own directories are root's alone; the log directory is everybody's to read.

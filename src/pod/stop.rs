@@ -163,6 +163,7 @@ impl Node {
         let trash = self.pods_dir().join(format!(".removed-{}", pod.id()));
         rename_if_there(&pod.dir, &trash)?;
         self.pods.remove(pod.id());
+        self.levels.release(pod.id());
         self.pod_names.release(&pod.name(), pod.id());
         pod.happened(Kind::Deleted, pod.id());
         self.sweep_later(trash);

@@ -48,6 +48,7 @@ mod pods;
 mod resources;
 mod restart;
 mod seccomp;
+mod selinux;
 mod stats;
 mod stop;
 mod stream;
@@ -67,6 +68,7 @@ fn main() -> std::process::ExitCode {
         users::TESTS,
         confinement::TESTS,
         seccomp::TESTS,
+        selinux::TESTS,
         hygiene::TESTS,
         exec::TESTS,
         exec::ALONE,

@@ -7,10 +7,10 @@ use crate::paths;
 use crate::sandbox::is_privileged;
 use crate::sources::security;
 use crate::{
-    ContainerInput, ContainerPlan, apparmor, capabilities, devices, logpath, mounts, namespaces,
-    process, resources, security as lsm, signal,
+    ContainerInput, ContainerPlan, apparmor, capabilities, devices, hidden, logpath, mounts,
+    namespaces, process, resources, selinux, signal,
 };
-use oci_spec::runtime::{Linux, LinuxCapabilities, Process, Root, Spec, User};
+use oci_spec::runtime::{Linux, LinuxCapabilities, LinuxNamespaceType, Process, Root, Spec, User};
 use slipway_proto::cri::{self, NamespaceMode};
 use slipway_proto::keeper;
 use std::collections::HashMap;
@@ -84,8 +84,18 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
     };
     let mut mounts = mounts::of_container(input, at)?;
     mounts.list.extend(devices.mounts);
-    let (masked, readonly) = lsm::hidden(security)?;
-    let labels = lsm::selinux(security, input.sandbox_config, host)?;
+    let (masked, readonly) = hidden::hidden(security)?;
+    let of_host = |kind| {
+        let mut own = namespaces.list.iter();
+        !own.any(|namespace| namespace.typ() == kind)
+    };
+    let labels = selinux::labels(
+        security,
+        input.sandbox_config,
+        input.selinux_level,
+        of_host(LinuxNamespaceType::Pid) || of_host(LinuxNamespaceType::Ipc),
+        host.selinux.as_ref(),
+    )?;
     let hostname = match input.sandbox_config.hostname.as_str() {
         "" => &host.hostname,
         name => name,
@@ -114,7 +124,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
             input.options,
             &mut warnings,
         )?)
-        .set_selinux_label(labels.as_ref().map(|(process, _)| process.clone()))
+        .set_selinux_label(labels.as_ref().map(|l| l.process.clone()))
         // The keeper's, who knows what the kernel lets it set.
         .set_oom_score_adj(None);
 
@@ -140,7 +150,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         .set_rootfs_propagation(mounts.rootfs_propagation.map(str::to_owned))
         .set_masked_paths((!masked.is_empty()).then_some(masked))
         .set_readonly_paths((!readonly.is_empty()).then_some(readonly))
-        .set_mount_label(labels.map(|(_, mount)| mount));
+        .set_mount_label(labels.map(|l| l.file));
 
     let mut root = Root::default();
     root.set_path(input.container_dir.join("rootfs"))
@@ -187,6 +197,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
     Ok(ContainerPlan {
         create,
         spec,
+        relabel: mounts.relabel,
         seccomp: input.sources.seccomp.clone(),
         bounding: bounding(&capabilities),
         stop_signal,

@@ -16,6 +16,8 @@ pub(crate) struct Mounts {
     pub recursive_read_only: Vec<String>,
     /// Propagation of the root that the mounts need, in libcontainer's words.
     pub rootfs_propagation: Option<&'static str>,
+    /// Sources that are to have the container's SELinux label.
+    pub relabel: Vec<PathBuf>,
 }
 
 /// What of the container's circumstances its mounts depend on.
@@ -100,12 +102,16 @@ pub(crate) fn of_container(input: &ContainerInput<'_>, at: Circumstances) -> Res
             let what = format!("{} is mounted twice", quoted(&request.container_path));
             return Err(SpecError::invalid(format!("{field}.container_path"), what));
         }
-        if input.host.selinux && request.selinux_relabel {
-            let what = "relabelling is not there yet in this version; label the source beforehand";
-            return Err(SpecError::unsupported(
-                format!("{field}.selinux_relabel"),
-                what,
-            ));
+        if input.host.selinux.is_some() && request.selinux_relabel {
+            if !relabelable(&source.path) {
+                let what = format!(
+                    "{} belongs to the host, and other programs would lose it; mount a directory of its own, \
+                     or don't ask for relabelling",
+                    source.path.display()
+                );
+                return Err(SpecError::invalid(format!("{field}.selinux_relabel"), what));
+            }
+            out.relabel.push(source.path.clone());
         }
         let mut options = vec!["rbind", propagation(&field, request, source, &mut out)?];
         let read_only = read_only(&field, request, input.host.recursive_read_only)?;
@@ -301,6 +307,40 @@ fn standard(at: Circumstances) -> Vec<Mount> {
             &["nosuid", "noexec", "nodev", "relatime", mode],
         ),
     ]
+}
+
+/// Whether a directory may be given to a container for good. Those of the host's own, which its programs need as
+/// they are, may not; the peers refuse the same.
+fn relabelable(source: &Path) -> bool {
+    const OWN: [&str; 23] = [
+        "/",
+        "/bin",
+        "/boot",
+        "/dev",
+        "/etc",
+        "/etc/passwd",
+        "/etc/pki",
+        "/etc/shadow",
+        "/home",
+        "/lib",
+        "/lib64",
+        "/media",
+        "/opt",
+        "/proc",
+        "/root",
+        "/run",
+        "/sbin",
+        "/srv",
+        "/sys",
+        "/tmp",
+        "/usr",
+        "/var",
+        "/var/lib",
+    ];
+    !OWN.iter().any(|own| Path::new(own) == source)
+        && !["/proc", "/sys", "/dev"]
+            .iter()
+            .any(|fs| source.starts_with(fs))
 }
 
 fn mount(place: &Path, kind: &str, source: &Path, options: &[&str]) -> Mount {
@@ -536,12 +576,25 @@ mod tests {
     }
 
     #[test]
-    fn selinux_relabelling_is_refused_where_it_would_matter() {
+    fn sources_to_relabel_are_told_and_never_the_hosts_own() {
         let mut case = Case::new();
-        case.mount("/x", "/y").selinux_relabel = true;
-        case.good();
-        case.host.selinux = true;
-        let field = "mounts[0].selinux_relabel".to_owned();
-        assert_eq!(case.bad(), (SpecErrorKind::Unsupported, field));
+        case.mount("/y", "/srv/x").selinux_relabel = true;
+        case.mount("/z", "/srv/z");
+        assert!(case.good().relabel.is_empty(), "without SELinux");
+        case.host.selinux = Some(crate::Selinux {
+            process: ["u", "r", "t"].map(str::to_owned),
+            file: ["u", "r", "f"].map(str::to_owned),
+        });
+        assert_eq!(case.good().relabel, [std::path::PathBuf::from("/srv/x")]);
+        for host in ["/", "/etc", "/usr", "/var/lib", "/home", "/etc/passwd"] {
+            let mut case = Case::new();
+            case.host.selinux = Some(crate::Selinux {
+                process: ["u", "r", "t"].map(str::to_owned),
+                file: ["u", "r", "f"].map(str::to_owned),
+            });
+            case.mount("/y", host).selinux_relabel = true;
+            let field = "mounts[0].selinux_relabel".to_owned();
+            assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{host}");
+        }
     }
 }

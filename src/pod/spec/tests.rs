@@ -78,7 +78,7 @@ impl Case {
                 hugepage_sizes: Default::default(),
                 kernel: (6, 1),
                 recursive_read_only: true,
-                selinux: false,
+                selinux: None,
                 hostname: "node".into(),
             },
         }
@@ -86,6 +86,7 @@ impl Case {
 
     pub fn plan(&self) -> Result<ContainerPlan, SpecError> {
         container(&ContainerInput {
+            selinux_level: None,
             id: "c1",
             pod_id: "p1",
             sandbox_config: &self.pod,
