@@ -78,7 +78,7 @@ pub fn inspect(config: &Config) -> Report {
     findings.extend(socket::check(&config.listen));
     findings.extend(network::check(config));
     findings.extend(sysctl::check());
-    findings.extend(host::check(config));
+    findings.extend(host::check(config, privileged));
     let handlers = handlers::check(config, &findings);
     findings.extend(handlers);
     Report { findings }

@@ -54,6 +54,7 @@ impl Setup {
         setup.set("run_root", &root("r"));
         setup.set("state_root", &root("state"));
         setup.set("log.level", "\"debug\"");
+        setup.set("cgroup.driver", &format!("{:?}", env.driver.name()));
         setup.set(
             "images.insecure_registries",
             &format!("[\"{REGISTRY}\", \"{LOGIN_REGISTRY}\"]"),
