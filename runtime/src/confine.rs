@@ -192,6 +192,14 @@ impl Confinement {
         &self.user
     }
 
+    /// Raises hard limits as far as is wanted. For a process that is about to enter a user namespace, in which
+    /// nobody may.
+    pub fn raise_limits(&self) {
+        for (resource, _, hard) in &self.rlimits {
+            sys::raise_hard_limit(*resource, *hard);
+        }
+    }
+
     /// Becomes the container's process and executes `args`, in the container's namespaces and root
     /// already. Returns only on failure, when the process is fit for nothing but exiting.
     pub fn enter(&self, args: &[Vec<u8>]) -> ConfineError {

@@ -35,6 +35,7 @@ mod sys;
 mod sysctl;
 
 pub use finding::{Finding, Report, Status};
+pub use mounts::user_namespaces;
 
 use slipway_config::Config;
 

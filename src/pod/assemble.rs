@@ -71,6 +71,7 @@ pub fn container(
         ipc: names.ipc.clone(),
         uts: names.uts.clone(),
         pid: names.pid.clone(),
+        user: names.user.clone(),
         made_cgroup: pod.record.made_cgroup,
     };
     let plan = slipway_spec::container(&ContainerInput {

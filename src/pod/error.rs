@@ -110,6 +110,17 @@ pub enum PodError {
         /// The names that would do.
         known: String,
     },
+    /// A user namespace where there can be none.
+    #[error(
+        "pod sandbox {id}: runtime handler {runtime:?} has no user namespaces on this machine; slipway check says why. \
+         Run the pod without (hostUsers: true)"
+    )]
+    NoUserNamespaces {
+        /// The pod's id.
+        id: String,
+        /// The handler.
+        runtime: String,
+    },
     /// A feature that is not there yet.
     #[error("{0}")]
     Unsupported(String),
@@ -243,7 +254,9 @@ impl PodError {
             Self::UnknownHandler { .. } => Class::InvalidArgument,
             Self::NameTaken { .. } => Class::AlreadyExists,
             Self::Spec { source, .. } => spec_class(source),
-            Self::PodNotReady { .. } | Self::WrongState { .. } => Class::FailedPrecondition,
+            Self::PodNotReady { .. } | Self::WrongState { .. } | Self::NoUserNamespaces { .. } => {
+                Class::FailedPrecondition
+            }
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),

@@ -20,11 +20,10 @@ use tracing::Instrument as _;
 use super::container::Container;
 use super::error::PodError;
 use super::feed::Feed;
-use super::handlers::Runtimes;
+use super::handlers::{Features, Runtimes};
 use super::levels::Levels;
 use super::names::Names;
 use super::phases::Traces;
-use super::probe;
 use super::sandbox::Pod;
 use super::stats;
 use super::store::{Found, Store};
@@ -34,7 +33,8 @@ use crate::memory;
 pub struct Node {
     config: RwLock<Arc<Config>>,
     runtimes: RwLock<Arc<Runtimes>>,
-    recursive_read_only_mounts: bool,
+    /// What this machine can do for handlers that make containers here.
+    pub features: Features,
     /// The boot that all of this lives in.
     pub boot_id: String,
     /// Pods by id.
@@ -74,15 +74,15 @@ pub struct Node {
 impl Node {
     /// A node without pods; `recover` finds those of an earlier daemon.
     pub fn new(config: Config, keepers: Keepers, images: ImageStore, cni: Cni) -> Arc<Self> {
-        let recursive_read_only_mounts = probe::recursive_read_only_mounts();
+        let features = Features::detect(&config.state_root);
         let tasks = TaskTracker::new();
         let mut host = HostFacts::detect();
         if !config.pod.selinux {
             host.selinux = None;
         }
         Arc::new(Self {
-            runtimes: RwLock::new(Arc::new(Runtimes::new(&config, recursive_read_only_mounts))),
-            recursive_read_only_mounts,
+            runtimes: RwLock::new(Arc::new(Runtimes::new(&config, features))),
+            features,
             boot_id: boot_id(),
             pods: Store::default(),
             containers: Store::default(),
@@ -116,7 +116,7 @@ impl Node {
 
     /// Takes a new configuration over; what runs keeps the one it began with.
     pub fn reconfigure(&self, config: Config) {
-        let runtimes = Runtimes::new(&config, self.recursive_read_only_mounts);
+        let runtimes = Runtimes::new(&config, self.features);
         *self.runtimes.write() = Arc::new(runtimes);
         *self.config.write() = Arc::new(config);
     }

@@ -31,6 +31,9 @@ pub struct Namespaces {
     pub uts: String,
     /// PID; only when the pod's containers share one.
     pub pid: String,
+    /// User, which owns the others.
+    #[serde(default)]
+    pub user: String,
 }
 
 /// What stays of a pod when the daemon ends.

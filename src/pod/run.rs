@@ -58,9 +58,12 @@ impl Node {
     ) -> Result<String, PodError> {
         let phases = Phases::start();
         let config = request.config.unwrap_or_default();
-        let (runtime, _) = self.runtimes().resolve(&request.runtime_handler)?;
+        let (runtime, handler) = self.runtimes().resolve(&request.runtime_handler)?;
         let id = new_id()?;
         let plan = assemble::pod(&self, &id, &config)?;
+        if plan.setup.users.is_some() && !handler.features.user_namespaces {
+            return Err(PodError::NoUserNamespaces { id, runtime });
+        }
         let wishes = Wishes::new(&config, &plan)?;
         let dir = self.pods_dir().join(&id);
         let selinux_level = match &self.host.selinux {
@@ -237,6 +240,7 @@ fn namespaces(made: keeper::SetupSandboxResult) -> Namespaces {
         ipc: made.ipc,
         uts: made.uts,
         pid: made.pid,
+        user: made.user,
     }
 }
 

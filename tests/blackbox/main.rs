@@ -55,6 +55,7 @@ mod stream;
 mod sysctls;
 mod systemd;
 mod update;
+mod userns;
 mod users;
 mod v2;
 
@@ -66,6 +67,7 @@ fn main() -> std::process::ExitCode {
         containers::TESTS,
         lifecycle::TESTS,
         users::TESTS,
+        userns::TESTS,
         confinement::TESTS,
         seccomp::TESTS,
         selinux::TESTS,

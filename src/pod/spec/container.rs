@@ -81,6 +81,8 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         privileged,
         readonly_rootfs,
         host_ipc: pod.ipc == NamespaceMode::Node,
+        host_network: pod.network == NamespaceMode::Node,
+        users: pod.users,
     };
     let mut mounts = mounts::of_container(input, at)?;
     mounts.list.extend(devices.mounts);
@@ -146,6 +148,8 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         .set_cgroups_path(Some(pod_cgroup.container(input.id).into()))
         .set_resources(Some(oci_resources))
         .set_devices((!devices.nodes.is_empty()).then_some(devices.nodes))
+        .set_uid_mappings(pod.users.map(|users| vec![users.uids]))
+        .set_gid_mappings(pod.users.map(|users| vec![users.gids]))
         .set_seccomp(None)
         .set_rootfs_propagation(mounts.rootfs_propagation.map(str::to_owned))
         .set_masked_paths((!masked.is_empty()).then_some(masked))

@@ -34,6 +34,7 @@ mod selinux;
 mod signal;
 mod sources;
 mod sysctl;
+mod userns;
 
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 
 use crate::error::{Result, SpecError, quoted, quoted_path};
 use crate::sources::{MountSource, Propagation};
+use crate::userns::{self, IdMaps};
 use crate::{ContainerInput, paths};
 use oci_spec::runtime::Mount;
 use slipway_proto::cri::{self, MountPropagation};
@@ -26,6 +27,9 @@ pub(crate) struct Circumstances {
     pub privileged: bool,
     pub readonly_rootfs: bool,
     pub host_ipc: bool,
+    pub host_network: bool,
+    /// Ids of the pod's user namespace, if it has one.
+    pub users: Option<IdMaps>,
 }
 
 /// Files below /proc that may be covered: lxcfs and its like give a container its own view there.
@@ -44,6 +48,9 @@ const COVERABLE: [&str; 11] = [
     "/proc/uptime",
 ];
 
+/// The group of terminals, everywhere.
+const TTY: u32 = 5;
+
 /// Made by libcontainer in every container's /dev, after the mounts: it would fail on one that is there.
 const MADE_IN_DEV: [&str; 12] = [
     "/dev/fd",
@@ -60,30 +67,42 @@ const MADE_IN_DEV: [&str; 12] = [
     "/dev/zero",
 ];
 
+/// Bind mount options that a request may name (KEP-5855), and what takes them down to the mounts below: what is
+/// forbidden in a volume is not to be allowed in a part of it.
+const OPTIONS: [(&str, &str); 3] = [
+    ("nodev", "rnodev"),
+    ("noexec", "rnoexec"),
+    ("nosuid", "rnosuid"),
+];
+
 /// Refuses what a later version brings.
 pub(crate) fn unsupported(field: &str, mount: &cri::Mount) -> Result<()> {
-    let what = if mount.image.is_some() || !mount.image_sub_path.is_empty() {
-        (
-            "image",
-            "volumes from images are not there yet in this version; use a host path",
-        )
-    } else if !mount.mount_options.is_empty() {
-        (
-            "mount_options",
-            "mount options are not there yet in this version; drop them",
-        )
-    } else if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        (
-            "uidMappings",
-            "mapped mounts are not there yet in this version; drop the mappings",
-        )
-    } else {
+    if mount.image.is_none() && mount.image_sub_path.is_empty() {
         return Ok(());
-    };
-    Err(SpecError::unsupported(
-        format!("{field}.{}", what.0),
-        what.1,
-    ))
+    }
+    let what = "volumes from images are not there yet in this version; use a host path";
+    Err(SpecError::unsupported(format!("{field}.image"), what))
+}
+
+/// The request's own options.
+fn own_options(field: &str, request: &cri::Mount, possible: bool) -> Result<Vec<&'static str>> {
+    let mut options = BTreeSet::new();
+    for (i, asked) in request.mount_options.iter().enumerate() {
+        let field = format!("{field}.mount_options[{i}]");
+        let Some((_, option)) = OPTIONS.iter().find(|(name, _)| name == asked) else {
+            let what = format!(
+                "{} is no option of a bind mount; there are nodev, noexec and nosuid",
+                quoted(asked)
+            );
+            return Err(SpecError::invalid(field, what));
+        };
+        if !possible {
+            let what = "needs Linux 5.12; this kernel is older";
+            return Err(SpecError::precondition(field, what));
+        }
+        options.insert(*option);
+    }
+    Ok(options.into_iter().collect())
 }
 
 /// A container's mounts. Its own cover the standard ones; of several, those nearer to the root come first,
@@ -113,14 +132,30 @@ pub(crate) fn of_container(input: &ContainerInput<'_>, at: Circumstances) -> Res
             }
             out.relabel.push(source.path.clone());
         }
-        let mut options = vec!["rbind", propagation(&field, request, source, &mut out)?];
+        let propagation = propagation(&field, request, source, &mut out)?;
+        if at.users.is_some() && propagation == "rshared" {
+            let what = "PROPAGATION_BIDIRECTIONAL does not go with a user namespace: the kernel lets no mount out \
+                        of one";
+            return Err(SpecError::invalid(format!("{field}.propagation"), what));
+        }
+        let mut options = vec!["rbind", propagation];
         let read_only = read_only(&field, request, input.host.recursive_read_only)?;
         options.extend_from_slice(read_only);
         if read_only.contains(&"rro") {
             out.recursive_read_only
                 .push(place.to_string_lossy().into_owned());
         }
-        own.push((place.clone(), mount(&place, "bind", &source.path, &options)));
+        options.extend(own_options(
+            &field,
+            request,
+            input.host.recursive_read_only,
+        )?);
+        let mut bind = mount(&place, "bind", &source.path, &options);
+        if let Some(maps) = userns::of_mount(&field, request)? {
+            bind.set_uid_mappings(Some(vec![maps.uids]))
+                .set_gid_mappings(Some(vec![maps.gids]));
+        }
+        own.push((place.clone(), bind));
     }
     for (place, source, options) in pod_files(input, at) {
         let place = PathBuf::from(place);
@@ -280,6 +315,25 @@ fn standard(at: Circumstances) -> Vec<Mount> {
         mount(Path::new(place), kind, Path::new(kind), options)
     };
     let tight = ["nosuid", "noexec", "nodev"];
+    let mut pts = vec![
+        "nosuid",
+        "noexec",
+        "newinstance",
+        "ptmxmode=0666",
+        "mode=0620",
+    ];
+    // The group tty: devpts takes no group that its user namespace has not.
+    if at.users.is_none_or(|users| users.gids.size() > TTY) {
+        pts.push("gid=5");
+    }
+    // sysfs shows a network, so who has that may mount it; the host's is not the pod's. Without what is mounted
+    // below it, of which nothing is the container's to see.
+    let sys = if at.users.is_some() && at.host_network {
+        let options = ["bind", "rprivate", "nosuid", "noexec", "nodev", "ro"];
+        mount(Path::new("/sys"), "bind", Path::new("/sys"), &options)
+    } else {
+        from("/sys", "sysfs", &["nosuid", "noexec", "nodev", mode])
+    };
     vec![
         from("/proc", "proc", &tight),
         from(
@@ -287,20 +341,9 @@ fn standard(at: Circumstances) -> Vec<Mount> {
             "tmpfs",
             &["nosuid", "strictatime", "mode=755", "size=65536k"],
         ),
-        from(
-            "/dev/pts",
-            "devpts",
-            &[
-                "nosuid",
-                "noexec",
-                "newinstance",
-                "ptmxmode=0666",
-                "mode=0620",
-                "gid=5",
-            ],
-        ),
+        from("/dev/pts", "devpts", &pts),
         from("/dev/mqueue", "mqueue", &tight),
-        from("/sys", "sysfs", &["nosuid", "noexec", "nodev", mode]),
+        sys,
         from(
             "/sys/fs/cgroup",
             "cgroup",
@@ -596,5 +639,75 @@ mod tests {
             let field = "mounts[0].selinux_relabel".to_owned();
             assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{host}");
         }
+    }
+
+    #[test]
+    fn the_requests_own_options() {
+        let mut case = Case::new();
+        case.mount("/x", "/y").mount_options =
+            vec!["noexec".into(), "nodev".into(), "noexec".into()];
+        let spec = case.good().spec;
+        let found = options(&spec, "/x");
+        assert_eq!(
+            found,
+            ["rbind", "rprivate", "rw", "rnodev", "rnoexec"].map(str::to_owned)
+        );
+        for bad in ["exec", "rnoexec", "NOEXEC", "", "uid=0", "bind", "rw"] {
+            let mut case = Case::new();
+            case.mount("/x", "/y").mount_options = vec!["nosuid".into(), bad.into()];
+            let field = "mounts[0].mount_options[1]".to_owned();
+            assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{bad:?}");
+        }
+        case.host.recursive_read_only = false;
+        assert_eq!(case.bad().0, SpecErrorKind::FailedPrecondition);
+    }
+
+    #[test]
+    fn owners_are_mapped() {
+        let ids = cri::IdMapping {
+            host_id: 65536,
+            container_id: 0,
+            length: 65536,
+        };
+        let mut case = Case::new();
+        let mount = case.mount("/x", "/y");
+        (mount.uid_mappings, mount.gid_mappings) = (vec![ids], vec![ids]);
+        let spec = case.good().spec;
+        let mount = find(&spec, "/x");
+        let host = |ids: &Option<Vec<oci_spec::runtime::LinuxIdMapping>>| {
+            ids.iter()
+                .flatten()
+                .map(|m| m.host_id())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (host(mount.uid_mappings()), host(mount.gid_mappings())),
+            (vec![65536], vec![65536])
+        );
+        case.config.mounts[0].gid_mappings.clear();
+        let field = "mounts[0].gidMappings".to_owned();
+        assert_eq!(case.bad(), (SpecErrorKind::Invalid, field));
+    }
+
+    #[test]
+    fn in_a_user_namespace() {
+        let mut case = Case::new();
+        case.user_namespace(65536);
+        let spec = case.good().spec;
+        assert!(has(&spec, "/dev/pts", "gid=5"));
+        assert_eq!(find(&spec, "/sys").typ().as_deref(), Some("sysfs"));
+        let linux = spec.linux().clone().expect("linux");
+        assert_eq!(linux.uid_mappings().iter().flatten().count(), 1);
+        // devpts would refuse a group that is not there.
+        case.user_namespace(5);
+        assert!(!has(&case.good().spec, "/dev/pts", "gid=5"));
+        case.user_namespace(65536).network = NamespaceMode::Node.into();
+        case.made.network.clear();
+        let spec = case.good().spec;
+        assert_eq!(find(&spec, "/sys").typ().as_deref(), Some("bind"));
+        assert!(has(&spec, "/sys", "ro"));
+        case.mount("/x", "/y").propagation = MountPropagation::PropagationBidirectional.into();
+        let field = "mounts[0].propagation".to_owned();
+        assert_eq!(case.bad(), (SpecErrorKind::Invalid, field));
     }
 }
