@@ -98,13 +98,22 @@ pub enum NriError {
         #[source]
         source: io::Error,
     },
-    /// Something else listens there.
-    #[error("can't listen at {}: {reason}", path.display())]
-    Socket {
+    /// Something that is no socket is there.
+    #[error(
+        "can't listen at {}: it is no socket; remove it, or set nri.socket_path to another path", path.display()
+    )]
+    NoSocket {
+        /// What is there.
+        path: PathBuf,
+    },
+    /// Another runtime listens there.
+    #[error(
+        "can't listen at {}: another runtime does; stop it, set nri.socket_path to another path, or \
+         nri.connections to false", path.display()
+    )]
+    Taken {
         /// The socket.
         path: PathBuf,
-        /// Why not.
-        reason: &'static str,
     },
     /// The node never came to rest for long enough to show it to a new plugin.
     #[error("the node was busy for {0:?}; connect again")]
@@ -116,7 +125,7 @@ impl NriError {
     pub fn kind(&self) -> NriErrorKind {
         match self {
             Self::Closed | Self::Protocol(_) | Self::Timeout { .. } => NriErrorKind::Broken,
-            Self::File { .. } | Self::Socket { .. } | Self::Name(_) | Self::Busy(_) => {
+            Self::File { .. } | Self::NoSocket { .. } | Self::Taken { .. } | Self::Name(_) | Self::Busy(_) => {
                 NriErrorKind::Setup
             }
             _ => NriErrorKind::Refused,

@@ -7,6 +7,7 @@
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -77,6 +78,8 @@ pub struct Nri {
     gate: Arc<tokio::sync::RwLock<()>>,
     /// Plugins are asked about one thing at a time.
     asking: tokio::sync::Mutex<()>,
+    /// The socket is ours.
+    listening: AtomicBool,
 }
 
 /// What plugins made of a new container.
@@ -109,6 +112,7 @@ impl Nri {
             plugins: RwLock::default(),
             gate: Arc::default(),
             asking: tokio::sync::Mutex::new(()),
+            listening: AtomicBool::new(false),
         })
     }
 
@@ -122,7 +126,14 @@ impl Nri {
         runtime: Arc<dyn Runtime>,
         ended: CancellationToken,
     ) -> Result<(), NriError> {
-        let listener = self.settings.socket.as_deref().map(listen).transpose()?;
+        let listener = match self.settings.socket.as_deref().map(listen) {
+            // Two runtimes on one node: the first has the plugins, and the second's pods need none to run.
+            Some(Err(error @ NriError::Taken { .. })) => {
+                tracing::error!(%error, "NRI plugins can't connect");
+                None
+            }
+            listener => listener.transpose()?,
+        };
         let installed = launch::discover(&self.settings.plugin_dir, &self.settings.config_dir)?;
         for installed in installed {
             let started = installed.start();
@@ -135,6 +146,7 @@ impl Nri {
             }
         }
         if let Some(listener) = listener {
+            self.listening.store(true, Ordering::Relaxed);
             tokio::spawn(self.clone().accept(listener, runtime, ended));
         }
         Ok(())
@@ -279,7 +291,9 @@ impl Nri {
     pub async fn stop(&self) {
         let plugins = self.plugins.read().clone();
         join_all(plugins.iter().map(|plugin| plugin.shut_down())).await;
-        if let Some(socket) = &self.settings.socket {
+        if let Some(socket) = &self.settings.socket
+            && self.listening.load(Ordering::Relaxed)
+        {
             let _ = std::fs::remove_file(socket);
         }
     }
@@ -575,20 +589,14 @@ fn listen(path: &Path) -> Result<UnixListener, NriError> {
         let made = private.recursive(true).mode(0o700).create(parent);
         made.map_err(file("make the directory of the NRI socket,", parent))?;
     }
-    let taken = |reason| NriError::Socket {
-        path: path.to_owned(),
-        reason,
-    };
     match std::fs::symlink_metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(file("look at the NRI socket", path)(e)),
         Ok(there) if !there.file_type().is_socket() => {
-            return Err(taken("it is no socket; remove it, or set nri.socket_path to another path"));
+            return Err(NriError::NoSocket { path: path.to_owned() });
         }
         Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            return Err(taken(
-                "another runtime does; stop it, set nri.socket_path to another path, or nri.enable to false",
-            ));
+            return Err(NriError::Taken { path: path.to_owned() });
         }
         Ok(_) => std::fs::remove_file(path).map_err(file("replace the stale NRI socket", path))?,
     }

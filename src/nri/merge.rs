@@ -295,7 +295,7 @@ impl Plugin<'_> {
         own: &mut LinuxContainer,
         owners: &mut Owners,
     ) -> Result<(), NriError> {
-        let mut claim = |owners: &mut Owners, field| owners.claim(self.container, field, None, self.name);
+        let claim = |owners: &mut Owners, field| owners.claim(self.container, field, None, self.name);
         self.list(wish.devices, &mut all.devices, &mut own.devices, owners)?;
         self.list(wish.namespaces, &mut all.namespaces, &mut own.namespaces, owners)?;
         self.map(Field::Sysctl, wish.sysctl, &mut all.sysctl, &mut own.sysctl, owners)?;

@@ -25,8 +25,6 @@ const RESPONSE: u8 = 2;
 pub mod code {
     /// Success.
     pub const OK: i32 = 0;
-    /// No reason given.
-    pub const UNKNOWN: i32 = 2;
     /// The request can never work.
     pub const INVALID_ARGUMENT: i32 = 3;
     /// Too much at a time.

@@ -124,6 +124,15 @@ pub enum PodError {
         #[source]
         source: ClientError,
     },
+    /// An NRI plugin, or what plugins make of it together.
+    #[error("can't {what}")]
+    Plugin {
+        /// The verb and the pod or container.
+        what: String,
+        /// The cause.
+        #[source]
+        source: slipway_nri::NriError,
+    },
     /// The image.
     #[error("can't {action} image {image:?}")]
     Image {
@@ -243,7 +252,7 @@ impl PodError {
             Self::UnknownHandler { .. } => Class::InvalidArgument,
             Self::NameTaken { .. } => Class::AlreadyExists,
             Self::Spec { source, .. } => spec_class(source),
-            Self::PodNotReady { .. } | Self::WrongState { .. } => Class::FailedPrecondition,
+            Self::PodNotReady { .. } | Self::WrongState { .. } | Self::Plugin { .. } => Class::FailedPrecondition,
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),

@@ -19,6 +19,7 @@ mod levels;
 mod lifecycle;
 pub mod names;
 mod node;
+mod plugins;
 pub mod phases;
 mod probe;
 pub mod record;
