@@ -45,7 +45,9 @@ pub enum NriError {
         message: String,
     },
     /// Two plugins want different things.
-    #[error("NRI plugins {first} and {second} both set {field} of container {container}; only one of them may")]
+    #[error(
+        "NRI plugins {first} and {second} both set {field} of container {container}; only one of them may"
+    )]
     Conflict {
         /// Who was first.
         first: String,
@@ -125,9 +127,11 @@ impl NriError {
     pub fn kind(&self) -> NriErrorKind {
         match self {
             Self::Closed | Self::Protocol(_) | Self::Timeout { .. } => NriErrorKind::Broken,
-            Self::File { .. } | Self::NoSocket { .. } | Self::Taken { .. } | Self::Name(_) | Self::Busy(_) => {
-                NriErrorKind::Setup
-            }
+            Self::File { .. }
+            | Self::NoSocket { .. }
+            | Self::Taken { .. }
+            | Self::Name(_)
+            | Self::Busy(_) => NriErrorKind::Setup,
             _ => NriErrorKind::Refused,
         }
     }

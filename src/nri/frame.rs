@@ -78,13 +78,18 @@ mod tests {
     #[test]
     fn hostile_lengths() {
         let mut reader = Reader::default();
-        reader.buffer().put_slice(&[0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff]);
+        reader
+            .buffer()
+            .put_slice(&[0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff]);
         assert!(matches!(reader.next(), Err(NriError::Protocol(_))));
         let mut reader = Reader::default();
         reader.buffer().put_u32(1);
         reader.buffer().put_u32(u32::try_from(LONGEST).unwrap());
         assert!(reader.next().unwrap().is_none());
-        assert!(reader.buffer().capacity() < 4096, "nothing is allocated for a promise");
+        assert!(
+            reader.buffer().capacity() < 4096,
+            "nothing is allocated for a promise"
+        );
     }
 
     #[test]

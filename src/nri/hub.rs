@@ -142,7 +142,11 @@ impl Nri {
                 Err(error) => Err((error, installed.name.to_string())),
             };
             if let Err((error, name)) = joined {
-                tracing::error!(plugin = name, error = chain(&error), "an NRI plugin does not take part");
+                tracing::error!(
+                    plugin = name,
+                    error = chain(&error),
+                    "an NRI plugin does not take part"
+                );
             }
         }
         if let Some(listener) = listener {
@@ -172,11 +176,17 @@ impl Nri {
                     }
                 },
             };
-            let Ok(turn) = joining.clone().acquire_owned().await else { return };
+            let Ok(turn) = joining.clone().acquire_owned().await else {
+                return;
+            };
             let (nri, runtime) = (self.clone(), runtime.clone());
             tokio::spawn(async move {
                 if let Err((error, name)) = nri.join(socket, None, &runtime).await {
-                    tracing::error!(plugin = name, error = chain(&error), "an NRI plugin does not take part");
+                    tracing::error!(
+                        plugin = name,
+                        error = chain(&error),
+                        "an NRI plugin does not take part"
+                    );
                 }
                 drop(turn);
             });
@@ -280,7 +290,9 @@ impl Nri {
         let gate = self.gate.clone().read_owned().await;
         let plugins = self.plugins.read().clone();
         Turn {
-            wanted: plugins.iter().fold(Events::NONE, |all, p| all.with(p.events())),
+            wanted: plugins
+                .iter()
+                .fold(Events::NONE, |all, p| all.with(p.events())),
             plugins,
             nri: self.clone(),
             _gate: gate,
@@ -351,7 +363,11 @@ impl Turn {
     ///
     /// # Errors
     /// A plugin's or validator's refusal; contradictory wishes.
-    pub async fn create(&self, pod: &PodSandbox, container: Container) -> Result<Created, NriError> {
+    pub async fn create(
+        &self,
+        pod: &PodSandbox,
+        container: Container,
+    ) -> Result<Created, NriError> {
         const EVENT: Event = Event::CreateContainer;
         let _one = self.nri.asking.lock().await;
         let pristine = container.clone();
@@ -593,10 +609,14 @@ fn listen(path: &Path) -> Result<UnixListener, NriError> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(file("look at the NRI socket", path)(e)),
         Ok(there) if !there.file_type().is_socket() => {
-            return Err(NriError::NoSocket { path: path.to_owned() });
+            return Err(NriError::NoSocket {
+                path: path.to_owned(),
+            });
         }
         Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            return Err(NriError::Taken { path: path.to_owned() });
+            return Err(NriError::Taken {
+                path: path.to_owned(),
+            });
         }
         Ok(_) => std::fs::remove_file(path).map_err(file("replace the stale NRI socket", path))?,
     }

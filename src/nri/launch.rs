@@ -38,7 +38,9 @@ pub fn discover(dir: &Path, config_dir: &Path) -> Result<Vec<Installed>, NriErro
     for entry in entries {
         let path = entry.map_err(file("list the NRI plugins in", dir))?.path();
         // Links are followed: that is how plugins are enabled.
-        let Ok(there) = std::fs::metadata(&path) else { continue };
+        let Ok(there) = std::fs::metadata(&path) else {
+            continue;
+        };
         if !there.is_file() || there.permissions().mode() & 0o111 == 0 {
             continue;
         }
@@ -132,8 +134,14 @@ mod tests {
         put(&configs.join("10-a.conf"), "own", 0o600);
         put(&configs.join("b.conf"), "general", 0o600);
         let found = discover(&plugins, &configs).unwrap();
-        let shown: Vec<_> = found.iter().map(|p| (p.name.to_string(), p.config.as_str())).collect();
-        assert_eq!(shown, [("10-a".to_owned(), "own"), ("20-b".to_owned(), "general")]);
+        let shown: Vec<_> = found
+            .iter()
+            .map(|p| (p.name.to_string(), p.config.as_str()))
+            .collect();
+        assert_eq!(
+            shown,
+            [("10-a".to_owned(), "own"), ("20-b".to_owned(), "general")]
+        );
         put(&plugins.join("nameless"), "", 0o755);
         let error = discover(&plugins, &configs).unwrap_err().to_string();
         assert!(error.contains("nameless"), "{error}");
@@ -144,7 +152,11 @@ mod tests {
         use tokio::io::AsyncReadExt as _;
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("05-x");
-        put(&path, "#!/bin/sh\necho $NRI_PLUGIN_NAME $NRI_PLUGIN_IDX $NRI_PLUGIN_SOCKET $HOME >&3\n", 0o755);
+        put(
+            &path,
+            "#!/bin/sh\necho $NRI_PLUGIN_NAME $NRI_PLUGIN_IDX $NRI_PLUGIN_SOCKET $HOME >&3\n",
+            0o755,
+        );
         let installed = Installed {
             name: PluginName::of_file("05-x").unwrap(),
             path,

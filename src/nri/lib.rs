@@ -32,7 +32,7 @@ pub use events::Events;
 pub use hub::{Created, Nri, Runtime, Settings, Turn, Updated};
 pub use name::{PluginName, is_removal, removal};
 pub use slipway_proto::nri as api;
-pub use validator::{ValidatorSettings, VALIDATOR};
+pub use validator::{VALIDATOR, ValidatorSettings};
 
 /// The NRI version whose protocol this is.
 pub const VERSION: &str = "v0.12.0";

@@ -59,7 +59,9 @@ impl Link {
         let shared = Arc::downgrade(&link.0);
         tokio::spawn(async move {
             let take = |stream, response| {
-                let Some(shared) = shared.upgrade() else { return };
+                let Some(shared) = shared.upgrade() else {
+                    return;
+                };
                 // Nobody waits for an answer that comes too late.
                 if let Some(caller) = shared.pending.lock().remove(&stream) {
                     let _ = caller.send(response);
@@ -98,9 +100,9 @@ impl Link {
             .map_err(|_| late())??;
         match answer.status {
             Some(status) if status.code != rpc::code::OK => Ok(Err(status)),
-            _ => M::decode(answer.payload)
-                .map(Ok)
-                .map_err(|e| NriError::Protocol(format!("its answer to {method} can't be read: {e}"))),
+            _ => M::decode(answer.payload).map(Ok).map_err(|e| {
+                NriError::Protocol(format!("its answer to {method} can't be read: {e}"))
+            }),
         }
     }
 
@@ -165,7 +167,11 @@ impl Drop for Forget<'_> {
     }
 }
 
-async fn send(mut to: OwnedWriteHalf, mut queue: mpsc::Receiver<BytesMut>, closed: CancellationToken) {
+async fn send(
+    mut to: OwnedWriteHalf,
+    mut queue: mpsc::Receiver<BytesMut>,
+    closed: CancellationToken,
+) {
     loop {
         let frames = tokio::select! {
             () = closed.cancelled() => return,
@@ -215,7 +221,8 @@ async fn receive(
                 };
                 // One too many is answered here: who calls faster than it reads is read no faster.
                 let Ok(turn) = turns.clone().try_acquire_owned() else {
-                    let what = format!("{CALLS} calls are worked on already; wait for their answers");
+                    let what =
+                        format!("{CALLS} calls are worked on already; wait for their answers");
                     let refused = Status::new(rpc::code::RESOURCE_EXHAUSTED, what);
                     respond(stream, Err(refused), &out).await;
                     continue;

@@ -115,7 +115,13 @@ impl Creation {
             name: plugin,
         };
         let (own, owners, all) = (&mut self.container, &mut self.owners, &mut self.adjust);
-        by.map(Field::Annotations, wish.annotations, &mut all.annotations, &mut own.annotations, owners)?;
+        by.map(
+            Field::Annotations,
+            wish.annotations,
+            &mut all.annotations,
+            &mut own.annotations,
+            owners,
+        )?;
         by.list(wish.mounts, &mut all.mounts, &mut own.mounts, owners)?;
         by.env(wish.env, &mut all.env, &mut own.env, owners)?;
         by.args(wish.args, &mut all.args, &mut own.args, owners)?;
@@ -125,9 +131,21 @@ impl Creation {
             let own = own.hooks.get_or_insert_default();
             for (from, to, own) in [
                 (hooks.prestart, &mut to.prestart, &mut own.prestart),
-                (hooks.create_runtime, &mut to.create_runtime, &mut own.create_runtime),
-                (hooks.create_container, &mut to.create_container, &mut own.create_container),
-                (hooks.start_container, &mut to.start_container, &mut own.start_container),
+                (
+                    hooks.create_runtime,
+                    &mut to.create_runtime,
+                    &mut own.create_runtime,
+                ),
+                (
+                    hooks.create_container,
+                    &mut to.create_container,
+                    &mut own.create_container,
+                ),
+                (
+                    hooks.start_container,
+                    &mut to.start_container,
+                    &mut own.start_container,
+                ),
                 (hooks.poststart, &mut to.poststart, &mut own.poststart),
                 (hooks.poststop, &mut to.poststop, &mut own.poststop),
             ] {
@@ -214,9 +232,15 @@ impl Plugin<'_> {
     }
 
     /// Splits off the removals, and forgets what they name.
-    fn remove<T: Named>(&self, wish: Vec<T>, all: &mut Vec<T>, owners: &mut Owners) -> (Vec<String>, Vec<T>) {
-        let (removed, added): (Vec<T>, Vec<T>) =
-            wish.into_iter().partition(|entry| is_removal(entry.key()).is_some());
+    fn remove<T: Named>(
+        &self,
+        wish: Vec<T>,
+        all: &mut Vec<T>,
+        owners: &mut Owners,
+    ) -> (Vec<String>, Vec<T>) {
+        let (removed, added): (Vec<T>, Vec<T>) = wish
+            .into_iter()
+            .partition(|entry| is_removal(entry.key()).is_some());
         let keys: Vec<String> = removed
             .iter()
             .filter_map(|entry| is_removal(entry.key()).map(str::to_owned))
@@ -295,15 +319,39 @@ impl Plugin<'_> {
         own: &mut LinuxContainer,
         owners: &mut Owners,
     ) -> Result<(), NriError> {
-        let claim = |owners: &mut Owners, field| owners.claim(self.container, field, None, self.name);
+        let claim =
+            |owners: &mut Owners, field| owners.claim(self.container, field, None, self.name);
         self.list(wish.devices, &mut all.devices, &mut own.devices, owners)?;
-        self.list(wish.namespaces, &mut all.namespaces, &mut own.namespaces, owners)?;
-        self.map(Field::Sysctl, wish.sysctl, &mut all.sysctl, &mut own.sysctl, owners)?;
+        self.list(
+            wish.namespaces,
+            &mut all.namespaces,
+            &mut own.namespaces,
+            owners,
+        )?;
+        self.map(
+            Field::Sysctl,
+            wish.sysctl,
+            &mut all.sysctl,
+            &mut own.sysctl,
+            owners,
+        )?;
         let (devices, own_devices) = (&mut all.net_devices, &mut own.net_devices);
-        self.map(Field::LinuxNetDevices, wish.net_devices, devices, own_devices, owners)?;
+        self.map(
+            Field::LinuxNetDevices,
+            wish.net_devices,
+            devices,
+            own_devices,
+            owners,
+        )?;
         if let Some(change) = wish.resources {
             let (id, name) = (self.container, self.name);
-            resources::merge(all.resources.get_or_insert_default(), &change, owners, id, name)?;
+            resources::merge(
+                all.resources.get_or_insert_default(),
+                &change,
+                owners,
+                id,
+                name,
+            )?;
             // Claimed already: nobody else's.
             let own = own.resources.get_or_insert_default();
             resources::merge(own, &change, &mut Owners::default(), id, name)?;
@@ -340,7 +388,11 @@ impl Plugin<'_> {
         if let Some(rdt) = wish.rdt {
             let to = all.rdt.get_or_insert_default();
             if rdt.remove {
-                for field in [Field::RdtClosId, Field::RdtSchemata, Field::RdtEnableMonitoring] {
+                for field in [
+                    Field::RdtClosId,
+                    Field::RdtSchemata,
+                    Field::RdtEnableMonitoring,
+                ] {
                     owners.clear(self.container, field, None, self.name);
                 }
                 *to = slipway_proto::nri::LinuxRdt {

@@ -78,9 +78,14 @@ mod tests {
     #[test]
     fn names() {
         let name = PluginName::of_file("05-dev-injector.v1").unwrap();
-        assert_eq!((name.index.as_str(), name.name.as_str()), ("05", "dev-injector.v1"));
+        assert_eq!(
+            (name.index.as_str(), name.name.as_str()),
+            ("05", "dev-injector.v1")
+        );
         assert_eq!(name.to_string(), "05-dev-injector.v1");
-        for bad in ["", "logger", "5-x", "005-x", "ab-x", "10-", "10-a b", "10-ä", "-x"] {
+        for bad in [
+            "", "logger", "5-x", "005-x", "ab-x", "10-", "10-a b", "10-ä", "-x",
+        ] {
             assert!(PluginName::of_file(bad).is_err(), "{bad}");
         }
         assert!(PluginName::new(&"9".repeat(300), "x").is_err());

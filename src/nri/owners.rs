@@ -60,14 +60,18 @@ impl Owners {
             None => fields.simple.get(&(field as i32)),
             Some(entry) => fields.compound.get(&(field as i32))?.owners.get(entry),
         };
-        owner.map(String::as_str).filter(|o| is_removal(o).is_none())
+        owner
+            .map(String::as_str)
+            .filter(|o| is_removal(o).is_none())
     }
 
     /// Who has set entries of this field, with the entries.
     pub fn all_of(&self, container: &str, field: Field) -> Vec<(&str, &str)> {
         let compound = (self.0.owners.get(container)).and_then(|f| f.compound.get(&(field as i32)));
         let owners = compound.into_iter().flat_map(|c| &c.owners);
-        owners.map(|(entry, owner)| (entry.as_str(), owner.as_str())).collect()
+        owners
+            .map(|(entry, owner)| (entry.as_str(), owner.as_str()))
+            .collect()
     }
 
     fn owner_mut(&mut self, container: &str, field: Field, entry: Option<&str>) -> &mut String {
@@ -107,13 +111,18 @@ mod tests {
         }
         owners.clear("c", Field::Env, Some("A"), "10-b");
         assert_eq!(owners.of("c", Field::Env, Some("A")), None);
-        let error = owners.claim("c", Field::Env, Some("A"), "20-c").unwrap_err();
+        let error = owners
+            .claim("c", Field::Env, Some("A"), "20-c")
+            .unwrap_err();
         assert!(error.to_string().contains("10-b"), "{error}");
         owners.claim("c", Field::Env, Some("A"), "10-b").unwrap();
         assert_eq!(owners.of("c", Field::Env, Some("A")), Some("10-b"));
         assert_eq!(owners.of("d", Field::Env, Some("A")), None);
         owners.claim("c", Field::Args, None, "00-a").unwrap();
-        assert!(owners.claim("c", Field::Args, None, "00-a").is_err(), "twice");
+        assert!(
+            owners.claim("c", Field::Args, None, "00-a").is_err(),
+            "twice"
+        );
         owners.share("c", Field::OciHooks, "00-a");
         owners.share("c", Field::OciHooks, "10-b");
         assert_eq!(owners.of("c", Field::OciHooks, None), Some("00-a,10-b"));

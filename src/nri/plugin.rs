@@ -67,7 +67,8 @@ impl Plugin {
 
     /// Who it is, for messages.
     pub fn shown(&self) -> String {
-        self.name().map_or_else(|| "without a name".to_owned(), ToString::to_string)
+        self.name()
+            .map_or_else(|| "without a name".to_owned(), ToString::to_string)
     }
 
     /// What it wants to hear.
@@ -84,10 +85,16 @@ impl Plugin {
     ///
     /// # Errors
     /// [`NriError`].
-    pub async fn configure(&self, request: &ConfigureRequest, timeout: Duration) -> Result<(), NriError> {
+    pub async fn configure(
+        &self,
+        request: &ConfigureRequest,
+        timeout: Duration,
+    ) -> Result<(), NriError> {
         let answer: ConfigureResponse = self.call("Configure", request, timeout).await?;
         let events = Events::subscribed(answer.events).map_err(|bits| {
-            NriError::Protocol(format!("it subscribes to events that there are not: {bits:#x}"))
+            NriError::Protocol(format!(
+                "it subscribes to events that there are not: {bits:#x}"
+            ))
         })?;
         let _ = self.events.set(events);
         Ok(())
@@ -111,7 +118,8 @@ impl Plugin {
                 return Ok(answer.update);
             }
             if !answer.more || !answer.update.is_empty() {
-                let what = "it can't take the state of the node in parts, and that is too long for one";
+                let what =
+                    "it can't take the state of the node in parts, and that is too long for one";
                 return Err(NriError::Protocol(what.to_owned()));
             }
         }
@@ -135,7 +143,10 @@ impl Plugin {
                 pod: Some(pod.clone()),
                 container: container.cloned(),
             };
-            let answer = self.link.call::<Empty>(method(event), &notice, timeout).await?;
+            let answer = self
+                .link
+                .call::<Empty>(method(event), &notice, timeout)
+                .await?;
             match answer {
                 Ok(_) => return Ok(()),
                 Err(status) if status.code == code::UNIMPLEMENTED && has_fallback(event) => {
@@ -154,7 +165,9 @@ impl Plugin {
             pod: Some(pod.clone()),
             container: container.cloned(),
         };
-        self.call::<Empty>("StateChange", &change, timeout).await.map(drop)
+        self.call::<Empty>("StateChange", &change, timeout)
+            .await
+            .map(drop)
     }
 
     /// Calls a method; its failure is an error.
@@ -185,7 +198,11 @@ impl Plugin {
     ///
     /// # Errors
     /// The refusal.
-    pub fn settle<T>(&self, method: &str, result: Result<T, NriError>) -> Result<Option<T>, NriError> {
+    pub fn settle<T>(
+        &self,
+        method: &str,
+        result: Result<T, NriError>,
+    ) -> Result<Option<T>, NriError> {
         match result {
             Ok(answer) => Ok(Some(answer)),
             Err(error) if error.kind() == NriErrorKind::Broken => {
@@ -218,7 +235,10 @@ impl Plugin {
     /// Says goodbye, and ends it.
     pub async fn shut_down(&self) {
         if !self.link.is_closed() {
-            let bye = self.link.call::<Empty>("Shutdown", &Empty {}, FAREWELL).await;
+            let bye = self
+                .link
+                .call::<Empty>("Shutdown", &Empty {}, FAREWELL)
+                .await;
             if let Err(error) = bye {
                 tracing::debug!(plugin = self.shown(), %error, "an NRI plugin does not answer the farewell");
             }
@@ -258,11 +278,15 @@ fn parts(
     };
     for pod in pods {
         room(&mut all, "a pod", pod.encoded_len())?;
-        all.last_mut().into_iter().for_each(|part| part.pods.push(pod.clone()));
+        all.last_mut()
+            .into_iter()
+            .for_each(|part| part.pods.push(pod.clone()));
     }
     for container in containers {
         room(&mut all, "a container", container.encoded_len())?;
-        all.last_mut().into_iter().for_each(|part| part.containers.push(container.clone()));
+        all.last_mut()
+            .into_iter()
+            .for_each(|part| part.containers.push(container.clone()));
     }
     Ok(all)
 }
@@ -270,8 +294,8 @@ fn parts(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use prost::Message as _;
     use proptest::prelude::*;
+    use prost::Message as _;
 
     #[test]
     fn what_does_not_fit_at_all() {

@@ -157,13 +157,20 @@ impl Reader {
         }
         self.buffer.advance(HEADER);
         let data = self.buffer.split_to(length).freeze();
-        let bad = |e: prost::DecodeError| NriError::Protocol(format!("a message can't be read: {e}"));
+        let bad =
+            |e: prost::DecodeError| NriError::Protocol(format!("a message can't be read: {e}"));
         match kind {
             REQUEST if stream % 2 == 0 => Err(NriError::Protocol(format!(
                 "a call on stream {stream}, which is even"
             ))),
-            REQUEST => Ok(Some(Message::Request(stream, Request::decode(data).map_err(bad)?))),
-            RESPONSE => Ok(Some(Message::Response(stream, Response::decode(data).map_err(bad)?))),
+            REQUEST => Ok(Some(Message::Request(
+                stream,
+                Request::decode(data).map_err(bad)?,
+            ))),
+            RESPONSE => Ok(Some(Message::Response(
+                stream,
+                Response::decode(data).map_err(bad)?,
+            ))),
             other => Err(NriError::Protocol(format!(
                 "a message of type {other}; NRI has calls and answers only"
             ))),
@@ -197,7 +204,9 @@ mod tests {
         let bytes = Message::Response(0x0102_0304, response).encode().unwrap();
         assert_eq!(
             &bytes[..],
-            [0, 0, 0, 8, 1, 2, 3, 4, 2, 0, 0x0a, 6, 8, 12, 0x12, 2, b'n', b'o']
+            [
+                0, 0, 0, 8, 1, 2, 3, 4, 2, 0, 0x0a, 6, 8, 12, 0x12, 2, b'n', b'o'
+            ]
         );
     }
 

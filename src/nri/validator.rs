@@ -52,40 +52,60 @@ impl ValidatorSettings {
             return Err(format!("{who} may not add OCI hooks on this node"));
         }
         if let Some(who) = owners.of(id, Field::SeccompPolicy, None) {
-            let profile = container.linux.as_ref().and_then(|l| l.seccomp_profile.as_ref());
+            let profile = container
+                .linux
+                .as_ref()
+                .and_then(|l| l.seccomp_profile.as_ref());
             let kind = profile.map_or(ProfileType::Unconfined, |p| p.profile_type());
             let (rejected, what) = match kind {
-                ProfileType::RuntimeDefault => (self.reject_runtime_default_seccomp, "the runtime's default"),
-                ProfileType::Unconfined => (self.reject_unconfined_seccomp, "an unconfined container's"),
+                ProfileType::RuntimeDefault => {
+                    (self.reject_runtime_default_seccomp, "the runtime's default")
+                }
+                ProfileType::Unconfined => {
+                    (self.reject_unconfined_seccomp, "an unconfined container's")
+                }
                 ProfileType::Localhost => (self.reject_custom_seccomp, "a custom"),
             };
             if rejected {
-                return Err(format!("{who} may not replace {what} seccomp profile on this node"));
+                return Err(format!(
+                    "{who} may not replace {what} seccomp profile on this node"
+                ));
             }
         }
         if self.reject_namespaces
             && let Some((namespace, who)) = owners.all_of(id, Field::Namespace).first()
         {
             let who = who.trim_start_matches('-');
-            return Err(format!("{who} may not change the {namespace} namespace on this node"));
+            return Err(format!(
+                "{who} may not change the {namespace} namespace on this node"
+            ));
         }
         if self.reject_sysctls
             && let Some((name, who)) = owners.all_of(id, Field::Sysctl).first()
         {
             let who = who.trim_start_matches('-');
-            return Err(format!("{who} may not change the sysctl {name} on this node"));
+            return Err(format!(
+                "{who} may not change the sysctl {name} on this node"
+            ));
         }
         self.required(pod, container, plugins)
     }
 
-    fn required(&self, pod: &PodSandbox, container: &Container, plugins: &[&str]) -> Result<(), String> {
+    fn required(
+        &self,
+        pod: &PodSandbox,
+        container: &Container,
+        plugins: &[&str],
+    ) -> Result<(), String> {
         if !self.tolerate_missing_annotation.is_empty() {
             let key = self.tolerate_missing_annotation.as_str();
             match annotation(pod, key, &container.name) {
                 Some("1" | "t" | "T" | "true" | "True" | "TRUE") => return Ok(()),
                 None | Some("0" | "f" | "F" | "false" | "False" | "FALSE") => {}
                 Some(other) => {
-                    return Err(format!("the annotation {key} must be true or false, not {other:?}"));
+                    return Err(format!(
+                        "the annotation {key} must be true or false, not {other:?}"
+                    ));
                 }
             }
         }
@@ -145,9 +165,15 @@ mod tests {
     fn what_plugins_may_not_do() {
         let mut owners = Owners::default();
         owners.share("c", Field::OciHooks, "00-h");
-        owners.claim("c", Field::SeccompPolicy, None, "10-s").unwrap();
-        owners.claim("c", Field::Namespace, Some("ipc"), "20-n").unwrap();
-        owners.claim("c", Field::Sysctl, Some("net.x"), "30-y").unwrap();
+        owners
+            .claim("c", Field::SeccompPolicy, None, "10-s")
+            .unwrap();
+        owners
+            .claim("c", Field::Namespace, Some("ipc"), "20-n")
+            .unwrap();
+        owners
+            .claim("c", Field::Sysctl, Some("net.x"), "30-y")
+            .unwrap();
         let nothing = ValidatorSettings::default();
         let pod = PodSandbox::default();
         let check = |settings: &ValidatorSettings, kind| {
@@ -157,10 +183,22 @@ mod tests {
         let default = ProfileType::RuntimeDefault;
         let cases: [(fn(&mut ValidatorSettings), Option<ProfileType>, &str); 7] = [
             (|s| s.reject_oci_hooks = true, None, "00-h"),
-            (|s| s.reject_runtime_default_seccomp = true, Some(default), "10-s"),
+            (
+                |s| s.reject_runtime_default_seccomp = true,
+                Some(default),
+                "10-s",
+            ),
             (|s| s.reject_unconfined_seccomp = true, None, "10-s"),
-            (|s| s.reject_unconfined_seccomp = true, Some(ProfileType::Unconfined), "10-s"),
-            (|s| s.reject_custom_seccomp = true, Some(ProfileType::Localhost), "10-s"),
+            (
+                |s| s.reject_unconfined_seccomp = true,
+                Some(ProfileType::Unconfined),
+                "10-s",
+            ),
+            (
+                |s| s.reject_custom_seccomp = true,
+                Some(ProfileType::Localhost),
+                "10-s",
+            ),
             (|s| s.reject_namespaces = true, None, "20-n"),
             (|s| s.reject_sysctls = true, None, "30-y"),
         ];
@@ -196,7 +234,11 @@ mod tests {
         assert_eq!(check(&[("tolerate/container.main", "true")], &[]), Ok(()));
         assert!(check(&[("tolerate/container.other", "true")], &[]).is_err());
         assert!(check(&[("tolerate", "maybe")], &["a"]).is_err());
-        assert!(check(&[(REQUIRED, "[ b ]")], &["a"]).unwrap_err().contains('b'));
+        assert!(
+            check(&[(REQUIRED, "[ b ]")], &["a"])
+                .unwrap_err()
+                .contains('b')
+        );
         assert!(check(&[(REQUIRED, "{")], &["a"]).is_err());
     }
 }

@@ -252,7 +252,9 @@ impl PodError {
             Self::UnknownHandler { .. } => Class::InvalidArgument,
             Self::NameTaken { .. } => Class::AlreadyExists,
             Self::Spec { source, .. } => spec_class(source),
-            Self::PodNotReady { .. } | Self::WrongState { .. } | Self::Plugin { .. } => Class::FailedPrecondition,
+            Self::PodNotReady { .. } | Self::WrongState { .. } | Self::Plugin { .. } => {
+                Class::FailedPrecondition
+            }
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),

@@ -59,10 +59,17 @@ impl Node {
             });
         }
         let turn = self.turn().await;
-        if let Err(error) = self.tell(turn.as_ref(), Event::StartContainer, container).await {
+        if let Err(error) = self
+            .tell(turn.as_ref(), Event::StartContainer, container)
+            .await
+        {
             // As after any other start that failed, it has exited.
             if let Err(error) = self.kill(&pod, container).await {
-                tracing::error!(container = container.id(), error = error.chain(), "can't end it");
+                tracing::error!(
+                    container = container.id(),
+                    error = error.chain(),
+                    "can't end it"
+                );
             }
             return Err(error);
         }
@@ -76,7 +83,8 @@ impl Node {
             Ok(()) => {
                 container.update(|status| status.running(now()));
                 if let Some(turn) = &turn {
-                    self.tell_after(turn, Event::PostStartContainer, container).await;
+                    self.tell_after(turn, Event::PostStartContainer, container)
+                        .await;
                 }
                 let laps = phases.finish();
                 tracing::info!(

@@ -104,7 +104,9 @@ impl Node {
 
     /// Tells of a pod that is about to be ready. The turn is to be held until it is.
     pub(super) async fn tell_run(&self, record: &PodRecord) -> Result<Option<Turn>, PodError> {
-        let Some(turn) = self.turn().await else { return Ok(None) };
+        let Some(turn) = self.turn().await else {
+            return Ok(None);
+        };
         if turn.wants(Event::RunPodSandbox) {
             let pod = describe::pod(record);
             let told = turn.notify(Event::RunPodSandbox, &pod, None).await;
@@ -137,7 +139,9 @@ impl Node {
 
     /// Tells that the pod, told of before, is not made after all.
     pub(super) async fn untell_run(&self, turn: Option<&Turn>, record: &PodRecord) {
-        if let Some(turn) = turn.filter(|turn| turn.wants(Event::RemovePodSandbox) || turn.wants(Event::StopPodSandbox)) {
+        if let Some(turn) = turn
+            .filter(|turn| turn.wants(Event::RemovePodSandbox) || turn.wants(Event::StopPodSandbox))
+        {
             Self::take_back(turn, &describe::pod(record), None).await;
         }
     }
@@ -151,7 +155,9 @@ impl Node {
         image: &slipway_image::Image,
         ready: Assembled,
     ) -> Result<(Assembled, Option<Announced>), PodError> {
-        let Some(turn) = self.turn().await else { return Ok((ready, None)) };
+        let Some(turn) = self.turn().await else {
+            return Ok((ready, None));
+        };
         let record = pod.record_now();
         let mut said = Announced {
             pod: api::PodSandbox::default(),
@@ -195,7 +201,8 @@ impl Node {
     /// Tells that the container is created.
     pub(super) async fn tell_created(&self, said: Option<&Announced>, container: &Arc<Container>) {
         if let Some(said) = said {
-            self.tell_after(&said.turn, Event::PostCreateContainer, container).await;
+            self.tell_after(&said.turn, Event::PostCreateContainer, container)
+                .await;
         }
     }
 
@@ -206,8 +213,12 @@ impl Node {
         event: Event,
         container: &Container,
     ) -> Result<(), PodError> {
-        let Some(turn) = turn.filter(|turn| turn.wants(event)) else { return Ok(()) };
-        let Some((pod, described)) = self.described(container) else { return Ok(()) };
+        let Some(turn) = turn.filter(|turn| turn.wants(event)) else {
+            return Ok(());
+        };
+        let Some((pod, described)) = self.described(container) else {
+            return Ok(());
+        };
         let told = turn.notify(event, &pod, Some(&described)).await;
         told.map_err(failed(format!("go on with container {}", container.id())))
     }
@@ -232,7 +243,9 @@ impl Node {
             if !turn.wants(Event::StopContainer) {
                 return;
             }
-            let Some((pod, described)) = self.described(container) else { return };
+            let Some((pod, described)) = self.described(container) else {
+                return;
+            };
             match turn.stopped(&pod, &described).await {
                 Ok(updates) => self.apply(updates).await,
                 Err(error) => {
@@ -278,10 +291,17 @@ impl Node {
         if !turn.wants(Event::UpdateContainer) || container.stage() == Stage::Exited {
             return Ok(change);
         }
-        let Some((pod, described)) = self.described(container) else { return Ok(change) };
+        let Some((pod, described)) = self.described(container) else {
+            return Ok(change);
+        };
         let what = format!("the new limits of container {}", container.id());
-        let asked = turn.update(&pod, &described, describe::resources(&change)).await;
-        let updated = asked.map_err(failed(format!("change the limits of container {}", container.id())))?;
+        let asked = turn
+            .update(&pod, &described, describe::resources(&change))
+            .await;
+        let updated = asked.map_err(failed(format!(
+            "change the limits of container {}",
+            container.id()
+        )))?;
         self.apply(updated.update).await;
         self.evict(updated.evict);
         let limits = slipway_spec::limits_of("linux_resources", &updated.resources);
@@ -293,28 +313,46 @@ impl Node {
     }
 
     /// Asks about new sizes of a pod.
-    pub(super) async fn tell_resize_pod(&self, turn: &Turn, pod: &Pod, to: &Sizes) -> Result<(), PodError> {
+    pub(super) async fn tell_resize_pod(
+        &self,
+        turn: &Turn,
+        pod: &Pod,
+        to: &Sizes,
+    ) -> Result<(), PodError> {
         if !turn.wants(Event::UpdatePodSandbox) {
             return Ok(());
         }
-        let resources = |of: &Option<cri::LinuxContainerResources>| of.as_ref().map(describe::resources);
+        let resources =
+            |of: &Option<cri::LinuxContainerResources>| of.as_ref().map(describe::resources);
         let described = describe::pod(&pod.record_now());
-        let asked = turn.update_pod(&described, resources(&to.overhead), resources(&to.resources));
-        asked.await.map_err(failed(format!("change the resources of pod sandbox {}", pod.id())))
+        let asked = turn.update_pod(
+            &described,
+            resources(&to.overhead),
+            resources(&to.resources),
+        );
+        asked.await.map_err(failed(format!(
+            "change the resources of pod sandbox {}",
+            pod.id()
+        )))
     }
 
     /// A container and its pod as plugins see them; `None` when the pod is gone.
     fn described(&self, container: &Container) -> Option<(api::PodSandbox, api::Container)> {
         let pod = self.pods.get(&container.record.pod_id)?;
         let record = pod.record_now();
-        Some((describe::pod(&record), describe::container(&record, container)))
+        Some((
+            describe::pod(&record),
+            describe::container(&record, container),
+        ))
     }
 
     /// Makes the updates that plugins want, and returns those that could not be made.
     async fn apply(&self, updates: Vec<api::ContainerUpdate>) -> Vec<api::ContainerUpdate> {
         let mut failed = Vec::new();
         for update in updates {
-            let Err(error) = self.apply_one(&update).await else { continue };
+            let Err(error) = self.apply_one(&update).await else {
+                continue;
+            };
             tracing::warn!(
                 container = update.container_id,
                 error = error.chain(),
@@ -330,8 +368,13 @@ impl Node {
 
     async fn apply_one(&self, update: &api::ContainerUpdate) -> Result<(), PodError> {
         let container = self.container(&update.container_id)?;
-        let resources = update.linux.as_ref().and_then(|linux| linux.resources.as_ref());
-        let Some(resources) = resources else { return Ok(()) };
+        let resources = update
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.resources.as_ref());
+        let Some(resources) = resources else {
+            return Ok(());
+        };
         let change = slipway_spec::limits_of("update.linux.resources", resources);
         let change = change.map_err(|source| PodError::Spec {
             what: format!("the new limits of container {}", container.id()),
@@ -378,9 +421,14 @@ impl Runtime for Face {
         let node = self.0.clone();
         // Of each container a file is read.
         let look = move || {
-            let Some(node) = node.upgrade() else { return Default::default() };
+            let Some(node) = node.upgrade() else {
+                return Default::default();
+            };
             let pods = node.pods.all();
-            let pods = pods.iter().map(|pod| describe::pod(&pod.record_now())).collect();
+            let pods = pods
+                .iter()
+                .map(|pod| describe::pod(&pod.record_now()))
+                .collect();
             let mut all = node.containers.all();
             all.retain(|container| container.stage() != Stage::Exited);
             let containers = all.iter().filter_map(|container| node.described(container));
@@ -389,7 +437,10 @@ impl Runtime for Face {
         async move { tokio::task::spawn_blocking(look).await.unwrap_or_default() }.boxed()
     }
 
-    fn update(&self, updates: Vec<api::ContainerUpdate>) -> BoxFuture<'static, Vec<api::ContainerUpdate>> {
+    fn update(
+        &self,
+        updates: Vec<api::ContainerUpdate>,
+    ) -> BoxFuture<'static, Vec<api::ContainerUpdate>> {
         let node = self.0.clone();
         async move {
             match node.upgrade() {

@@ -35,7 +35,8 @@ impl Node {
             };
             node.resize(&container, &change).await?;
             if let Some(turn) = &turn {
-                node.tell_after(turn, Event::PostUpdateContainer, &container).await;
+                node.tell_after(turn, Event::PostUpdateContainer, &container)
+                    .await;
             }
             Ok(())
         })
@@ -120,7 +121,8 @@ impl Node {
         }
         record::write(&pod.dir, &pod.resize(to))?;
         if let Some(turn) = &turn {
-            self.tell_of_pod(turn, Event::PostUpdatePodSandbox, &pod).await;
+            self.tell_of_pod(turn, Event::PostUpdatePodSandbox, &pod)
+                .await;
         }
         tracing::info!(pod = pod.id(), "resources of the pod taken over");
         Ok(())

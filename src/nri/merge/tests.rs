@@ -92,53 +92,126 @@ fn two_plugins_must_not_set_the_same() {
     };
     type Linux = LinuxContainerAdjustment;
     let wishes = [
-        Wish { annotations: [(text("x"), text("1"))].into(), ..Default::default() },
-        Wish { env: vec![env("X", "1")], ..Default::default() },
-        Wish { mounts: vec![mount("/x")], ..Default::default() },
-        Wish { args: vec![text("x")], ..Default::default() },
         Wish {
-            rlimits: vec![PosixRlimit { r#type: text("x"), ..Default::default() }],
+            annotations: [(text("x"), text("1"))].into(),
             ..Default::default()
         },
         Wish {
-            cdi_devices: vec![slipway_proto::nri::CdiDevice { name: text("v/c=x") }],
+            env: vec![env("X", "1")],
             ..Default::default()
         },
-        linux(Linux { devices: vec![LinuxDevice { path: text("/dev/x"), ..Default::default() }], ..Default::default() }),
-        linux(Linux { namespaces: vec![LinuxNamespace { r#type: text("ipc"), ..Default::default() }], ..Default::default() }),
-        linux(Linux { sysctl: [(text("net.x"), text("1"))].into(), ..Default::default() }),
-        linux(Linux { net_devices: [(text("eth1"), Default::default())].into(), ..Default::default() }),
-        linux(Linux { cgroups_path: text("/x"), ..Default::default() }),
-        linux(Linux { oom_score_adj: Some(OptionalInt { value: 1 }), ..Default::default() }),
-        linux(Linux { io_priority: Some(Default::default()), ..Default::default() }),
-        linux(Linux { seccomp_policy: Some(Default::default()), ..Default::default() }),
-        linux(Linux { scheduler: Some(Default::default()), ..Default::default() }),
-        linux(Linux { memory_policy: Some(Default::default()), ..Default::default() }),
-        linux(Linux { rdt: Some(LinuxRdt { clos_id: Some(OptionalString { value: text("x") }), ..Default::default() }), ..Default::default() }),
-        linux(Linux { resources: Some(limit(1)), ..Default::default() }),
+        Wish {
+            mounts: vec![mount("/x")],
+            ..Default::default()
+        },
+        Wish {
+            args: vec![text("x")],
+            ..Default::default()
+        },
+        Wish {
+            rlimits: vec![PosixRlimit {
+                r#type: text("x"),
+                ..Default::default()
+            }],
+            ..Default::default()
+        },
+        Wish {
+            cdi_devices: vec![slipway_proto::nri::CdiDevice {
+                name: text("v/c=x"),
+            }],
+            ..Default::default()
+        },
+        linux(Linux {
+            devices: vec![LinuxDevice {
+                path: text("/dev/x"),
+                ..Default::default()
+            }],
+            ..Default::default()
+        }),
+        linux(Linux {
+            namespaces: vec![LinuxNamespace {
+                r#type: text("ipc"),
+                ..Default::default()
+            }],
+            ..Default::default()
+        }),
+        linux(Linux {
+            sysctl: [(text("net.x"), text("1"))].into(),
+            ..Default::default()
+        }),
+        linux(Linux {
+            net_devices: [(text("eth1"), Default::default())].into(),
+            ..Default::default()
+        }),
+        linux(Linux {
+            cgroups_path: text("/x"),
+            ..Default::default()
+        }),
+        linux(Linux {
+            oom_score_adj: Some(OptionalInt { value: 1 }),
+            ..Default::default()
+        }),
+        linux(Linux {
+            io_priority: Some(Default::default()),
+            ..Default::default()
+        }),
+        linux(Linux {
+            seccomp_policy: Some(Default::default()),
+            ..Default::default()
+        }),
+        linux(Linux {
+            scheduler: Some(Default::default()),
+            ..Default::default()
+        }),
+        linux(Linux {
+            memory_policy: Some(Default::default()),
+            ..Default::default()
+        }),
+        linux(Linux {
+            rdt: Some(LinuxRdt {
+                clos_id: Some(OptionalString { value: text("x") }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        linux(Linux {
+            resources: Some(limit(1)),
+            ..Default::default()
+        }),
         linux(Linux {
             resources: Some(LinuxResources {
-                cpu: Some(LinuxCpu { shares: Some(OptionalUInt64 { value: 2 }), ..Default::default() }),
+                cpu: Some(LinuxCpu {
+                    shares: Some(OptionalUInt64 { value: 2 }),
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..Default::default()
         }),
         linux(Linux {
             resources: Some(LinuxResources {
-                hugepage_limits: vec![HugepageLimit { page_size: text("2MB"), limit: 1 }],
+                hugepage_limits: vec![HugepageLimit {
+                    page_size: text("2MB"),
+                    limit: 1,
+                }],
                 ..Default::default()
             }),
             ..Default::default()
         }),
         linux(Linux {
-            resources: Some(LinuxResources { unified: [(text("memory.high"), text("1"))].into(), ..Default::default() }),
+            resources: Some(LinuxResources {
+                unified: [(text("memory.high"), text("1"))].into(),
+                ..Default::default()
+            }),
             ..Default::default()
         }),
     ];
     for wish in wishes {
         let mut creation = creation();
         creation.adjust(wish.clone(), "00-a").unwrap();
-        let error = creation.adjust(wish.clone(), "10-b").expect_err("a conflict");
+        let error = creation
+            .adjust(wish.clone(), "10-b")
+            .expect_err("a conflict");
         let error = error.to_string();
         assert!(error.contains("00-a") && error.contains("10-b"), "{error}");
     }
@@ -172,36 +245,65 @@ fn hooks_are_shared() {
     let mut creation = creation();
     let hooks = |path: &str| ContainerAdjustment {
         hooks: Some(Hooks {
-            create_runtime: vec![Hook { path: text(path), ..Default::default() }],
+            create_runtime: vec![Hook {
+                path: text(path),
+                ..Default::default()
+            }],
             ..Default::default()
         }),
         ..Default::default()
     };
     creation.adjust(hooks("/a"), "00-a").unwrap();
     creation.adjust(hooks("/b"), "10-b").unwrap();
-    assert_eq!(creation.adjust.hooks.as_ref().unwrap().create_runtime.len(), 2);
-    assert_eq!(creation.owners.of("c", Field::OciHooks, None), Some("00-a,10-b"));
+    assert_eq!(
+        creation.adjust.hooks.as_ref().unwrap().create_runtime.len(),
+        2
+    );
+    assert_eq!(
+        creation.owners.of("c", Field::OciHooks, None),
+        Some("00-a,10-b")
+    );
 }
 
 #[test]
 fn updates_of_others() {
     let mut creation = creation();
-    creation.update(vec![update("d", limit(1), false)], "00-a").unwrap();
+    creation
+        .update(vec![update("d", limit(1), false)], "00-a")
+        .unwrap();
     let cpu = LinuxResources {
-        cpu: Some(LinuxCpu { cpus: text("0"), ..Default::default() }),
+        cpu: Some(LinuxCpu {
+            cpus: text("0"),
+            ..Default::default()
+        }),
         ..Default::default()
     };
-    creation.update(vec![update("d", cpu, true)], "10-b").unwrap();
+    creation
+        .update(vec![update("d", cpu, true)], "10-b")
+        .unwrap();
     let only = &creation.updates.list()[0];
     assert_eq!(creation.updates.list().len(), 1);
     assert!(!only.ignore_failure);
     let merged = only.linux.as_ref().unwrap().resources.as_ref().unwrap();
     assert!(merged.memory.is_some() && merged.cpu.is_some());
-    assert!(creation.update(vec![update("d", limit(2), false)], "20-c").is_err());
-    creation.update(vec![update("d", limit(2), true)], "20-c").unwrap();
-    let kept = creation.updates.list()[0].linux.clone().unwrap().resources.unwrap();
+    assert!(
+        creation
+            .update(vec![update("d", limit(2), false)], "20-c")
+            .is_err()
+    );
+    creation
+        .update(vec![update("d", limit(2), true)], "20-c")
+        .unwrap();
+    let kept = creation.updates.list()[0]
+        .linux
+        .clone()
+        .unwrap()
+        .resources
+        .unwrap();
     assert_eq!(kept.memory.unwrap().limit.unwrap().value, 1);
-    let error = creation.update(vec![update("c", limit(1), false)], "00-a").unwrap_err();
+    let error = creation
+        .update(vec![update("c", limit(1), false)], "00-a")
+        .unwrap_err();
     assert!(error.to_string().contains("being created"), "{error}");
 }
 

@@ -14,7 +14,10 @@ use crate::pod::state::Stage;
 
 /// A pod. It has no process of its own that a plugin could look at.
 pub fn pod(record: &PodRecord) -> api::PodSandbox {
-    let (config, metadata) = (&record.config, record.config.metadata.clone().unwrap_or_default());
+    let (config, metadata) = (
+        &record.config,
+        record.config.metadata.clone().unwrap_or_default(),
+    );
     let linux = config.linux.clone().unwrap_or_default();
     let own = &record.namespaces;
     let namespaces = [
@@ -66,7 +69,9 @@ pub fn new_container(
         .collect();
     if let Some(linux) = &mut container.linux {
         let score = plan.create.oom_score_adj;
-        linux.oom_score_adj = Some(api::OptionalInt { value: score.into() });
+        linux.oom_score_adj = Some(api::OptionalInt {
+            value: score.into(),
+        });
     }
     if let Some(user) = &plan.create.user {
         // Checked when the plan was made. A name is resolved in the image, later.
@@ -80,7 +85,11 @@ pub fn new_container(
     let asked = config.image.as_ref().map(|image| image.image.clone());
     container.image = Some(api::Image {
         name: asked.unwrap_or_default(),
-        digest: image.repo_digests.first().map(|d| digest(d)).unwrap_or_default(),
+        digest: image
+            .repo_digests
+            .first()
+            .map(|d| digest(d))
+            .unwrap_or_default(),
         config_digest: image.id.clone(),
     });
     container
@@ -142,9 +151,16 @@ fn of_spec(
 ) -> api::Container {
     let metadata = config.metadata.clone().unwrap_or_default();
     let process = spec.process().as_ref();
-    let mut annotations: BTreeMap<_, _> = spec.annotations().clone().unwrap_or_default().into_iter().collect();
+    let mut annotations: BTreeMap<_, _> = spec
+        .annotations()
+        .clone()
+        .unwrap_or_default()
+        .into_iter()
+        .collect();
     for (key, value) in &config.annotations {
-        annotations.entry(key.clone()).or_insert_with(|| value.clone());
+        annotations
+            .entry(key.clone())
+            .or_insert_with(|| value.clone());
     }
     let mounts = spec.mounts().iter().flatten().map(|mount| api::Mount {
         destination: mount.destination().to_string_lossy().into_owned(),
@@ -209,31 +225,50 @@ fn linux(
             ..Default::default()
         };
     };
-    let namespaces = linux.namespaces().iter().flatten().map(|namespace| api::LinuxNamespace {
-        r#type: namespace.typ().to_string(),
-        path: (namespace.path().as_ref())
-            .map(|path| path.to_string_lossy().into_owned())
-            .unwrap_or_default(),
-    });
-    let devices = linux.devices().iter().flatten().map(|device| api::LinuxDevice {
-        path: device.path().to_string_lossy().into_owned(),
-        r#type: device.typ().as_str().to_owned(),
-        major: device.major(),
-        minor: device.minor(),
-        file_mode: device.file_mode().map(|value| api::OptionalFileMode { value }),
-        uid: device.uid().map(|value| api::OptionalUInt32 { value }),
-        gid: device.gid().map(|value| api::OptionalUInt32 { value }),
-    });
+    let namespaces = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .map(|namespace| api::LinuxNamespace {
+            r#type: namespace.typ().to_string(),
+            path: (namespace.path().as_ref())
+                .map(|path| path.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+        });
+    let devices = linux
+        .devices()
+        .iter()
+        .flatten()
+        .map(|device| api::LinuxDevice {
+            path: device.path().to_string_lossy().into_owned(),
+            r#type: device.typ().as_str().to_owned(),
+            major: device.major(),
+            minor: device.minor(),
+            file_mode: device
+                .file_mode()
+                .map(|value| api::OptionalFileMode { value }),
+            uid: device.uid().map(|value| api::OptionalUInt32 { value }),
+            gid: device.gid().map(|value| api::OptionalUInt32 { value }),
+        });
     let mut all = resources(limits);
     if let Some(oci) = linux.resources() {
-        all.pids = (oci.pids().as_ref()).map(|pids| api::LinuxPids { limit: pids.limit() });
-        let rules = oci.devices().iter().flatten().map(|rule| api::LinuxDeviceCgroup {
-            allow: rule.allow(),
-            r#type: rule.typ().map(|typ| typ.as_str().to_owned()).unwrap_or_default(),
-            major: rule.major().map(|value| api::OptionalInt64 { value }),
-            minor: rule.minor().map(|value| api::OptionalInt64 { value }),
-            access: rule.access().clone().unwrap_or_default(),
+        all.pids = (oci.pids().as_ref()).map(|pids| api::LinuxPids {
+            limit: pids.limit(),
         });
+        let rules = oci
+            .devices()
+            .iter()
+            .flatten()
+            .map(|rule| api::LinuxDeviceCgroup {
+                allow: rule.allow(),
+                r#type: rule
+                    .typ()
+                    .map(|typ| typ.as_str().to_owned())
+                    .unwrap_or_default(),
+                major: rule.major().map(|value| api::OptionalInt64 { value }),
+                minor: rule.minor().map(|value| api::OptionalInt64 { value }),
+                access: rule.access().clone().unwrap_or_default(),
+            });
         all.devices = rules.collect();
     }
     let net_devices = linux.net_devices().iter().flatten().map(|(host, device)| {
@@ -248,7 +283,12 @@ fn linux(
             .map(|path| path.to_string_lossy().into_owned())
             .unwrap_or_default(),
         seccomp_profile: Some(seccomp_profile(config)),
-        sysctl: linux.sysctl().clone().unwrap_or_default().into_iter().collect(),
+        sysctl: linux
+            .sysctl()
+            .clone()
+            .unwrap_or_default()
+            .into_iter()
+            .collect(),
         net_devices: net_devices.collect(),
         ..Default::default()
     }
@@ -257,7 +297,10 @@ fn linux(
 fn seccomp_profile(config: &cri::ContainerConfig) -> api::SecurityProfile {
     use api::security_profile::ProfileType;
     use cri::security_profile::ProfileType as Asked;
-    let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+    let security = config
+        .linux
+        .as_ref()
+        .and_then(|l| l.security_context.as_ref());
     let privileged = security.is_some_and(|s| s.privileged);
     let profile = security.and_then(|s| s.seccomp.clone());
     let kind = match profile.as_ref().map(cri::SecurityProfile::profile_type) {

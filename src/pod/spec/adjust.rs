@@ -25,9 +25,16 @@ const POLICY: &str = "the policy of an NRI plugin";
 ///
 /// # Errors
 /// [`SpecError`], naming the adjustment; the plan is of no use then.
-pub fn adjust(plan: &mut ContainerPlan, wish: &nri::ContainerAdjustment, host: &HostFacts) -> Result<()> {
+pub fn adjust(
+    plan: &mut ContainerPlan,
+    wish: &nri::ContainerAdjustment,
+    host: &HostFacts,
+) -> Result<()> {
     if let Some(device) = wish.cdi_devices.first() {
-        let what = format!("{} can't be injected: CDI is not there yet in this version", quoted(&device.name));
+        let what = format!(
+            "{} can't be injected: CDI is not there yet in this version",
+            quoted(&device.name)
+        );
         return Err(SpecError::unsupported("adjust.CDI_devices", what));
     }
     let mut annotations = plan.spec.annotations().clone().unwrap_or_default();
@@ -49,9 +56,14 @@ pub fn adjust(plan: &mut ContainerPlan, wish: &nri::ContainerAdjustment, host: &
         devices(&mut linux, &wish.devices)?;
         limits::adjust(plan, &mut linux, wish.resources.as_ref(), host)?;
         if let Some(score) = wish.oom_score_adj {
-            let fits = i32::try_from(score.value).ok().filter(|s| (-1000..=1000).contains(s));
+            let fits = i32::try_from(score.value)
+                .ok()
+                .filter(|s| (-1000..=1000).contains(s));
             let fits = fits.ok_or_else(|| {
-                let what = format!("{} is not possible; it must be between -1000 and 1000", score.value);
+                let what = format!(
+                    "{} is not possible; it must be between -1000 and 1000",
+                    score.value
+                );
                 SpecError::invalid("adjust.linux.oom_score_adj", what)
             })?;
             plan.create.oom_score_adj = fits;
@@ -79,8 +91,12 @@ pub fn adjust(plan: &mut ContainerPlan, wish: &nri::ContainerAdjustment, host: &
     }
     plan.spec.set_linux(Some(linux));
     all_mounts(plan, &wish.mounts)?;
-    plan.create.spec = serde_json::to_vec(&plan.spec)
-        .map_err(|e| SpecError::invalid("adjust", format!("can't be written as an OCI specification: {e}")))?;
+    plan.create.spec = serde_json::to_vec(&plan.spec).map_err(|e| {
+        SpecError::invalid(
+            "adjust",
+            format!("can't be written as an OCI specification: {e}"),
+        )
+    })?;
     Ok(())
 }
 
@@ -95,7 +111,9 @@ fn namespaces(linux: &mut Linux, wish: &[nri::LinuxNamespace]) -> Result<()> {
     for namespace in wish {
         let field = "adjust.linux.namespaces";
         let kind = namespace.r#type.as_str();
-        let (kind, remove) = kind.strip_prefix('-').map_or((kind, false), |kind| (kind, true));
+        let (kind, remove) = kind
+            .strip_prefix('-')
+            .map_or((kind, false), |kind| (kind, true));
         let typ: LinuxNamespaceType = named(field, kind)?;
         use LinuxNamespaceType as Kind;
         if !matches!(typ, Kind::Network | Kind::Ipc | Kind::Uts | Kind::Cgroup) {
@@ -130,7 +148,10 @@ fn sysctls(linux: &mut Linux, wish: &BTreeMap<String, String>) -> Result<()> {
         return Ok(());
     }
     let own = |kind| linux.namespaces().iter().flatten().any(|n| n.typ() == kind);
-    let (network, ipc) = (own(LinuxNamespaceType::Network), own(LinuxNamespaceType::Ipc));
+    let (network, ipc) = (
+        own(LinuxNamespaceType::Network),
+        own(LinuxNamespaceType::Ipc),
+    );
     let checked = sysctl::collect(&set, &BTreeMap::new(), network, ipc)?;
     linux.set_sysctl(Some(checked));
     Ok(())
@@ -140,8 +161,12 @@ fn net_devices(linux: &mut Linux, wish: &BTreeMap<String, nri::LinuxNetDevice>) 
     let mut all = HashMap::new();
     for (host, inside) in wish.iter().filter(|(host, _)| !host.starts_with('-')) {
         let field = format!("adjust.linux.net_devices[{}]", quoted(host));
-        for name in [host, &inside.name].into_iter().filter(|name| !name.is_empty()) {
-            let good = name.len() < 16 && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace());
+        for name in [host, &inside.name]
+            .into_iter()
+            .filter(|name| !name.is_empty())
+        {
+            let good = name.len() < 16
+                && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace());
             if !good || name == "." || name == ".." {
                 let what = format!("{} is no name of an interface", quoted(name));
                 return Err(SpecError::invalid(field, what));
@@ -154,7 +179,11 @@ fn net_devices(linux: &mut Linux, wish: &BTreeMap<String, nri::LinuxNetDevice>) 
     if all.is_empty() {
         return Ok(());
     }
-    let own = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::Network);
+    let own = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|n| n.typ() == LinuxNamespaceType::Network);
     if !own {
         let what = "the container is in the host's network, where the interfaces are already";
         return Err(SpecError::invalid("adjust.linux.net_devices", what));
@@ -192,7 +221,9 @@ fn devices(linux: &mut Linux, wish: &[nri::LinuxDevice]) -> Result<()> {
     for device in wish {
         let field = "adjust.linux.devices";
         let path = device.path.as_str();
-        let (path, remove) = path.strip_prefix('-').map_or((path, false), |path| (path, true));
+        let (path, remove) = path
+            .strip_prefix('-')
+            .map_or((path, false), |path| (path, true));
         paths::absolute(field, path)?;
         let place = paths::clean(path);
         if let Some(at) = nodes.iter().position(|node| *node.path() == place) {
@@ -208,7 +239,10 @@ fn devices(linux: &mut Linux, wish: &[nri::LinuxDevice]) -> Result<()> {
             continue;
         }
         if !place.starts_with("/dev") || place == Path::new("/dev") {
-            let what = format!("{} lies outside /dev, where no node can be made; mount it", quoted(path));
+            let what = format!(
+                "{} lies outside /dev, where no node can be made; mount it",
+                quoted(path)
+            );
             return Err(SpecError::unsupported(field, what));
         }
         mounts::free_in_dev(field, &place)?;
@@ -216,7 +250,11 @@ fn devices(linux: &mut Linux, wish: &[nri::LinuxDevice]) -> Result<()> {
             "c" | "u" => LinuxDeviceType::C,
             "b" => LinuxDeviceType::B,
             other => {
-                let what = format!("{}: there is no device type {}; use c or b", quoted(path), quoted(other));
+                let what = format!(
+                    "{}: there is no device type {}; use c or b",
+                    quoted(path),
+                    quoted(other)
+                );
                 return Err(SpecError::invalid(field, what));
             }
         };
@@ -254,7 +292,10 @@ fn seccomp(policy: &nri::LinuxSeccomp) -> Result<Vec<u8>> {
     let field = "adjust.linux.seccomp_policy";
     if !policy.listener_path.is_empty() || !policy.listener_metadata.is_empty() {
         let what = "a listener for system calls is not there in this version";
-        return Err(SpecError::unsupported(format!("{field}.listener_path"), what));
+        return Err(SpecError::unsupported(
+            format!("{field}.listener_path"),
+            what,
+        ));
     }
     let args = |args: &[nri::LinuxSeccompArg]| -> Vec<Value> {
         args.iter()
@@ -262,7 +303,8 @@ fn seccomp(policy: &nri::LinuxSeccomp) -> Result<Vec<u8>> {
             .collect()
     };
     let syscall = |call: &nri::LinuxSyscall| {
-        let mut entry = json!({"names": call.names, "action": call.action, "args": args(&call.args)});
+        let mut entry =
+            json!({"names": call.names, "action": call.action, "args": args(&call.args)});
         if let Some(errno) = call.errno_ret {
             entry["errnoRet"] = errno.value.into();
         }
@@ -293,7 +335,9 @@ fn all_mounts(plan: &mut ContainerPlan, wish: &[nri::Mount]) -> Result<()> {
         let place = paths::clean(at);
         all.retain(|other| *other.destination() != place);
         let shown = place.to_string_lossy().into_owned();
-        plan.create.recursive_read_only.retain(|other| *other != shown);
+        plan.create
+            .recursive_read_only
+            .retain(|other| *other != shown);
         if remove {
             continue;
         }
@@ -307,7 +351,10 @@ fn all_mounts(plan: &mut ContainerPlan, wish: &[nri::Mount]) -> Result<()> {
                 options.push("rbind".to_owned());
             }
         } else if mount.r#type.is_empty() {
-            let what = format!("the mount at {} has no type; use bind, or name a file system", quoted(at));
+            let what = format!(
+                "the mount at {} has no type; use bind, or name a file system",
+                quoted(at)
+            );
             return Err(SpecError::invalid(field, what));
         }
         if has("rro") {
@@ -335,7 +382,10 @@ fn rootfs_propagation(spec: &mut Spec) {
         let mut options = mounts.flat_map(|mount| mount.options().iter().flatten());
         options.any(|option| names.contains(&option.as_str()))
     };
-    let wanted = match (has(spec, ["shared", "rshared"]), has(spec, ["slave", "rslave"])) {
+    let wanted = match (
+        has(spec, ["shared", "rshared"]),
+        has(spec, ["slave", "rslave"]),
+    ) {
         (true, _) => "shared",
         (_, true) => "slave",
         _ => return,

@@ -28,19 +28,37 @@ pub fn limits_of(field: &str, wish: &nri::LinuxResources) -> Result<cri::LinuxCo
 
 /// What creating and updating have in common; refuses what neither can.
 fn common(field: &str, wish: &nri::LinuxResources) -> Result<cri::LinuxContainerResources> {
-    let (memory, cpu) = (wish.memory.unwrap_or_default(), wish.cpu.clone().unwrap_or_default());
+    let (memory, cpu) = (
+        wish.memory.unwrap_or_default(),
+        wish.cpu.clone().unwrap_or_default(),
+    );
     let class = |class: &Option<nri::OptionalString>| {
         class.as_ref().is_some_and(|class| !class.value.is_empty())
     };
     // Zero, false and "no class" are what holds anyway.
     let unsupported = [
         ("memory.kernel", memory.kernel.is_some_and(|v| v.value != 0)),
-        ("memory.kernel_tcp", memory.kernel_tcp.is_some_and(|v| v.value != 0)),
+        (
+            "memory.kernel_tcp",
+            memory.kernel_tcp.is_some_and(|v| v.value != 0),
+        ),
         ("memory.swappiness", memory.swappiness.is_some()),
-        ("memory.disable_oom_killer", memory.disable_oom_killer.is_some_and(|v| v.value)),
-        ("memory.use_hierarchy", memory.use_hierarchy.is_some_and(|v| !v.value)),
-        ("cpu.realtime_runtime", cpu.realtime_runtime.is_some_and(|v| v.value != 0)),
-        ("cpu.realtime_period", cpu.realtime_period.is_some_and(|v| v.value != 0)),
+        (
+            "memory.disable_oom_killer",
+            memory.disable_oom_killer.is_some_and(|v| v.value),
+        ),
+        (
+            "memory.use_hierarchy",
+            memory.use_hierarchy.is_some_and(|v| !v.value),
+        ),
+        (
+            "cpu.realtime_runtime",
+            cpu.realtime_runtime.is_some_and(|v| v.value != 0),
+        ),
+        (
+            "cpu.realtime_period",
+            cpu.realtime_period.is_some_and(|v| v.value != 0),
+        ),
         ("blockio_class", class(&wish.blockio_class)),
         ("rdt_class", class(&wish.rdt_class)),
     ];
@@ -94,7 +112,10 @@ pub(super) fn adjust(
     if let Some(low) = wish.memory.and_then(|memory| memory.reservation) {
         if low.value < -1 {
             let what = format!("{} is not possible; it must be at least -1", low.value);
-            return Err(SpecError::invalid(format!("{field}.memory.reservation"), what));
+            return Err(SpecError::invalid(
+                format!("{field}.memory.reservation"),
+                what,
+            ));
         }
         let mut memory = all.memory().unwrap_or_default();
         memory.set_reservation(Some(low.value));
@@ -119,7 +140,11 @@ fn rule(field: &str, wish: &nri::LinuxDeviceCgroup) -> Result<LinuxDeviceCgroup>
         let what = format!("{} must be made of r, w and m", quoted(&wish.access));
         return Err(SpecError::invalid(format!("{field}.access"), what));
     }
-    let kind = if wish.r#type.is_empty() { "a" } else { &wish.r#type };
+    let kind = if wish.r#type.is_empty() {
+        "a"
+    } else {
+        &wish.r#type
+    };
     let mut rule = LinuxDeviceCgroup::default();
     rule.set_allow(wish.allow)
         .set_typ(Some(super::named(&format!("{field}.type"), kind)?))

@@ -4,8 +4,8 @@ use super::named;
 use crate::error::{Result, SpecError, quoted};
 use crate::{ContainerPlan, paths, process};
 use oci_spec::runtime::{
-    Hook, IOPriorityClass, LinuxIOPriority, LinuxIOPriorityBuilder, LinuxSchedulerFlag, LinuxSchedulerPolicy,
-    PosixRlimitBuilder, PosixRlimitType, Process, Scheduler, Spec,
+    Hook, IOPriorityClass, LinuxIOPriority, LinuxIOPriorityBuilder, LinuxSchedulerFlag,
+    LinuxSchedulerPolicy, PosixRlimitBuilder, PosixRlimitType, Process, Scheduler, Spec,
 };
 use slipway_proto::nri;
 
@@ -23,10 +23,16 @@ pub(super) fn adjust(plan: &mut ContainerPlan, wish: &nri::ContainerAdjustment) 
         let field = "adjust.rlimits";
         let kind: PosixRlimitType = named(field, &limit.r#type)?;
         if limit.soft > limit.hard {
-            let what = format!("{}: the soft limit {} is above the hard one {}", limit.r#type, limit.soft, limit.hard);
+            let what = format!(
+                "{}: the soft limit {} is above the hard one {}",
+                limit.r#type, limit.soft, limit.hard
+            );
             return Err(SpecError::invalid(field, what));
         }
-        let new = PosixRlimitBuilder::default().typ(kind).soft(limit.soft).hard(limit.hard);
+        let new = PosixRlimitBuilder::default()
+            .typ(kind)
+            .soft(limit.soft)
+            .hard(limit.hard);
         let new = new.build().map_err(|e| SpecError::invalid(field, e))?;
         limits.retain(|old| old.typ() != kind);
         limits.push(new);
@@ -47,7 +53,9 @@ pub(super) fn adjust(plan: &mut ContainerPlan, wish: &nri::ContainerAdjustment) 
 fn env(plan: &mut ContainerPlan, wish: &[nri::KeyValue]) -> Result<()> {
     let all = &mut plan.create.env;
     let is = |entry: &[u8], key: &str| {
-        entry.strip_prefix(key.as_bytes()).is_some_and(|rest| rest.first() == Some(&b'='))
+        entry
+            .strip_prefix(key.as_bytes())
+            .is_some_and(|rest| rest.first() == Some(&b'='))
     };
     for pair in wish {
         if let Some(key) = pair.key.strip_prefix('-') {
@@ -77,11 +85,19 @@ fn io_priority(wish: nri::LinuxIoPriority) -> Result<Option<LinuxIOPriority>> {
         }
     };
     if !(0..=7).contains(&wish.priority) {
-        let what = format!("{} is not possible; it must be between 0 and 7", wish.priority);
+        let what = format!(
+            "{} is not possible; it must be between 0 and 7",
+            wish.priority
+        );
         return Err(SpecError::invalid(field, what));
     }
-    let priority = LinuxIOPriorityBuilder::default().class(class).priority(wish.priority);
-    priority.build().map(Some).map_err(|e| SpecError::invalid(field, e))
+    let priority = LinuxIOPriorityBuilder::default()
+        .class(class)
+        .priority(wish.priority);
+    priority
+        .build()
+        .map(Some)
+        .map_err(|e| SpecError::invalid(field, e))
 }
 
 fn scheduler(wish: &nri::LinuxScheduler) -> Result<Option<Scheduler>> {
@@ -101,11 +117,17 @@ fn scheduler(wish: &nri::LinuxScheduler) -> Result<Option<Scheduler>> {
         }
     };
     if !(-20..=19).contains(&wish.nice) {
-        let what = format!("nice {} is not possible; it must be between -20 and 19", wish.nice);
+        let what = format!(
+            "nice {} is not possible; it must be between -20 and 19",
+            wish.nice
+        );
         return Err(SpecError::invalid(field, what));
     }
     if !(0..=99).contains(&wish.priority) {
-        let what = format!("priority {} is not possible; it must be between 0 and 99", wish.priority);
+        let what = format!(
+            "priority {} is not possible; it must be between 0 and 99",
+            wish.priority
+        );
         return Err(SpecError::invalid(field, what));
     }
     use nri::LinuxSchedulerFlag as Flag;
@@ -119,7 +141,12 @@ fn scheduler(wish: &nri::LinuxScheduler) -> Result<Option<Scheduler>> {
             Ok(Flag::SchedFlagKeepParams) => LinuxSchedulerFlag::SchedFlagKeepParams,
             Ok(Flag::SchedFlagUtilClampMin) => LinuxSchedulerFlag::SchedFlagUtilClampMin,
             Ok(Flag::SchedFlagUtilClampMax) => LinuxSchedulerFlag::SchedFlagUtilClampMax,
-            Err(_) => return Err(SpecError::invalid(field, format!("there is no flag {flag}"))),
+            Err(_) => {
+                return Err(SpecError::invalid(
+                    field,
+                    format!("there is no flag {flag}"),
+                ));
+            }
         });
     }
     let mut scheduler = Scheduler::default();
@@ -152,10 +179,27 @@ pub(super) fn hooks(spec: &mut Spec, wish: Option<&nri::Hooks>) -> Result<()> {
     #[allow(deprecated)]
     let prestart = all.prestart_mut();
     add("prestart", prestart, &wish.prestart)?;
-    add("create_runtime", all.create_runtime_mut(), &wish.create_runtime)?;
-    add("create_container", all.create_container_mut(), &wish.create_container)?;
-    add("start_container", all.start_container_mut(), &wish.start_container)?;
-    let any = [&wish.prestart, &wish.create_runtime, &wish.create_container, &wish.start_container];
+    add(
+        "create_runtime",
+        all.create_runtime_mut(),
+        &wish.create_runtime,
+    )?;
+    add(
+        "create_container",
+        all.create_container_mut(),
+        &wish.create_container,
+    )?;
+    add(
+        "start_container",
+        all.start_container_mut(),
+        &wish.start_container,
+    )?;
+    let any = [
+        &wish.prestart,
+        &wish.create_runtime,
+        &wish.create_container,
+        &wish.start_container,
+    ];
     if any.iter().any(|list| !list.is_empty()) {
         spec.set_hooks(Some(all));
     }
