@@ -181,7 +181,12 @@ mod tests {
         };
         assert_eq!(check(&nothing, None), Ok(()));
         let default = ProfileType::RuntimeDefault;
-        let cases: [(fn(&mut ValidatorSettings), Option<ProfileType>, &str); 7] = [
+        type Case = (
+            fn(&mut ValidatorSettings),
+            Option<ProfileType>,
+            &'static str,
+        );
+        let cases: [Case; 7] = [
             (|s| s.reject_oci_hooks = true, None, "00-h"),
             (
                 |s| s.reject_runtime_default_seccomp = true,

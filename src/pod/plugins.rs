@@ -367,7 +367,11 @@ impl Node {
     }
 
     async fn apply_one(&self, update: &api::ContainerUpdate) -> Result<(), PodError> {
-        let container = self.container(&update.container_id)?;
+        // By its whole id: plugins abbreviate nothing.
+        let container = self.containers.get(&update.container_id);
+        let container = container.ok_or_else(|| PodError::NoContainer {
+            id: update.container_id.clone(),
+        })?;
         let resources = update
             .linux
             .as_ref()
@@ -394,6 +398,9 @@ impl Node {
     /// Ends the containers that plugins want to be gone, in the background.
     fn evict(self: &Arc<Self>, evictions: Vec<api::ContainerEviction>) {
         for eviction in evictions {
+            if self.containers.get(&eviction.container_id).is_none() {
+                continue;
+            }
             let node = self.clone();
             self.tasks.spawn(async move {
                 tracing::info!(

@@ -17,6 +17,8 @@ tests![
     an_exit_is_told_once,
     plugins_of_older_versions,
     adjustments_take_effect,
+    tuning_takes_effect,
+    interfaces_move_in,
     what_cannot_be_adjusted,
     hooks_run,
     plugins_in_conflict,
@@ -312,6 +314,97 @@ async fn adjustments_take_effect(env: Env) -> Result<()> {
         Some("1")
     );
     assert!(told.mounts.iter().any(|m| m.destination == "/shared"));
+    Ok(())
+}
+
+async fn tuning_takes_effect(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let adjust = linux(api::LinuxContainerAdjustment {
+        resources: Some(api::LinuxResources {
+            memory: Some(api::LinuxMemory {
+                reservation: Some(api::OptionalInt64 { value: 32 << 20 }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        io_priority: Some(api::LinuxIoPriority {
+            class: api::IoPrioClass::IoprioClassBe.into(),
+            priority: 6,
+        }),
+        memory_policy: Some(api::LinuxMemoryPolicy {
+            mode: api::MpolMode::MpolBind.into(),
+            nodes: "0".into(),
+            flags: Vec::new(),
+        }),
+        namespaces: vec![api::LinuxNamespace {
+            r#type: "-ipc".into(),
+            ..Default::default()
+        }],
+        seccomp_policy: Some(api::LinuxSeccomp {
+            default_action: "SCMP_ACT_ALLOW".into(),
+            syscalls: vec![api::LinuxSyscall {
+                names: vec!["mkdir".into(), "mkdirat".into()],
+                action: "SCMP_ACT_ERRNO".into(),
+                // ENOSPC: nothing else would say so.
+                errno_ret: Some(api::OptionalUInt32 { value: 28 }),
+                args: Vec::new(),
+            }],
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let _plugin = Plugin::join(&daemon, "10-tune", adjusting(adjust)).await?;
+    let container = daemon.run(&["sleep", "1000"]).await?;
+    let low = container
+        .cgroup_file("memory.soft_limit_in_bytes")
+        .or_else(|_| container.cgroup_file("memory.low"))?;
+    assert_eq!(low, (32 << 20).to_string());
+    let pid = container.pid()?;
+    let ipc = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/ipc"));
+    assert_eq!(ipc(pid)?, ipc(daemon.pid()?.as_raw())?);
+    let made = container.exec(&["mkdir", "/x"]).await?;
+    assert!(made.stderr.contains("No space left"), "{}", made.stderr);
+    let shown = output("ionice", &["-p", &pid.to_string()]).await?;
+    assert_eq!(shown.trim(), "best-effort: prio 6");
+    // A kernel without NUMA has no such file, and would have refused the policy.
+    let maps = read(format!("/proc/{pid}/numa_maps"))?;
+    assert!(maps.contains("bind:0"), "{maps}");
+    Ok(())
+}
+
+async fn interfaces_move_in(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let name = format!("nri{}", env.number);
+    if output("ip", &["link", "add", &name, "type", "dummy"])
+        .await
+        .is_err()
+    {
+        return skip("this kernel has no dummy interfaces");
+    }
+    let adjust = linux(api::LinuxContainerAdjustment {
+        net_devices: [(
+            name.clone(),
+            api::LinuxNetDevice {
+                name: "data0".into(),
+            },
+        )]
+        .into(),
+        ..Default::default()
+    });
+    let _plugin = Plugin::join(&daemon, "10-net", adjusting(adjust)).await?;
+    // There it is already.
+    let host = daemon.pod(|_| {}).await?;
+    let refusal = host.try_create(|_| {}).await;
+    refused(
+        refusal,
+        Code::InvalidArgument,
+        &["net_devices", "host's network"],
+    );
+    let pod = daemon.pod(config::own_network).await?;
+    let container = pod.run(&["sleep", "1000"], |_| {}).await?;
+    let inside = container.exec_output(&["ls", "/sys/class/net"]).await?;
+    assert!(inside.contains("data0"), "{inside}");
+    assert!(!std::path::Path::new("/sys/class/net").join(&name).exists());
     Ok(())
 }
 
