@@ -221,6 +221,8 @@ async fn run(
             "containers have no AppArmor profile unless they name one"
         );
     }
+    let end_plugins = CancellationToken::new();
+    (node.start_plugins(end_plugins.clone()).await).context("can't let NRI plugins take part")?;
     let listener = run_root::listen(&listen)?;
     listener
         .set_nonblocking(true)
@@ -286,6 +288,8 @@ async fn run(
         tracing::warn!(patience = ?DRAIN, "calls in flight are cut off; the next start settles what they leave");
         server.abort();
     }
+    end_plugins.cancel();
+    node.stop_plugins().await;
     Ok(())
 }
 

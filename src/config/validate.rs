@@ -75,6 +75,17 @@ impl Config {
         }
         problems.path("run_root", &self.run_root);
         problems.path("state_root", &self.state_root);
+        for (key, path) in [
+            ("nri.socket_path", &self.nri.socket_path),
+            ("nri.plugin_dir", &self.nri.plugin_dir),
+            ("nri.config_dir", &self.nri.config_dir),
+        ] {
+            problems.path(key, path);
+        }
+        if self.nri.socket_path.as_os_str().len() > SOCKET_PATH {
+            let what = format!("a socket's path may have at most {SOCKET_PATH} bytes");
+            problems.add("nri.socket_path", what);
+        }
         if self.run_root == self.state_root {
             problems.add(
                 "run_root",
@@ -129,6 +140,8 @@ impl Config {
             ("images.connect_timeout", self.images.connect_timeout),
             ("images.request_timeout", self.images.request_timeout),
             ("network.timeout", self.network.timeout),
+            ("nri.registration_timeout", self.nri.registration_timeout),
+            ("nri.request_timeout", self.nri.request_timeout),
             ("limits.sandbox_timeout", self.limits.sandbox_timeout),
             ("limits.create_timeout", self.limits.create_timeout),
             ("limits.start_timeout", self.limits.start_timeout),

@@ -113,6 +113,32 @@ pub fn container(
     })
 }
 
+/// Makes a container what NRI plugins want it to be.
+///
+/// # Errors
+/// [`PodError::Spec`], naming the adjustment; [`PodError::Seccomp`].
+pub fn adjusted(
+    node: &Node,
+    id: &str,
+    mut ready: Assembled,
+    wish: &slipway_nri::api::ContainerAdjustment,
+) -> Result<Assembled, PodError> {
+    if *wish == Default::default() {
+        return Ok(ready);
+    }
+    let warned = ready.plan.warnings.len();
+    slipway_spec::adjust(&mut ready.plan, wish, &node.host).map_err(|source| PodError::Spec {
+        what: format!("what NRI plugins want of container {id}"),
+        source,
+    })?;
+    for warning in ready.plan.warnings.iter().skip(warned) {
+        tracing::warn!(container = id, warning);
+    }
+    ready.create = ready.plan.create.clone();
+    ready.create.seccomp = seccomp(node, id, &ready.plan)?;
+    Ok(ready)
+}
+
 fn seccomp(node: &Node, id: &str, plan: &ContainerPlan) -> Result<Vec<u8>, PodError> {
     let (source, profile) = match &plan.seccomp {
         SeccompChoice::Unconfined => return Ok(Vec::new()),

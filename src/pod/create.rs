@@ -77,6 +77,7 @@ impl Node {
             })?;
         let id = new_id()?;
         let ready = self.assemble(&pod, &id, &config, lease.image()).await?;
+        let (ready, said) = (self.tell_create(&pod, &id, &config, lease.image(), ready)).await?;
         // Known to the event stream and to a stop of the pod from here on, but to no list.
         let cell = pod.add_cell(&id, &ready.cgroup, Status::created(now(), 0));
         match self
@@ -94,6 +95,8 @@ impl Node {
                 );
                 self.containers.insert(&id, container.clone());
                 cell.announce(&container);
+                self.tell_created(said.as_ref(), &container).await;
+                drop(said);
                 self.traces.add(Trace {
                     method: "CreateContainer",
                     pod_id: pod.id().to_owned(),
@@ -105,6 +108,7 @@ impl Node {
             }
             Err(error) => {
                 self.undo_container(&pod, &id, &cell).await;
+                self.untell_create(said.as_ref()).await;
                 Err(error)
             }
         }

@@ -135,6 +135,15 @@ pub enum PodError {
         #[source]
         source: ClientError,
     },
+    /// An NRI plugin, or what plugins make of it together.
+    #[error("can't {what}")]
+    Plugin {
+        /// The verb and the pod or container.
+        what: String,
+        /// The cause.
+        #[source]
+        source: slipway_nri::NriError,
+    },
     /// The image.
     #[error("can't {action} image {image:?}")]
     Image {
@@ -254,9 +263,10 @@ impl PodError {
             Self::UnknownHandler { .. } => Class::InvalidArgument,
             Self::NameTaken { .. } => Class::AlreadyExists,
             Self::Spec { source, .. } => spec_class(source),
-            Self::PodNotReady { .. } | Self::WrongState { .. } | Self::NoUserNamespaces { .. } => {
-                Class::FailedPrecondition
-            }
+            Self::PodNotReady { .. }
+            | Self::WrongState { .. }
+            | Self::NoUserNamespaces { .. }
+            | Self::Plugin { .. } => Class::FailedPrecondition,
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),

@@ -20,6 +20,7 @@ mod lifecycle;
 pub mod names;
 mod node;
 pub mod phases;
+mod plugins;
 mod probe;
 pub mod record;
 mod recovery;

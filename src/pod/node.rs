@@ -8,6 +8,7 @@ use parking_lot::RwLock;
 use slipway_config::Config;
 use slipway_image::{Credentials, Image, ImageStore, ProgressSender};
 use slipway_network::Cni;
+use slipway_nri::Nri;
 use slipway_observe::Layout;
 use slipway_observe::disk::Ledger;
 use slipway_proto::cri::{CreateContainerRequest, RunPodSandboxRequest};
@@ -24,6 +25,7 @@ use super::handlers::{Features, Runtimes};
 use super::levels::Levels;
 use super::names::Names;
 use super::phases::Traces;
+use super::plugins;
 use super::sandbox::Pod;
 use super::stats;
 use super::store::{Found, Store};
@@ -63,6 +65,8 @@ pub struct Node {
     pub layout: Layout,
     /// Where what happens is told.
     pub feed: Arc<Feed>,
+    /// NRI plugins, unless there shall be none.
+    pub nri: Option<Arc<Nri>>,
     /// Sizes of writable layers.
     pub ledger: Arc<Ledger>,
     /// The node's pod network range, as the kubelet said; kept for the operator's information.
@@ -97,6 +101,7 @@ impl Node {
             traces: Traces::default(),
             layout: stats::layout(),
             feed: Arc::default(),
+            nri: plugins::of(&config),
             ledger: Arc::default(),
             pod_cidr: RwLock::default(),
             tasks,

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use slipway_network::{Bandwidth, DnsConfig, PodNetwork, PortMapping, Protocol};
+use slipway_nri::Turn;
 use slipway_proto::{cri, keeper};
 use slipway_runtime::client::{Events, Keeper};
 use slipway_spec::SandboxPlan;
@@ -94,12 +95,13 @@ impl Node {
             phases: Vec::new(),
         };
         match self.bring_up(draft, plan, wishes, &dir, phases).await {
-            Ok((pod, follow)) => {
+            Ok((pod, follow, turn)) => {
                 let laps = pod.record.phases.clone();
                 tracing::info!(pod = id, phases = describe(&laps), "pod sandbox runs");
                 self.pods.insert(&id, pod.clone());
                 pod.happened(Kind::Created, &id);
                 pod.happened(Kind::Started, &id);
+                drop(turn);
                 events::follow(pod, follow);
                 self.traces.add(Trace {
                     method: "RunPodSandbox",
@@ -124,7 +126,7 @@ impl Node {
         wishes: Wishes,
         dir: &Path,
         mut phases: Phases,
-    ) -> Result<(Arc<Pod>, Events), PodError> {
+    ) -> Result<(Arc<Pod>, Events, Option<Turn>), PodError> {
         let failed = |action| {
             let what = format!("pod sandbox {}", record.id);
             move |source| PodError::Keeper {
@@ -169,12 +171,17 @@ impl Node {
         }
         phases.mark("files");
         record.created_at = now();
+        // Held until the pod can be seen: see `slipway_nri`.
+        let turn = self.tell_run(&record).await?;
         record.phases = phases.laps().to_vec();
-        record::write(dir, &record)?;
+        if let Err(error) = record::write(dir, &record) {
+            self.untell_run(turn.as_ref(), &record).await;
+            return Err(error);
+        }
         phases.mark("record");
         record.phases = phases.finish();
         let pod = Pod::new(record, dir, PodStage::Ready, self.feed.clone());
-        Ok((pod, follow))
+        Ok((pod, follow, turn))
     }
 
     async fn attach(&self, record: &PodRecord, wishes: &Wishes) -> Result<Vec<IpAddr>, PodError> {

@@ -43,6 +43,7 @@ mod logs;
 mod mounts;
 mod names;
 mod network;
+mod nri;
 mod operations;
 mod pods;
 mod resources;
@@ -60,6 +61,10 @@ mod users;
 mod v2;
 
 fn main() -> std::process::ExitCode {
+    // Started by a daemon of ours, as a plugin.
+    if std::env::var_os("NRI_PLUGIN_SOCKET").is_some() {
+        return harness::plugin::run_installed();
+    }
     let all: &[&[harness::Test]] = &[
         apparmor::TESTS,
         pods::TESTS,
@@ -90,6 +95,7 @@ fn main() -> std::process::ExitCode {
         events::TESTS,
         update::TESTS,
         network::TESTS,
+        nri::TESTS,
         cni::TESTS,
         images::TESTS,
         bad_images::TESTS,

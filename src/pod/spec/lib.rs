@@ -6,9 +6,11 @@
 //! PodSandboxConfig ─ sandbox ─► SandboxPlan (for the keeper, CNI, the log directory)
 //! ContainerConfig ── survey ──► Sources ─┐
 //! image config, pod's namespaces ────────┴─ container ─► ContainerPlan (OCI spec, seccomp choice, …)
+//! what NRI plugins wish ────────────────── adjust ─────► the same
 //! ```
 #![forbid(unsafe_code)]
 
+mod adjust;
 mod apparmor;
 mod capabilities;
 mod cgroup;
@@ -39,6 +41,7 @@ mod userns;
 #[cfg(test)]
 mod tests;
 
+pub use adjust::{adjust, limits_of};
 pub use apparmor::AppArmor;
 pub use cgroup::{CgroupDriver, default_cgroups};
 pub use container::container;

@@ -192,13 +192,19 @@ fn place(field: &str, request: &cri::Mount, source: &MountSource) -> Result<Path
     let field = format!("{field}.container_path");
     paths::absolute(&field, &request.container_path)?;
     let place = paths::clean(&request.container_path);
-    let shown = quoted(&request.container_path);
+    coverable(&field, &place, source.procfs)?;
+    Ok(place)
+}
+
+/// Refuses places that no mount may be at; `procfs`: what is mounted is a proc file system.
+pub(crate) fn coverable(field: &str, place: &Path, procfs: bool) -> Result<()> {
+    let shown = quoted_path(place);
     if place == Path::new("/") {
         let what = "can't be the root; mount below it";
         return Err(SpecError::invalid(field, what));
     }
     if place == Path::new("/proc") {
-        if !source.procfs {
+        if !procfs {
             let what = format!("{shown} may only be covered by a proc file system");
             return Err(SpecError::invalid(field, what));
         }
@@ -209,13 +215,19 @@ fn place(field: &str, request: &cri::Mount, source: &MountSource) -> Result<Path
         );
         return Err(SpecError::invalid(field, what));
     }
+    free_in_dev(field, place)
+}
+
+/// Refuses what the runtime makes in `/dev` itself.
+pub(crate) fn free_in_dev(field: &str, place: &Path) -> Result<()> {
     if MADE_IN_DEV.iter().any(|file| place == Path::new(file)) {
         let what = format!(
-            "a mount over {shown} is not there yet in this version; use another path, or devices"
+            "a mount over {} is not there yet in this version; use another path, or devices",
+            quoted_path(place)
         );
         return Err(SpecError::unsupported(field, what));
     }
-    Ok(place)
+    Ok(())
 }
 
 fn propagation(

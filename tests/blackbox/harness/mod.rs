@@ -8,6 +8,7 @@ pub mod liar;
 pub mod log;
 pub mod objects;
 pub mod pace;
+pub mod plugin;
 pub mod probe;
 pub mod runner;
 pub mod stage;
