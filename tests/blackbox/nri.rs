@@ -376,7 +376,11 @@ async fn interfaces_move_in(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let name = format!("nri{}", env.number);
     let peer = format!("{name}p");
-    output("ip", &["link", "add", &name, "type", "veth", "peer", "name", &peer]).await?;
+    output(
+        "ip",
+        &["link", "add", &name, "type", "veth", "peer", "name", &peer],
+    )
+    .await?;
     let adjust = linux(api::LinuxContainerAdjustment {
         net_devices: [(
             name.clone(),
