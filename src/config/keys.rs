@@ -322,6 +322,10 @@ impl Config {
                 max_message: self.limits.max_message,
                 ..new.limits.clone()
             },
+            pod: crate::Pod {
+                selinux: self.pod.selinux,
+                ..new.pod.clone()
+            },
             ..new.clone()
         }
     }
