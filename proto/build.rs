@@ -6,6 +6,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=api.proto");
     println!("cargo:rerun-if-changed=keeper.proto");
     println!("cargo:rerun-if-changed=admin.proto");
+    println!("cargo:rerun-if-changed=nri.proto");
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
 
     let cri = protox::compile(["api.proto"], ["."])?;
@@ -23,5 +24,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let admin = protox::compile(["admin.proto"], ["."])?;
     tonic_prost_build::configure().compile_fds(admin)?;
+
+    let nri = protox::compile(["nri.proto"], ["."])?;
+    tonic_prost_build::configure()
+        // Ordered, so that the same message has the same bytes.
+        .btree_map(".nri")
+        .compile_fds(nri)?;
     Ok(())
 }

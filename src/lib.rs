@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 pub mod admin;
+mod apparmor;
 pub mod cri;
 mod grpc;
 pub mod logging;

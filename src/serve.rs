@@ -194,6 +194,8 @@ async fn run(
             "keepers are where the daemon is"
         );
     }
+    let apparmor = config.pod.apparmor_profile.clone();
+    let apparmor = tokio::spawn(async move { crate::apparmor::load(&apparmor).await });
     let store = store_config(&config);
     let images = tokio::task::spawn_blocking(move || ImageStore::open(store))
         .await?
@@ -213,6 +215,14 @@ async fn run(
         "state recovered"
     );
 
+    if let Ok(Err(error)) = apparmor.await {
+        tracing::warn!(
+            error = crate::pod::chain(&error),
+            "containers have no AppArmor profile unless they name one"
+        );
+    }
+    let end_plugins = CancellationToken::new();
+    (node.start_plugins(end_plugins.clone()).await).context("can't let NRI plugins take part")?;
     let listener = run_root::listen(&listen)?;
     listener
         .set_nonblocking(true)
@@ -278,6 +288,8 @@ async fn run(
         tracing::warn!(patience = ?DRAIN, "calls in flight are cut off; the next start settles what they leave");
         server.abort();
     }
+    end_plugins.cancel();
+    node.stop_plugins().await;
     Ok(())
 }
 

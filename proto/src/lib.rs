@@ -38,5 +38,11 @@ pub mod admin {
     tonic::include_proto!("slipway.admin.v1");
 }
 
+/// The Node Resource Interface (`nri.pkg.api.v1alpha1`).
+#[allow(missing_docs, clippy::all)]
+pub mod nri {
+    tonic::include_proto!("nri.pkg.api.v1alpha1");
+}
+
 /// The compiled CRI descriptor set (`google.protobuf.FileDescriptorSet`), for reflection and tests.
 pub const CRI_DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cri.binpb"));

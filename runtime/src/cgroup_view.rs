@@ -24,7 +24,8 @@ use crate::cgroup::{Hierarchies, inside};
 
 /// What [`CGROUP_ROOT`] is mounted on.
 const SYS: &str = "/sys";
-const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+/// Where cgroup hierarchies are mounted.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// What a container sees of its cgroups.
 #[derive(Debug, Clone)]

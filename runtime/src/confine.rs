@@ -5,7 +5,8 @@
 
 use std::collections::HashSet;
 use std::ffi::{CString, OsStr};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -23,6 +24,9 @@ pub const NOT_FOUND: i32 = 127;
 pub const NOT_EXECUTABLE: i32 = 126;
 /// Exit code for a process that could not be set up.
 pub const SETUP_FAILED: i32 = 128;
+
+/// File system type of procfs.
+const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 
 /// Why a process never became the container's.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +94,18 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
+/// Asks the kernel for an SELinux label of what is executed next (proc_pid_attr(5)). The file must be procfs's: a
+/// container may have put another in its place (CVE-2019-16884).
+fn label_next(label: &str) -> io::Result<()> {
+    let file = File::options().write(true).open("/proc/self/attr/exec")?;
+    if rustix::fs::fstatfs(&file)?.f_type as u64 != PROC_SUPER_MAGIC {
+        return Err(io::Error::other(
+            "/proc/self/attr/exec is not on a proc file system",
+        ));
+    }
+    (&file).write_all(label.as_bytes())
+}
+
 /// How the processes of one container are confined.
 #[derive(Debug, Clone)]
 pub struct Confinement {
@@ -104,6 +120,7 @@ pub struct Confinement {
     seccomp: Option<Filter>,
     rlimits: Vec<(u32, u64, u64)>,
     apparmor: Option<String>,
+    selinux: Option<String>,
     working_dir: CString,
     env: Vec<CString>,
 }
@@ -153,6 +170,7 @@ impl Confinement {
                 .map(|r| (r.typ() as u32, r.soft(), r.hard()))
                 .collect(),
             apparmor: process.apparmor_profile().clone().filter(|p| !p.is_empty()),
+            selinux: process.selinux_label().clone().filter(|l| !l.is_empty()),
             working_dir: CString::new(process.cwd().as_os_str().as_bytes()).unwrap_or_default(),
             env,
             user,
@@ -172,6 +190,14 @@ impl Confinement {
     /// The user that the processes run as.
     pub fn user(&self) -> &Resolved {
         &self.user
+    }
+
+    /// Raises hard limits as far as is wanted. For a process that is about to enter a user namespace, in which
+    /// nobody may.
+    pub fn raise_limits(&self) {
+        for (resource, _, hard) in &self.rlimits {
+            sys::raise_hard_limit(*resource, *hard);
+        }
     }
 
     /// Becomes the container's process and executes `args`, in the container's namespaces and root
@@ -202,6 +228,9 @@ impl Confinement {
                 step: "apply the AppArmor profile",
                 source: io::Error::other(chain(&e)),
             })?;
+        }
+        if let Some(label) = &self.selinux {
+            label_next(label).map_err(step("set the SELinux label"))?;
         }
         // As root first: the user may not be able to pass a parent directory; as the user below where root
         // is the one who may not (a root-squashing NFS).

@@ -14,6 +14,7 @@ use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
+use nix::mount::{MsFlags, mount};
 use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespaceType, PosixRlimit, Process, Spec, UserBuilder};
 use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
@@ -23,14 +24,18 @@ use slipway_systemd::SystemdError;
 use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
+use crate::detach::Kept;
+use crate::ids::IdMaps;
+use crate::labels::Label;
 use crate::limits::{self, LimitError};
+use crate::mapped::{self, MappedError};
 use crate::own_dev::OwnDev;
 use crate::places::PlaceError;
 use crate::rootfs::{self, RootfsError};
 use crate::scope::{self, ScopeError};
 use crate::terminal::Terminal;
 use crate::user::{self, UserError};
-use crate::{cgroup_view, detach, own_dev, places, propagation, sys};
+use crate::{cgroup_view, detach, labels, own_dev, places, propagation, stage, sys};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -88,6 +93,12 @@ pub enum CreateError {
     /// A mount's source.
     #[error("can't set the propagation of a mount")]
     Propagation(#[source] io::Error),
+    /// A mount's owners.
+    #[error(transparent)]
+    Mapped(#[from] MappedError),
+    /// What a container in a user namespace is made of.
+    #[error("can't put down what the container in its user namespace is made of")]
+    Stage(#[source] io::Error),
     /// The scope.
     #[error(transparent)]
     Scope(#[from] ScopeError),
@@ -109,6 +120,7 @@ impl CreateError {
             | Self::Incomplete(_)
             | Self::Seccomp(_) => ErrorKind::Invalid,
             Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
+            Self::Mapped(MappedError::NotPossible { .. }) => ErrorKind::Unsupported,
             // systemd hung, or was not there: another attempt may succeed.
             Self::Scope(ScopeError::Systemd(SystemdError::Timeout { .. })) => ErrorKind::TimedOut,
             _ => ErrorKind::Internal,
@@ -179,7 +191,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         cgroup,
         stdio,
         start_pipe,
-        pid_namespace,
+        mut pid_namespace,
     } = inherited;
     let mut spec: Spec = serde_json::from_slice(&create.spec).map_err(CreateError::Spec)?;
     let dir = Path::new(&create.dir);
@@ -205,29 +217,46 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     // The container's own copy of the mount table: its root file system is mounted nowhere else, and goes
     // when the last process that sees it goes.
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| CreateError::Namespace(e.into()))?;
-    let kept =
+    let mut kept =
         detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(CreateError::Namespace)?;
+    let users = match IdMaps::of_spec(&spec) {
+        None => None,
+        Some(ids) => {
+            let target = pid_namespace.take();
+            Some(Users::prepare(&mut spec, ids, &mut kept, target)?)
+        }
+    };
+    let owner = users.as_ref().map(|users| users.root);
     fs::create_dir_all(&target).map_err(|source| CreateError::Bundle {
         path: target.clone(),
         source,
     })?;
     if let Some(overlay) = &create.overlay {
-        rootfs::mount_overlay(overlay, &target)?;
+        let users = users.as_ref().map(|u| (u.namespace.as_fd(), u.root));
+        rootfs::mount_overlay(overlay, &target, users)?;
     }
     let root = rootfs::open_root(&target)?;
     let user = user::resolve(
         root.as_fd(),
         create.user.as_ref().unwrap_or(&Default::default()),
     )?;
-    if !create.working_dir.is_empty() {
-        rootfs::make_dir(&root, Path::new(&create.working_dir))?;
+    let mut host_uid = user.uid;
+    if let Some(users) = &users {
+        users.ids.check(&user)?;
+        host_uid = users.ids.host_uid(user.uid).unwrap_or(users.root.0);
+        users.own_pod_files(&spec, dir)?;
     }
-    places::secure(&root, &mut spec)?;
+    if !create.working_dir.is_empty() {
+        rootfs::make_dir(&root, Path::new(&create.working_dir), owner)?;
+    }
+    places::secure(&root, &mut spec, owner)?;
     drop(root);
 
     let confinement = confinement(create, &spec, user)?;
     // A process that is not root could not open /dev/stdout otherwise: that opens the pipe's inode anew.
-    let owner = rustix::fs::Uid::from_raw(confinement.user().uid);
+    let host_uid = rustix::fs::Uid::from_raw(host_uid);
+    // The group is root's; in a user namespace, its root's.
+    let host_gid = owner.map(|(_, gid)| rustix::fs::Gid::from_raw(gid));
     if let Stdio::Pipes {
         stdin,
         stdout,
@@ -235,17 +264,25 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     } = &stdio
     {
         for pipe in stdin.iter().chain([stdout, stderr]) {
-            let _ = rustix::fs::fchown(pipe, Some(owner), None);
+            let _ = rustix::fs::fchown(pipe, Some(host_uid), host_gid);
         }
     }
     set_oom_score(create.oom_score_adj);
 
     let args = process_args(&spec)?;
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
+    let label = labels::take(&mut spec);
+    let pod = users.as_ref().map(|u| (&u.ids, u.namespace.as_fd()));
+    mapped::arrange(&mut spec, &dir.join("mapped"), pod)?;
     let own_dev = own_dev::take(&mut spec).map_err(CreateError::OwnDev)?;
     propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     let view = cgroup_view::hide(&mut spec, cgroups, cgroup)
         .map_err(in_cgroup("prepare the container's view of"))?;
+    if users.is_some() {
+        stage::set(&mut spec, &target, dir).map_err(CreateError::Stage)?;
+        // In there nobody may.
+        confinement.raise_limits();
+    }
     let config = dir.join("config.json");
     write_spec(&config, &spec)?;
 
@@ -282,6 +319,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         args,
         view,
         own_dev,
+        label,
         working_dir: PathBuf::from(&create.working_dir),
         terminal,
         start_pipe: start_pipe.as_raw_fd(),
@@ -310,6 +348,75 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         home: user.home,
     };
     Ok(result)
+}
+
+/// What is different for a container in a user namespace.
+struct Users {
+    ids: IdMaps,
+    /// The host's ids of its root.
+    root: (u32, u32),
+    namespace: OwnedFd,
+}
+
+impl Users {
+    /// Opens the namespaces that the container joins: from within the first of them, their paths lead nowhere. And
+    /// sees to it that nothing that is mounted here gets out.
+    fn prepare(
+        spec: &mut Spec,
+        ids: IdMaps,
+        kept: &mut Kept,
+        mut pid_namespace: Option<PathBuf>,
+    ) -> Result<Self, CreateError> {
+        let linux = spec.linux_mut().as_mut();
+        let namespaces = linux.and_then(|l| l.namespaces_mut().as_mut());
+        let mut own = None;
+        for namespace in namespaces.into_iter().flatten() {
+            if namespace.typ() == LinuxNamespaceType::Pid
+                && let Some(path) = pid_namespace.take()
+            {
+                namespace.set_path(Some(path));
+            }
+            if namespace.path().is_none() {
+                continue;
+            }
+            let fd = kept.open(namespace).map_err(CreateError::Namespace)?;
+            if namespace.typ() == LinuxNamespaceType::User {
+                own = Some(fd.try_clone_to_owned().map_err(CreateError::Namespace)?);
+            }
+        }
+        let namespace = own.ok_or(CreateError::Incomplete("linux.namespaces of type user"))?;
+        let slave = MsFlags::MS_SLAVE | MsFlags::MS_REC;
+        mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)
+            .map_err(|e| CreateError::Namespace(e.into()))?;
+        Ok(Self {
+            root: ids.root().map_err(CreateError::Namespace)?,
+            ids,
+            namespace,
+        })
+    }
+
+    /// Gives the pod's own files (hosts, resolv.conf, hostname) to the pod's root, who may write them elsewhere, too.
+    fn own_pod_files(&self, spec: &Spec, container_dir: &Path) -> Result<(), CreateError> {
+        // <run root>/pods/<id>/containers/<id>
+        let Some(pod_dir) = container_dir.ancestors().nth(2) else {
+            return Ok(());
+        };
+        let sources = spec
+            .mounts()
+            .iter()
+            .flatten()
+            .filter_map(|m| m.source().as_ref());
+        for file in sources.filter(|s| s.parent() == Some(pod_dir) && s.is_file()) {
+            let (uid, gid) = self.root;
+            std::os::unix::fs::lchown(file, Some(uid), Some(gid)).map_err(|source| {
+                CreateError::Bundle {
+                    path: file.clone(),
+                    source,
+                }
+            })?;
+        }
+        Ok(())
+    }
 }
 
 /// How the container's processes are confined; the keeper needs the same for exec sessions.
@@ -381,6 +488,8 @@ fn for_libcontainer(
         .as_mut()
         .ok_or(CreateError::Incomplete("linux"))?;
     linux.set_seccomp(None);
+    // The namespace has them already; it is joined.
+    linux.set_uid_mappings(None).set_gid_mappings(None);
     if let Some(path) = pid_namespace
         && let Some(namespaces) = linux.namespaces_mut()
     {
@@ -427,6 +536,7 @@ struct Enter {
     args: Vec<Vec<u8>>,
     view: Option<View>,
     own_dev: Option<OwnDev>,
+    label: Option<Label>,
     /// To be made if it is missing; empty: none.
     working_dir: PathBuf,
     /// Where the master end of the container's terminal goes, if it has one.
@@ -453,11 +563,13 @@ impl Executor for Enter {
         view.map_err(failed("mount the container's view of its cgroups"))?;
         let own_dev = self.own_dev.as_ref().map_or(Ok(()), OwnDev::cover);
         own_dev.map_err(failed("mount the container's /dev"))?;
+        let queues = self.label.as_ref().map_or(Ok(()), Label::queues);
+        queues.map_err(failed("label the container's message queues"))?;
         if !self.working_dir.as_os_str().is_empty()
             && let Ok(root) = rootfs::open_root(Path::new("/"))
         {
             // In a volume it could not be made before. If it can't be now, entering it says why.
-            let _ = rootfs::make_dir(&root, &self.working_dir);
+            let _ = rootfs::make_dir(&root, &self.working_dir, None);
         }
         if let Some(socket) = &self.terminal {
             let terminal = Terminal::open(self.confinement.user().uid)

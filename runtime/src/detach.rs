@@ -6,18 +6,34 @@
 //! descriptors, and replaces the rest by the bare directory tree, in its own namespace.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespace, Spec};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 /// What the spec still refers to; must live until libcontainer is done.
 #[derive(Debug, Default)]
 pub struct Kept {
-    _namespaces: Vec<OwnedFd>,
+    namespaces: Vec<OwnedFd>,
+}
+
+impl Kept {
+    /// Opens a namespace of the spec that has a path, and points it at what was opened.
+    ///
+    /// # Errors
+    /// What opening says, with the path.
+    pub fn open(&mut self, namespace: &mut LinuxNamespace) -> io::Result<BorrowedFd<'_>> {
+        let path = namespace.path().clone().unwrap_or_default();
+        let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| io::Error::other(format!("{}: {e}", path.display())))?;
+        let at = self.namespaces.len();
+        namespace.set_path(Some(format!("/proc/self/fd/{}", fd.as_raw_fd()).into()));
+        self.namespaces.push(fd);
+        Ok(self.namespaces[at].as_fd())
+    }
 }
 
 /// Unmounts the run root in this mount namespace, which must be this process's own, and points the spec's
@@ -30,22 +46,20 @@ pub fn run_root(spec: &mut Spec, run_root: &Path, aside: &Path) -> io::Result<Ke
     if shares_mounts(spec) || !is_mount_point(run_root)? {
         return Ok(Kept::default());
     }
-    let mut namespaces = Vec::new();
+    let mut kept = Kept::default();
     if let Some(list) = spec
         .linux_mut()
         .as_mut()
         .and_then(|l| l.namespaces_mut().as_mut())
     {
         for namespace in list {
-            let Some(path) = namespace.path().clone().filter(|p| p.starts_with(run_root)) else {
-                continue;
-            };
-            let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-            namespace.set_path(Some(PathBuf::from(format!(
-                "/proc/self/fd/{}",
-                fd.as_raw_fd()
-            ))));
-            namespaces.push(fd);
+            if namespace
+                .path()
+                .as_ref()
+                .is_some_and(|p| p.starts_with(run_root))
+            {
+                kept.open(namespace)?;
+            }
         }
     }
     let mut trees = Vec::new();
@@ -83,9 +97,7 @@ pub fn run_root(spec: &mut Spec, run_root: &Path, aside: &Path) -> io::Result<Ke
         std::fs::create_dir_all(&at)?;
         move_mount(&tree, "", CWD, &at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     }
-    Ok(Kept {
-        _namespaces: namespaces,
-    })
+    Ok(kept)
 }
 
 fn shares_mounts(spec: &Spec) -> bool {

@@ -78,6 +78,7 @@ pub(crate) fn place(call: &Place) -> Result<(), String> {
     let scope = Scope {
         unit: SCOPE,
         slice: &call.slice,
+        process: 0,
         description: "slipway keepers, one for each pod",
         properties: &properties,
     };

@@ -15,6 +15,8 @@ use oci_spec::runtime::Spec;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use crate::rootfs;
+
 /// As many links as the kernel follows (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 /// What libcontainer takes for directories of the root.
@@ -29,11 +31,15 @@ pub struct PlaceError {
 }
 
 /// Makes sure that `/dev`, `/proc` and `/sys` are directories of the root, and points mounts whose place is a
-/// link that leads nowhere to where it would lead.
+/// link that leads nowhere to where it would lead. What is made belongs to `owner`, if one is given.
 ///
 /// # Errors
 /// [`PlaceError`], for an image that has something else in one of these places.
-pub fn secure(root: &OwnedFd, spec: &mut Spec) -> Result<(), PlaceError> {
+pub fn secure(
+    root: &OwnedFd,
+    spec: &mut Spec,
+    owner: Option<(u32, u32)>,
+) -> Result<(), PlaceError> {
     for name in DIRECTORIES {
         let error = |reason: String| PlaceError {
             path: PathBuf::from(name),
@@ -42,6 +48,8 @@ pub fn secure(root: &OwnedFd, spec: &mut Spec) -> Result<(), PlaceError> {
         match open(root, Path::new(name), OFlags::DIRECTORY) {
             Ok(_) => {}
             Err(Errno::NOENT) => rustix::fs::mkdirat(root, name, Mode::from_raw_mode(0o755))
+                .map_err(io::Error::from)
+                .and_then(|()| rootfs::give(root, name, owner))
                 .map_err(|e| error(format!("it is missing and can't be made: {e}")))?,
             Err(Errno::LOOP) => {
                 return Err(error(
@@ -192,7 +200,7 @@ mod tests {
             "/chain",
         ];
         let mut spec = spec(&places);
-        secure(&root, &mut spec).unwrap();
+        secure(&root, &mut spec, None).unwrap();
         let mounts = spec.mounts().clone().unwrap();
         let found: Vec<_> = mounts
             .iter()
@@ -218,10 +226,10 @@ mod tests {
         symlink("proc/self/attr", dir.path().join("innocent")).unwrap();
         symlink("innocent", dir.path().join("chain")).unwrap();
         for place in ["/innocent", "/chain/exec"] {
-            let error = secure(&root, &mut spec(&[place])).unwrap_err();
+            let error = secure(&root, &mut spec(&[place]), None).unwrap_err();
             assert!(error.to_string().contains("/proc"), "{error}");
         }
-        secure(&root, &mut spec(&["/proc", "/proc/cpuinfo"])).unwrap();
+        secure(&root, &mut spec(&["/proc", "/proc/cpuinfo"]), None).unwrap();
     }
 
     #[test]
@@ -229,11 +237,11 @@ mod tests {
         for name in DIRECTORIES {
             let dir = tempfile::tempdir().unwrap();
             symlink("/tmp", dir.path().join(name)).unwrap();
-            let error = secure(&opened(dir.path()), &mut spec(&[])).unwrap_err();
+            let error = secure(&opened(dir.path()), &mut spec(&[]), None).unwrap_err();
             assert!(error.to_string().contains(&format!("/{name}")), "{error}");
             std::fs::remove_file(dir.path().join(name)).unwrap();
             std::fs::write(dir.path().join(name), "").unwrap();
-            assert!(secure(&opened(dir.path()), &mut spec(&[])).is_err());
+            assert!(secure(&opened(dir.path()), &mut spec(&[]), None).is_err());
         }
     }
 }

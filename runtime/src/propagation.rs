@@ -52,7 +52,8 @@ impl Propagation {
     }
 }
 
-fn is_bind(entry: &Mount) -> bool {
+/// Whether an entry is a bind mount, as libcontainer sees it.
+pub fn is_bind(entry: &Mount) -> bool {
     entry.typ().as_deref() == Some("bind")
         || entry
             .options()
@@ -99,15 +100,19 @@ fn shows_cgroups(source: &Path) -> bool {
     source.starts_with("/sys") || Path::new("/sys").starts_with(source)
 }
 
-fn stage(source: &Path, at: &PathBuf, propagation: Propagation) -> io::Result<()> {
+/// Makes what `source` can be mounted on: a directory or a file.
+pub fn make_place(source: &Path, at: &Path) -> io::Result<()> {
     if fs::metadata(source)?.is_dir() {
-        fs::create_dir_all(at)?;
-    } else {
-        if let Some(parent) = at.parent() {
-            fs::create_dir_all(parent)?;
-        }
-        fs::File::create(at)?;
+        return fs::create_dir_all(at);
     }
+    if let Some(parent) = at.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::File::create(at).map(drop)
+}
+
+fn stage(source: &Path, at: &PathBuf, propagation: Propagation) -> io::Result<()> {
+    make_place(source, at)?;
     let recursive = MsFlags::MS_BIND | MsFlags::MS_REC;
     mount(Some(source), at, None::<&str>, recursive, None::<&str>)?;
     mount(

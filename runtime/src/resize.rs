@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 use slipway_proto::keeper::ErrorKind;
+use slipway_systemd::SystemdError;
 
 use crate::cgroup::{Hierarchies, inside};
-use crate::limits_v2;
+use crate::{limits_v2, scope};
 
 /// Why limits could not be changed; nothing was.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,9 @@ pub enum ResizeError {
         #[source]
         source: io::Error,
     },
+    /// systemd did not take the new limits over, and would have written the old ones again some day.
+    #[error("{0}; nothing was changed")]
+    Systemd(SystemdError),
 }
 
 impl ResizeError {
@@ -55,6 +59,8 @@ impl ResizeError {
         match self {
             Self::InUse { .. } => ErrorKind::WrongState,
             Self::Missing { .. } | Self::Write { .. } => ErrorKind::Invalid,
+            Self::Systemd(SystemdError::Timeout { .. }) => ErrorKind::TimedOut,
+            Self::Systemd(_) => ErrorKind::Internal,
         }
     }
 }
@@ -70,11 +76,16 @@ pub fn update(cgroups: &Hierarchies, cgroup: &Path, resources: &LinuxResources) 
         cgroups,
         cgroup,
         before: Vec::new(),
+        told: false,
     };
-    let done = change.all(resources);
+    let done = change.all(resources).and_then(|()| change.settle());
     if done.is_err() {
         for (file, value) in change.before.iter().rev() {
             let _ = fs::write(file, value);
+        }
+        // Where systemd has heard of the new ones, it hears of the old ones.
+        if change.told {
+            let _ = scope::tell(cgroups, cgroup, &change.texts());
         }
     }
     done
@@ -86,9 +97,41 @@ struct Change<'a> {
     cgroup: &'a Path,
     /// What was written so far, and what was there before.
     before: Vec<(PathBuf, String)>,
+    /// systemd may know the new limits.
+    told: bool,
 }
 
 impl Change<'_> {
+    /// Makes the new limits systemd's as well, where the cgroup is its.
+    fn settle(&mut self) -> Result<()> {
+        let new = self.texts();
+        if !new.is_empty() {
+            self.told = true;
+            scope::tell(self.cgroups, self.cgroup, &new).map_err(ResizeError::Systemd)?;
+        }
+        // It writes what it makes of them, and has whole per cent of a CPU only.
+        for ((file, _), (_, value)) in self.before.iter().zip(&new) {
+            if self.read(file).is_some_and(|now| now.trim() != value) {
+                fs::write(file, value).map_err(|source| ResizeError::Write {
+                    file: file.clone(),
+                    value: value.clone(),
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The files that were written, by name, and what they say now.
+    fn texts(&self) -> Vec<(String, String)> {
+        let text = |file: &PathBuf| {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            let text = self.read(file).unwrap_or_default();
+            (name.into_owned(), text.trim().to_owned())
+        };
+        self.before.iter().map(|(file, _)| text(file)).collect()
+    }
+
     fn all(&mut self, resources: &LinuxResources) -> Result<()> {
         match self.cgroups.v2_dir(self.cgroup) {
             Some(dir) if self.cgroups.unified() => self.all_v2(&dir, resources)?,
@@ -289,6 +332,7 @@ mod tests {
                 cgroups: &self.0,
                 cgroup: &self.1,
                 before: Vec::new(),
+                told: false,
             };
             let file = change.find(name).unwrap();
             change.read(&file).unwrap().trim().to_owned()

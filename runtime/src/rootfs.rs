@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -12,6 +12,8 @@ use rustix::mount::{
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 use slipway_proto::keeper::Overlay;
+
+use crate::mapped::{self, MappedError};
 
 /// Why the root file system could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +36,18 @@ pub enum RootfsError {
         layers: usize,
         /// What to look at.
         hint: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The owners of a layer can't be mapped.
+    #[error(transparent)]
+    Mapped(#[from] MappedError),
+    /// The writable layer can't be given to the root of the pod's user namespace.
+    #[error("can't give {} to the pod's root", path.display())]
+    Owner {
+        /// The directory.
+        path: PathBuf,
         /// The cause.
         #[source]
         source: io::Error,
@@ -66,9 +80,30 @@ fn open_dir(path: &Path) -> Result<OwnedFd, RootfsError> {
 /// `volatile`: a container's writable layer dies with the container, and without it an unmount would wait
 /// for the disk.
 ///
+/// With `users`, a user namespace and the host's ids of its root, the layers' owners are mapped by that namespace and
+/// the writable directory belongs to that root; the layers themselves, which other containers share, stay as they are.
+/// The mount namespace must then be one that nothing propagates out of.
+///
 /// # Errors
 /// [`RootfsError`].
-pub fn mount_overlay(overlay: &Overlay, target: &Path) -> Result<(), RootfsError> {
+pub fn mount_overlay(
+    overlay: &Overlay,
+    target: &Path,
+    users: Option<(BorrowedFd<'_>, (u32, u32))>,
+) -> Result<(), RootfsError> {
+    if let Some((namespace, (uid, gid))) = users {
+        for layer in &overlay.lower {
+            mapped::cover(Path::new(layer), namespace)?;
+        }
+        if !overlay.upper.is_empty() {
+            // What is at the top of the overlay is the container's "/".
+            let given = std::os::unix::fs::chown(&overlay.upper, Some(uid), Some(gid));
+            given.map_err(|source| RootfsError::Owner {
+                path: PathBuf::from(&overlay.upper),
+                source,
+            })?;
+        }
+    }
     let open_all = |paths: &[String]| -> Result<Vec<OwnedFd>, RootfsError> {
         paths.iter().map(|p| open_dir(Path::new(p))).collect()
     };
@@ -100,10 +135,10 @@ pub fn mount_overlay(overlay: &Overlay, target: &Path) -> Result<(), RootfsError
         // An overlay needs two layers or an upper.
         return bind_read_only(&lower[0], target).map_err(failed);
     }
-    match overlay_by_fd(&lower, &writable, target) {
+    match overlay_by_fd(&lower, &writable, &overlay.selinux_label, target) {
         // Before Linux 6.5 the new mount API does not take layers one by one.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            overlay_by_options(&lower, &writable, target).map_err(failed)
+            overlay_by_options(&lower, &writable, &overlay.selinux_label, target).map_err(failed)
         }
         other => other.map_err(failed),
     }
@@ -114,7 +149,12 @@ fn fd_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-fn overlay_by_fd(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::Result<()> {
+fn overlay_by_fd(
+    lower: &[OwnedFd],
+    writable: &[OwnedFd],
+    label: &str,
+    target: &Path,
+) -> io::Result<()> {
     let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&fs, "source", "overlay")?;
     for layer in lower {
@@ -124,6 +164,9 @@ fn overlay_by_fd(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::
         fsconfig_set_string(&fs, "upperdir", fd_path(upper))?;
         fsconfig_set_string(&fs, "workdir", fd_path(work))?;
         fsconfig_set_flag(&fs, "volatile")?;
+    }
+    if !label.is_empty() {
+        fsconfig_set_string(&fs, "context", label)?;
     }
     fsconfig_create(&fs)?;
     let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
@@ -137,7 +180,12 @@ fn overlay_by_fd(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::
     Ok(())
 }
 
-fn overlay_by_options(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) -> io::Result<()> {
+fn overlay_by_options(
+    lower: &[OwnedFd],
+    writable: &[OwnedFd],
+    label: &str,
+    target: &Path,
+) -> io::Result<()> {
     let layers: Vec<_> = lower.iter().map(fd_path).collect();
     let mut options = format!("lowerdir={}", layers.join(":"));
     if let [upper, work] = writable {
@@ -146,6 +194,10 @@ fn overlay_by_options(lower: &[OwnedFd], writable: &[OwnedFd], target: &Path) ->
             fd_path(upper),
             fd_path(work)
         ));
+    }
+    if !label.is_empty() {
+        // Levels have commas.
+        options.push_str(&format!(",context=\"{label}\""));
     }
     let options = std::ffi::CString::new(options)?;
     rustix::mount::mount(
@@ -165,11 +217,11 @@ fn bind_read_only(layer: &OwnedFd, target: &Path) -> io::Result<()> {
 }
 
 /// Makes a directory and its parents inside `root`, whatever symbolic links the image holds. Behind a link that
-/// leads nowhere nothing is made.
+/// leads nowhere nothing is made. What is made belongs to `owner`, if one is given, else to whom this process is.
 ///
 /// # Errors
 /// [`RootfsError::WorkingDir`], also when something on the way is no directory.
-pub fn make_dir(root: &OwnedFd, path: &Path) -> Result<(), RootfsError> {
+pub fn make_dir(root: &OwnedFd, path: &Path, owner: Option<(u32, u32)>) -> Result<(), RootfsError> {
     let failed = |source: io::Error| RootfsError::WorkingDir {
         path: path.to_owned(),
         source,
@@ -200,12 +252,36 @@ pub fn make_dir(root: &OwnedFd, path: &Path) -> Result<(), RootfsError> {
                     Err(rustix::io::Errno::EXIST) => return Ok(()),
                     made => made.map_err(|e| failed(e.into()))?,
                 }
+                give(&parent, name, owner).map_err(failed)?;
                 open(root, &prefix).map_err(|e| failed(e.into()))?
             }
             Err(e) => return Err(failed(e.into())),
         };
     }
     Ok(())
+}
+
+/// Gives a new entry of a directory to an owner, if there is one.
+///
+/// # Errors
+/// What the kernel says.
+pub fn give(
+    dir: &OwnedFd,
+    name: impl rustix::path::Arg,
+    owner: Option<(u32, u32)>,
+) -> io::Result<()> {
+    use rustix::fs::{AtFlags, Gid, Uid, chownat};
+    let Some((uid, gid)) = owner else {
+        return Ok(());
+    };
+    let owner = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+    Ok(chownat(
+        dir,
+        name,
+        owner.0,
+        owner.1,
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?)
 }
 
 /// Opens a root file system for [`make_dir`] and for reading users.
@@ -233,14 +309,14 @@ mod tests {
         symlink(outside.path(), inside.path().join("escape")).unwrap();
         symlink("../../../../../..", inside.path().join("up")).unwrap();
         let root = open_root(inside.path()).unwrap();
-        make_dir(&root, Path::new("/a/b/c")).unwrap();
+        make_dir(&root, Path::new("/a/b/c"), None).unwrap();
         assert!(inside.path().join("a/b/c").is_dir());
-        make_dir(&root, Path::new("/up/made")).unwrap();
+        make_dir(&root, Path::new("/up/made"), None).unwrap();
         assert!(inside.path().join("made").is_dir());
         // The link's target does not exist inside the root, and is not touched outside.
-        make_dir(&root, Path::new("/escape/x")).unwrap();
+        make_dir(&root, Path::new("/escape/x"), None).unwrap();
         assert!(std::fs::read_dir(outside.path()).unwrap().next().is_none());
         std::fs::write(inside.path().join("file"), "").unwrap();
-        assert!(make_dir(&root, Path::new("/file/x")).is_err());
+        assert!(make_dir(&root, Path::new("/file/x"), None).is_err());
     }
 }

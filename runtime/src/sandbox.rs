@@ -10,6 +10,7 @@ use nix::sched::{CloneFlags, unshare};
 use slipway_proto::keeper::{SetupSandbox, SetupSandboxResult};
 
 use crate::cgroup::Hierarchies;
+use crate::ids::{self, IdMaps};
 use crate::scope::{self, ScopeError};
 use crate::{loopback, sys};
 
@@ -21,6 +22,15 @@ pub enum SandboxError {
     Namespace {
         /// Which.
         what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A user namespace was refused.
+    #[error("can't make the pod's user namespace: {hint}")]
+    Users {
+        /// What to look at.
+        hint: &'static str,
         /// The cause.
         #[source]
         source: io::Error,
@@ -75,6 +85,8 @@ pub fn make(
 ) -> Result<SetupSandboxResult, SandboxError> {
     let step = |step: &'static str| move |source: io::Error| SandboxError::Step { step, source };
     let mut result = SetupSandboxResult::default();
+    let users = setup.users.as_ref().map(IdMaps::of_pod);
+    let users = users.transpose().map_err(users_refused)?;
     // Without any, containers would run without limits and without a device filter, and nobody would know.
     if !setup.cgroup.is_empty() && cgroups.is_empty() {
         let cause =
@@ -92,7 +104,11 @@ pub fn make(
     }
     if setup.shm_bytes > 0 && !setup.shm_dir.is_empty() {
         fs::create_dir_all(&setup.shm_dir).map_err(step("make the directory of /dev/shm"))?;
-        let options = format!("mode=1777,size={}", setup.shm_bytes);
+        let mut options = format!("mode=1777,size={}", setup.shm_bytes);
+        if let Some(ids) = &users {
+            let (uid, gid) = ids.root().map_err(users_refused)?;
+            options.push_str(&format!(",uid={uid},gid={gid}"));
+        }
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(
             Some("shm"),
@@ -105,7 +121,32 @@ pub fn make(
     }
     let ns_dir = Path::new(&setup.ns_dir);
     fs::create_dir_all(ns_dir).map_err(step("make the directory of the pod's namespaces"))?;
-    for (wanted, flag, what, path) in [
+    match &users {
+        Some(ids) => make_owned(setup, ids, ns_dir, &mut result)?,
+        None => {
+            for (flag, what, path) in wanted(setup, &mut result) {
+                unshare(flag).map_err(|e| SandboxError::Namespace {
+                    what,
+                    source: e.into(),
+                })?;
+                *path = pin(
+                    Path::new(&format!("/proc/self/ns/{what}")),
+                    &ns_dir.join(what),
+                )?;
+            }
+        }
+    }
+    configure(setup)?;
+    Ok(result)
+}
+
+/// The namespaces that the pod is to have of its own, but for those of users and processes, and where they are put
+/// down.
+fn wanted<'a>(
+    setup: &SetupSandbox,
+    result: &'a mut SetupSandboxResult,
+) -> impl Iterator<Item = (CloneFlags, &'static str, &'a mut String)> {
+    let all = [
         (
             setup.new_network,
             CloneFlags::CLONE_NEWNET,
@@ -124,24 +165,138 @@ pub fn make(
             "uts",
             &mut result.uts,
         ),
-    ] {
-        if wanted {
-            unshare(flag).map_err(|e| SandboxError::Namespace {
-                what,
-                source: e.into(),
-            })?;
-            *path = pin(
-                Path::new(&format!("/proc/self/ns/{what}")),
-                &ns_dir.join(what),
-            )?;
+    ];
+    let wanted = all.into_iter().filter(|(wanted, ..)| *wanted);
+    wanted.map(|(_, flag, what, path)| (flag, what, path))
+}
+
+/// Makes the pod's user namespace and, owned by it, the others, and becomes its root in all of them: so its sysctls
+/// and its host name are set by whom they belong to. (The host's root is nobody in there: an IPC namespace's
+/// sysctls, for one, are not its to write.)
+///
+/// One after the other: what is made in a user namespace that has no ids yet, such as a network's files in sysfs,
+/// belongs to the host's root for ever.
+fn make_owned(
+    setup: &SetupSandbox,
+    ids: &IdMaps,
+    ns_dir: &Path,
+    result: &mut SetupSandboxResult,
+) -> Result<(), SandboxError> {
+    let users = ids::namespace(ids).map_err(users_refused)?;
+    let place = PathBuf::from(format!("/proc/self/fd/{}", users.as_raw_fd()));
+    result.user = pin(&place, &ns_dir.join("user"))?;
+    let names = wanted(setup, &mut SetupSandboxResult::default())
+        .map(|(_, what, _)| what)
+        .collect();
+    // From within, nothing can be mounted outside.
+    let outside = Outside::start(ns_dir, names).map_err(users_refused)?;
+    nix::sched::setns(users, CloneFlags::CLONE_NEWUSER).map_err(|e| users_refused(e.into()))?;
+    sys::set_ids(0, 0, &[]).map_err(users_refused)?;
+    for (flag, what, path) in wanted(setup, result) {
+        unshare(flag).map_err(|e| SandboxError::Namespace {
+            what,
+            source: e.into(),
+        })?;
+        *path = ns_dir.join(what).to_string_lossy().into_owned();
+    }
+    outside.pin(ns_dir)
+}
+
+/// A child that stays in the host's user namespace, and pins this process's namespaces when it is told to.
+struct Outside {
+    tell: OwnedFd,
+    answer: OwnedFd,
+    pid: i32,
+    names: Vec<&'static str>,
+}
+
+impl Outside {
+    fn start(ns_dir: &Path, names: Vec<&'static str>) -> io::Result<Self> {
+        use rustix::pipe::{PipeFlags, pipe_with};
+        let (told, tell) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (answer, says) = pipe_with(PipeFlags::CLOEXEC)?;
+        let parent = std::process::id().cast_signed();
+        match sys::clone_process(&sys::CloneOptions::default())? {
+            sys::Forked::Child => {
+                drop((tell, answer));
+                if sys::die_with(parent).is_err()
+                    || !matches!(rustix::io::read(&told, &mut [0]), Ok(1))
+                {
+                    sys::exit_now(1);
+                }
+                for (n, what) in (0u8..).zip(&names) {
+                    let namespace = PathBuf::from(format!("/proc/{parent}/ns/{what}"));
+                    if let Err(SandboxError::Pin { source, .. }) =
+                        pin(&namespace, &ns_dir.join(what))
+                    {
+                        let error = source.raw_os_error().unwrap_or(libc::EIO).to_ne_bytes();
+                        let _ = rustix::io::write(&says, &[&[n], error.as_slice()].concat());
+                        sys::exit_now(1);
+                    }
+                }
+                let _ = rustix::io::write(&says, b".");
+                sys::exit_now(0)
+            }
+            sys::Forked::Parent(pid) => Ok(Self {
+                tell,
+                answer,
+                pid,
+                names,
+            }),
         }
     }
+
+    /// Has the namespaces pinned that this process is in now.
+    fn pin(self, ns_dir: &Path) -> Result<(), SandboxError> {
+        let failed = |n: usize, source| SandboxError::Pin {
+            path: ns_dir.join(self.names.get(n).copied().unwrap_or_default()),
+            source,
+        };
+        let mut answer = Vec::new();
+        let asked = rustix::io::write(&self.tell, b".").map_err(io::Error::from);
+        let told = asked.and_then(|_| {
+            File::from(self.answer.try_clone()?)
+                .take(5)
+                .read_to_end(&mut answer)
+        });
+        let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(self.pid), None);
+        told.map_err(|e| failed(0, e))?;
+        match answer.as_slice() {
+            [b'.'] => Ok(()),
+            [n, error @ ..] => {
+                let error = error.try_into().map_or(libc::EIO, i32::from_ne_bytes);
+                Err(failed(usize::from(*n), io::Error::from_raw_os_error(error)))
+            }
+            [] => Err(failed(0, io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+}
+
+fn users_refused(source: io::Error) -> SandboxError {
+    let hint = match source.raw_os_error() {
+        Some(libc::ENOSPC | libc::EUSERS) => {
+            "there are as many as user.max_user_namespaces and its kin allow; raise these sysctls"
+        }
+        Some(libc::EINVAL | libc::ENOSYS) => "this kernel has none; run slipway check",
+        Some(libc::EPERM) => {
+            "it is not permitted; are all of the host's ids this daemon's to give (/proc/self/uid_map)? \
+             Run slipway check"
+        }
+        _ => "run slipway check",
+    };
+    SandboxError::Users { hint, source }
+}
+
+/// Sets up the namespaces that this process is in by now.
+fn configure(setup: &SetupSandbox) -> Result<(), SandboxError> {
     if setup.new_network {
         loopback::bring_loopback_up()?;
     }
     if setup.new_uts && !setup.hostname.is_empty() {
-        nix::unistd::sethostname(&setup.hostname)
-            .map_err(|e| step("set the pod's host name")(e.into()))?;
+        nix::unistd::sethostname(&setup.hostname).map_err(|e| SandboxError::Step {
+            step: "set the pod's host name",
+            source: e.into(),
+        })?;
     }
     for (name, value) in &setup.sysctls {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
@@ -151,7 +306,7 @@ pub fn make(
             source,
         })?;
     }
-    Ok(result)
+    Ok(())
 }
 
 /// Starts the pod's init in a new PID namespace and the pod's other ones, `made`, and pins the former. Runs
@@ -174,23 +329,70 @@ pub fn start_init(
     };
     let (ready, confined) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
-    match sys::clone_process(&options).map_err(refused)? {
-        sys::Forked::Child => pod_init(made, confined),
-        sys::Forked::Parent(pid) => {
-            drop(confined);
-            let namespace = PathBuf::from(format!("/proc/{pid}/ns/pid"));
-            let pinned = await_init(&ready)
-                .map_err(|source| SandboxError::Step {
-                    step: "confine the pod's init",
-                    source,
-                })
-                .and_then(|()| pin(&namespace, &Path::new(&setup.ns_dir).join("pid")));
-            match pinned {
-                Ok(path) => Ok((pid, path)),
-                Err(e) => {
-                    sys::kill_child(pid);
-                    Err(e)
-                }
+    let pid = match made.user.as_str() {
+        "" => match sys::clone_process(&options).map_err(refused)? {
+            sys::Forked::Child => pod_init(others(made), confined),
+            sys::Forked::Parent(pid) => pid,
+        },
+        users => start_owned(users, &options, made, &confined).map_err(refused)?,
+    };
+    drop(confined);
+    let namespace = PathBuf::from(format!("/proc/{pid}/ns/pid"));
+    let pinned = await_init(&ready)
+        .map_err(|source| SandboxError::Step {
+            step: "confine the pod's init",
+            source,
+        })
+        .and_then(|()| pin(&namespace, &Path::new(&setup.ns_dir).join("pid")));
+    match pinned {
+        Ok(path) => Ok((pid, path)),
+        Err(e) => {
+            sys::kill_child(pid);
+            Err(e)
+        }
+    }
+}
+
+/// As [`start_init`], with a PID namespace that the pod's user namespace `users` owns: whoever makes it has to be in
+/// there, which the keeper can't be. So a child goes, and what it makes becomes the keeper's child.
+fn start_owned(
+    users: &str,
+    options: &sys::CloneOptions<'_>,
+    made: &SetupSandboxResult,
+    confined: &OwnedFd,
+) -> io::Result<i32> {
+    let (answer, says) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    match sys::clone_process(&sys::CloneOptions::default())? {
+        sys::Forked::Child => {
+            // From within, their paths lead nowhere.
+            let others = others(made);
+            let enter = || -> io::Result<(sys::Forked, OwnedFd)> {
+                let confined = confined.try_clone()?;
+                nix::sched::setns(File::open(users)?, CloneFlags::CLONE_NEWUSER)?;
+                sys::set_ids(0, 0, &[])?;
+                let forked = sys::clone_process(&sys::CloneOptions {
+                    sibling: true,
+                    ..*options
+                })?;
+                Ok((forked, confined))
+            };
+            let number = match enter() {
+                Ok((sys::Forked::Child, confined)) => pod_init(others, confined),
+                Ok((sys::Forked::Parent(pid), _)) => pid,
+                Err(e) => -e.raw_os_error().unwrap_or(libc::EIO),
+            };
+            let _ = rustix::io::write(&says, &number.to_ne_bytes());
+            sys::exit_now(0)
+        }
+        sys::Forked::Parent(go_between) => {
+            drop(says);
+            let mut number = [0; 4];
+            let told = File::from(answer).read_exact(&mut number);
+            let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(go_between), None);
+            told?;
+            match i32::from_ne_bytes(number) {
+                pid if pid > 0 => Ok(pid),
+                error => Err(io::Error::from_raw_os_error(-error)),
             }
         }
     }
@@ -225,7 +427,7 @@ fn pin(namespace: &Path, at: &Path) -> Result<String, SandboxError> {
 
 /// Takes the bind mounts and the shared memory of a sandbox away. What is not there is no error.
 pub fn remove(ns_dir: &Path, shm_dir: Option<&Path>) {
-    let names = ["net", "ipc", "uts", "pid"].map(|n| ns_dir.join(n));
+    let names = ["net", "ipc", "uts", "pid", "user"].map(|n| ns_dir.join(n));
     for path in names.iter().map(PathBuf::as_path).chain(shm_dir) {
         // Detached: a process that still has it open does not keep the pod.
         let _ = umount2(path, MntFlags::MNT_DETACH);
@@ -241,9 +443,9 @@ pub fn remove(ns_dir: &Path, shm_dir: Option<&Path>) {
 /// Containers in that namespace see it, so it must lead nowhere: it has an empty root file system, no
 /// capabilities, no descriptors, no namespace that the pod has not, no system calls but those it waits with,
 /// and no way to get any privilege. A container that may trace it gains nothing by that.
-fn pod_init(made: &SetupSandboxResult, confined: OwnedFd) -> ! {
+fn pod_init(others: io::Result<Vec<(File, CloneFlags)>>, confined: OwnedFd) -> ! {
     sys::reset_signals();
-    let code = match confine_pod_init(made, confined) {
+    let code = match others.and_then(|others| confine_pod_init(others, confined)) {
         Ok(_signals) => loop {
             while sys::collect_child().is_some() {}
             sys::wait_for_child_signal();
@@ -253,18 +455,25 @@ fn pod_init(made: &SetupSandboxResult, confined: OwnedFd) -> ! {
     sys::exit_now(code)
 }
 
-fn confine_pod_init(made: &SetupSandboxResult, confined: OwnedFd) -> io::Result<OwnedFd> {
-    sys::close_all_but(&[confined.as_raw_fd()]);
-    nix::unistd::setsid()?;
-    let filter = init_filter()?;
-    for (path, kind) in [
+/// The pod's namespaces but for those of users and processes, opened.
+fn others(made: &SetupSandboxResult) -> io::Result<Vec<(File, CloneFlags)>> {
+    let all = [
         (&made.network, CloneFlags::CLONE_NEWNET),
         (&made.ipc, CloneFlags::CLONE_NEWIPC),
         (&made.uts, CloneFlags::CLONE_NEWUTS),
-    ] {
-        if !path.is_empty() {
-            nix::sched::setns(File::open(path)?, kind)?;
-        }
+    ];
+    let own = all.into_iter().filter(|(path, _)| !path.is_empty());
+    own.map(|(path, kind)| Ok((File::open(path)?, kind)))
+        .collect()
+}
+
+fn confine_pod_init(others: Vec<(File, CloneFlags)>, confined: OwnedFd) -> io::Result<OwnedFd> {
+    let kept = others.iter().map(|(file, _)| file.as_raw_fd());
+    sys::close_all_but(&kept.chain([confined.as_raw_fd()]).collect::<Vec<_>>());
+    nix::unistd::setsid()?;
+    let filter = init_filter()?;
+    for (namespace, kind) in others {
+        nix::sched::setns(namespace, kind)?;
     }
     // Before the root goes: the descriptor is not used, but SIGCHLD gets blocked for sigwait.
     let signals = sys::child_signals()?;

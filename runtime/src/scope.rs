@@ -1,8 +1,9 @@
 //! A container's cgroup as a scope of systemd's: asked for by the creator, around itself.
 //!
 //! systemd gets every limit that it has a property for, with the values that [`crate::limits`] writes
-//! afterwards: whatever makes it write its own idea of a unit again (another unit's change in the same
-//! slice, a reload of its files) then changes nothing. What it has no property for it leaves alone.
+//! afterwards, and hears of every change ([`crate::resize`]): whatever makes it write its own idea of a unit
+//! again (another unit's change in the same slice, a reload of its files) then changes nothing. What it has
+//! no property for it leaves alone.
 
 use std::fs;
 use std::io;
@@ -13,12 +14,15 @@ use oci_spec::runtime::LinuxResources;
 use slipway_systemd::{Scope, Systemd, SystemdError, Value, unit_of};
 
 use crate::cgroup::Hierarchies;
+use crate::limits_v2;
 
 /// How long systemd may take for a scope: less than a CreateContainer may (limits.create_timeout), so that what
 /// is said names the unit.
 const START: Duration = Duration::from_secs(100);
 /// Likewise for a slice and limits.sandbox_timeout.
 const START_SLICE: Duration = Duration::from_secs(25);
+/// Likewise, for new limits, and limits.start_timeout.
+const CHANGE: Duration = Duration::from_secs(25);
 /// Likewise, for the end of a unit without processes.
 const STOP: Duration = Duration::from_secs(15);
 
@@ -60,13 +64,44 @@ pub fn enter(
     id: &str,
     resources: Option<&LinuxResources>,
 ) -> Result<(), ScopeError> {
-    let properties = resources
-        .map(properties)
-        .unwrap_or_else(|| properties(&LinuxResources::default()));
+    let dir = cgroups.v2_dir(cgroup).unwrap_or_default();
+    let mut files = resources.map_or_else(Vec::new, |r| limits_v2::files(&dir, r));
+    // The last one counts, and `unified` is written last.
+    let unified = resources.and_then(|r| r.unified().as_ref());
+    files.extend(
+        unified
+            .into_iter()
+            .flatten()
+            .map(|(k, v)| (k.clone(), v.clone())),
+    );
+    let properties = properties(&files);
     enter_as(cgroup, &format!("slipway container {id}"), &properties)?;
     // Delegate= brings the controllers that systemd knows; hugetlb is not among them.
     cgroups.delegate(cgroup);
     Ok(())
+}
+
+/// Tells systemd of limits that were changed in a cgroup's files, if the cgroup is a scope of its: otherwise it
+/// would write the old ones again with its next reload. `files` are names and what the files say. systemd
+/// writes its own idea of the new ones before this returns.
+///
+/// # Errors
+/// [`SystemdError`]; systemd has taken over nothing then, unless it gave no answer.
+pub fn tell(
+    cgroups: &Hierarchies,
+    cgroup: &Path,
+    files: &[(String, String)],
+) -> Result<(), SystemdError> {
+    let text = cgroup.to_string_lossy();
+    let unit = unit_of(&text).filter(|unit| unit.ends_with(".scope"));
+    let (Some(unit), true, true) = (unit, cgroups.unified(), slipway_systemd::booted()) else {
+        return Ok(());
+    };
+    let properties = changed(files);
+    if properties.is_empty() {
+        return Ok(());
+    }
+    Systemd::here()?.set_properties(unit, &properties, CHANGE)
 }
 
 /// Asks systemd for the scope of this cgroup with these properties, and goes into it.
@@ -82,6 +117,8 @@ pub fn enter_as(
     let scope = Scope {
         unit: &unit,
         slice: &slice,
+        // Right also where systemd numbers processes in another PID namespace.
+        process: 0,
         description,
         properties,
     };
@@ -153,89 +190,56 @@ pub fn own_cgroup() -> io::Result<PathBuf> {
         .ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// systemd's names for a container's limits.
-fn properties(resources: &LinuxResources) -> Vec<(&'static str, Value)> {
+/// systemd's names for all limits of a new container, given as files and their texts.
+fn properties(files: &[(String, String)]) -> Vec<(&'static str, Value)> {
+    let mut properties = changed(files);
     // Said also where there is no limit: systemd has a default of its own.
-    let mut tasks = INFINITY;
+    if !properties.iter().any(|(name, _)| *name == "TasksMax") {
+        properties.push(("TasksMax", Value::U64(INFINITY)));
+    }
+    properties
+}
+
+/// systemd's names for what these files say. What systemd can't hold is left out, and what is no value of the
+/// file's: the kernel refuses that by the file's name, when it is written.
+fn changed(files: &[(String, String)]) -> Vec<(&'static str, Value)> {
     let mut found = Found::default();
-    if let Some(pids) = resources.pids() {
-        tasks = limit(pids.limit());
-    }
-    if let Some(memory) = resources.memory() {
-        let max = memory.limit().filter(|l| *l != 0);
-        if let Some(max) = max {
-            found.set("MemoryMax", Value::U64(limit(max)));
-        }
-        match (memory.swap(), max) {
-            // Of memory and swap together in the specification, of swap alone in v2.
-            (Some(both), Some(max)) if both > 0 && max > 0 => {
-                found.set(
-                    "MemorySwapMax",
-                    Value::U64((both - max).max(0).unsigned_abs()),
-                );
-            }
-            (Some(-1), _) => found.set("MemorySwapMax", Value::U64(INFINITY)),
-            _ => {}
-        }
-        if let Some(low) = memory.reservation().filter(|r| *r > 0) {
-            found.set("MemoryLow", Value::U64(low.unsigned_abs()));
-        }
-    }
-    if let Some(cpu) = resources.cpu() {
-        if let Some(shares) = cpu.shares().filter(|s| *s > 0) {
-            found.set("CPUWeight", Value::U64(weight(shares)));
-        }
-        found.quota(cpu.quota(), cpu.period());
-        for (name, list) in [
-            ("AllowedCPUs", cpu.cpus()),
-            ("AllowedMemoryNodes", cpu.mems()),
-        ] {
-            if let Some(bits) = list.as_ref().and_then(|list| bitmap(list)) {
-                found.set(name, Value::Bytes(bits));
-            }
-        }
-    }
-    for (key, value) in resources.unified().iter().flatten() {
-        let number = || match value.trim() {
-            "max" => Some(INFINITY),
-            text => text.parse().ok(),
-        };
-        let name = match key.as_str() {
-            "memory.max" => "MemoryMax",
-            "memory.high" => "MemoryHigh",
-            "memory.low" => "MemoryLow",
-            "memory.min" => "MemoryMin",
-            "memory.swap.max" => "MemorySwapMax",
-            "cpu.weight" => "CPUWeight",
-            "io.weight" => "IOWeight",
-            "pids.max" => {
-                tasks = number().unwrap_or(tasks);
-                continue;
+    for (file, text) in files {
+        let text = text.trim();
+        // systemd has no limit of nothing at all: the least that it knows.
+        let positive = || size(text).map(|n| n.max(1));
+        let weight = |text: &str| text.parse().ok().filter(|n| (1..=10_000).contains(n));
+        let (name, number) = match file.as_str() {
+            "memory.max" => ("MemoryMax", positive()),
+            "memory.high" => ("MemoryHigh", positive()),
+            "memory.low" => ("MemoryLow", size(text)),
+            "memory.min" => ("MemoryMin", size(text)),
+            "memory.swap.max" => ("MemorySwapMax", size(text)),
+            "pids.max" => ("TasksMax", positive()),
+            "cpu.weight" => ("CPUWeight", weight(text)),
+            "io.weight" => {
+                // Of every device, perhaps followed by those of some.
+                let first = text.lines().next().unwrap_or_default();
+                ("IOWeight", weight(first.trim_start_matches("default ")))
             }
             "cpu.max" => {
-                let mut parts = value.split_whitespace();
-                let quota = parts.next().map(|q| q.parse().unwrap_or(-1));
-                found.quota(quota, parts.next().and_then(|p| p.parse().ok()));
+                found.quota(text);
                 continue;
             }
-            "cpuset.cpus" | "cpuset.mems" => {
-                let name = match key.as_str() {
-                    "cpuset.cpus" => "AllowedCPUs",
-                    _ => "AllowedMemoryNodes",
-                };
-                if let Some(bits) = bitmap(value.trim()) {
-                    found.set(name, Value::Bytes(bits));
-                }
+            "cpuset.cpus" => {
+                found.list("AllowedCPUs", text);
+                continue;
+            }
+            "cpuset.mems" => {
+                found.list("AllowedMemoryNodes", text);
                 continue;
             }
             _ => continue,
         };
-        // What is no number the kernel refuses, when it is written.
-        if let Some(number) = number() {
+        if let Some(number) = number {
             found.set(name, Value::U64(number));
         }
     }
-    found.set("TasksMax", Value::U64(tasks));
     found.0
 }
 
@@ -243,52 +247,67 @@ fn properties(resources: &LinuxResources) -> Vec<(&'static str, Value)> {
 struct Found(Vec<(&'static str, Value)>);
 
 impl Found {
-    /// The last one wins, as `unified` is written last.
     fn set(&mut self, name: &'static str, value: Value) {
         self.0.retain(|(n, _)| *n != name);
         self.0.push((name, value));
     }
 
-    fn quota(&mut self, quota: Option<i64>, period: Option<u64>) {
+    fn list(&mut self, name: &'static str, list: &str) {
+        if let Some(bits) = bitmap(list) {
+            self.set(name, Value::Bytes(bits));
+        }
+    }
+
+    /// What `cpu.max` says: a quota or `max`, and perhaps a period.
+    fn quota(&mut self, text: &str) {
         /// The kernel's.
         const PERIOD: u64 = 100_000;
         /// systemd keeps per cent of a CPU in its files, and cuts what is finer.
         const STEP: u64 = 10_000;
-        if let Some(period) = period.filter(|p| *p > 0) {
-            self.set("CPUQuotaPeriodUSec", Value::U64(period));
-        }
-        let Some(quota) = quota.filter(|q| *q != 0) else {
-            return;
+        let mut words = text.split_whitespace();
+        let quota = words.next().unwrap_or_default();
+        let period: Option<u64> = match words.next().map(str::parse) {
+            None => None,
+            Some(Ok(period)) if period > 0 => Some(period),
+            Some(_) => return,
         };
-        let per_second = match u64::try_from(quota) {
-            Ok(quota) => {
-                let period = u128::from(period.filter(|p| *p > 0).unwrap_or(PERIOD));
-                let exact = (u128::from(quota) * 1_000_000).div_ceil(period);
-                let exact = u64::try_from(exact).unwrap_or(INFINITY - STEP);
+        let per_second = match (quota, quota.parse::<u64>()) {
+            ("max", _) => INFINITY,
+            (_, Ok(quota)) if quota > 0 => {
+                let exact = u128::from(quota) * 1_000_000;
+                let exact = exact.div_ceil(u128::from(period.unwrap_or(PERIOD)));
+                let exact = u64::try_from(exact)
+                    .unwrap_or(INFINITY)
+                    .min(INFINITY - STEP);
                 // Rounded up: should systemd ever write it, the container gets a little more, never less.
                 exact.next_multiple_of(STEP)
             }
-            Err(_) => INFINITY,
+            _ => return,
         };
+        if let Some(period) = period {
+            self.set("CPUQuotaPeriodUSec", Value::U64(period));
+        }
         self.set("CPUQuotaPerSecUSec", Value::U64(per_second));
     }
 }
 
-/// A limit where everything not positive is none.
-fn limit(value: i64) -> u64 {
-    u64::try_from(value)
-        .ok()
-        .filter(|v| *v > 0)
-        .unwrap_or(INFINITY)
-}
-
-/// v1's shares as v2's weight: what cgroups-rs writes, too.
-fn weight(shares: u64) -> u64 {
-    match shares {
-        0..=2 => 1,
-        262_144.. => 10_000,
-        shares => (shares - 2) * 9_999 / 262_142 + 1,
+/// A number of bytes or processes as the kernel reads it: `max`, or digits with perhaps a letter behind them.
+fn size(text: &str) -> Option<u64> {
+    if text == "max" {
+        return Some(INFINITY);
     }
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "p" => 50,
+        "e" => 60,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 /// A list such as `0-3,7` as a bitmap, the lowest byte first.
@@ -313,9 +332,6 @@ fn bitmap(list: &str) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use oci_spec::runtime::{
-        LinuxCpuBuilder, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResourcesBuilder,
-    };
 
     fn value(properties: &[(&'static str, Value)], name: &str) -> Option<Value> {
         let mut all = properties.iter().filter(|(n, _)| *n == name);
@@ -324,83 +340,108 @@ mod tests {
         found
     }
 
+    fn files(texts: &[(&str, &str)]) -> Vec<(String, String)> {
+        let owned = |(file, text): &(&str, &str)| ((*file).to_owned(), (*text).to_owned());
+        texts.iter().map(owned).collect()
+    }
+
     #[test]
     fn limits_become_properties() {
-        let resources = LinuxResourcesBuilder::default()
-            .memory(
-                LinuxMemoryBuilder::default()
-                    .limit(64i64 << 20)
-                    .swap(96i64 << 20)
-                    .build()
-                    .unwrap(),
-            )
-            .pids(LinuxPidsBuilder::default().limit(17).build().unwrap())
-            .cpu(
-                LinuxCpuBuilder::default()
-                    .shares(1024u64)
-                    .quota(25_000i64)
-                    .period(50_000u64)
-                    .cpus("0-1,9")
-                    .mems("0")
-                    .build()
-                    .unwrap(),
-            )
-            .unified(std::collections::HashMap::from([
-                ("memory.high".to_owned(), "50331648".to_owned()),
-                ("memory.low".to_owned(), "max".to_owned()),
-                ("pids.max".to_owned(), "12".to_owned()),
-                ("hugetlb.2MB.max".to_owned(), "0".to_owned()),
-            ]))
-            .build()
-            .unwrap();
-        let found = properties(&resources);
+        let found = properties(&files(&[
+            ("memory.max", "67108864"),
+            ("memory.swap.max", "32M"),
+            ("memory.high", "50331648"),
+            ("memory.low", "max"),
+            ("memory.min", "0"),
+            ("pids.max", "17"),
+            ("cpu.weight", "100"),
+            ("cpu.max", "25000 50000"),
+            ("cpuset.cpus", "0-1,9"),
+            ("cpuset.mems", "0"),
+            ("io.weight", "default 50\n8:0 70"),
+            ("hugetlb.2MB.max", "0"),
+            // As written last, by a key of `unified`.
+            ("pids.max", "12"),
+        ]));
         for (name, expected) in [
             ("MemoryMax", Value::U64(64 << 20)),
             ("MemorySwapMax", Value::U64(32 << 20)),
             ("MemoryHigh", Value::U64(48 << 20)),
             ("MemoryLow", Value::U64(INFINITY)),
+            ("MemoryMin", Value::U64(0)),
             ("TasksMax", Value::U64(12)),
-            ("CPUWeight", Value::U64(39)),
+            ("CPUWeight", Value::U64(100)),
             ("CPUQuotaPeriodUSec", Value::U64(50_000)),
             ("CPUQuotaPerSecUSec", Value::U64(500_000)),
             ("AllowedCPUs", Value::Bytes(vec![0b11, 0b10])),
             ("AllowedMemoryNodes", Value::Bytes(vec![1])),
+            ("IOWeight", Value::U64(50)),
         ] {
             assert_eq!(value(&found, name), Some(expected), "{name}");
         }
-        assert_eq!(found.len(), 10);
+        assert_eq!(found.len(), 12);
+    }
+
+    /// What the kernel will refuse by the file's name, systemd is not to refuse by another.
+    #[test]
+    fn what_the_kernel_refuses_is_left_to_it() {
+        for (file, text) in [
+            ("memory.max", "many"),
+            ("memory.high", "-4"),
+            ("memory.low", "12x"),
+            ("memory.max", "99999999999999999999"),
+            ("cpu.max", "1 2 3x"),
+            ("cpu.max", "0 100000"),
+            ("cpu.max", "5 0"),
+            ("cpu.max", "-1"),
+            ("cpu.weight", "0"),
+            ("cpu.weight", "10001"),
+            ("io.weight", "default 0"),
+            ("pids.max", "-1"),
+            ("cpuset.cpus", "3-1"),
+            ("memory.max", "ünlimited"),
+        ] {
+            let found = changed(&files(&[(file, text)]));
+            let rate = value(&found, "CPUQuotaPerSecUSec");
+            assert!(
+                found.is_empty() || rate.is_some() && text == "1 2 3x",
+                "{file}: {found:?}"
+            );
+        }
     }
 
     #[test]
     fn no_limit_is_said_where_systemd_has_a_default() {
-        let found = properties(&LinuxResources::default());
+        let found = properties(&[]);
         assert_eq!(found, [("TasksMax", Value::U64(INFINITY))]);
-        let mut unlimited = LinuxResources::default();
-        let cpu = LinuxCpuBuilder::default().quota(-1i64).build().unwrap();
-        let memory = LinuxMemoryBuilder::default()
-            .limit(-1i64)
-            .swap(-1i64)
-            .build()
-            .unwrap();
-        unlimited.set_cpu(Some(cpu)).set_memory(Some(memory));
-        let found = properties(&unlimited);
+        let unlimited = [
+            ("cpu.max", "max 100000"),
+            ("memory.max", "max"),
+            ("memory.swap.max", "max"),
+        ];
+        let found = properties(&files(&unlimited));
         for name in ["CPUQuotaPerSecUSec", "MemoryMax", "MemorySwapMax"] {
             assert_eq!(value(&found, name), Some(Value::U64(INFINITY)), "{name}");
+        }
+        // Nothing at all: systemd's least is one.
+        let found = changed(&files(&[("pids.max", "0"), ("memory.high", "0")]));
+        for name in ["TasksMax", "MemoryHigh"] {
+            assert_eq!(value(&found, name), Some(Value::U64(1)), "{name}");
         }
     }
 
     #[test]
     fn quotas_are_rounded_up_to_what_systemd_keeps() {
-        for (quota, period, per_second) in [
-            (1_200, Some(100_000), 20_000),
-            (12_500, None, 130_000),
-            (250_000, Some(100_000), 2_500_000),
-            (1_000, Some(1_000_000), 10_000),
+        for (text, per_second) in [
+            ("1200 100000", 20_000),
+            ("12500", 130_000),
+            ("250000 100000", 2_500_000),
+            ("1000 1000000", 10_000),
+            ("18446744073709551615 1000", INFINITY / 10_000 * 10_000),
         ] {
-            let mut found = Found::default();
-            found.quota(Some(quota), period);
-            let value = value(&found.0, "CPUQuotaPerSecUSec");
-            assert_eq!(value, Some(Value::U64(per_second)));
+            let found = changed(&files(&[("cpu.max", text)]));
+            let value = value(&found, "CPUQuotaPerSecUSec");
+            assert_eq!(value, Some(Value::U64(per_second)), "{text}");
         }
     }
 

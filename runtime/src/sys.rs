@@ -24,6 +24,8 @@ pub struct CloneOptions<'a> {
     pub new_namespaces: u64,
     /// cgroup v2 directory the child is born into (`CLONE_INTO_CGROUP`), which costs no migration.
     pub cgroup: Option<BorrowedFd<'a>>,
+    /// The child is a child of this process's parent (`CLONE_PARENT`).
+    pub sibling: bool,
 }
 
 /// `fork(2)`, with the child in other namespaces or another cgroup from its first instruction.
@@ -52,6 +54,11 @@ pub fn clone_process(options: &CloneOptions<'_>) -> io::Result<Forked> {
         exit_signal: libc::SIGCHLD as u64,
         ..CloneArgs::default()
     };
+    if options.sibling {
+        // It ends with the signal that this process ends with.
+        args.flags |= libc::CLONE_PARENT as u64;
+        args.exit_signal = 0;
+    }
     if let Some(cgroup) = options.cgroup {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd() as u64;
@@ -289,6 +296,68 @@ pub fn prctl(option: i32, arg: u64) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// `mount_setattr(2)` on a tree that is mounted nowhere yet: sets attributes (`MOUNT_ATTR_*`), of the whole tree if
+/// `recursive`. `namespace` is for `MOUNT_ATTR_IDMAP`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn mount_setattr(
+    tree: BorrowedFd<'_>,
+    set: u64,
+    namespace: Option<BorrowedFd<'_>>,
+    recursive: bool,
+) -> io::Result<()> {
+    #[repr(C)]
+    struct MountAttr {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        userns_fd: u64,
+    }
+    let attr = MountAttr {
+        set,
+        clear: 0,
+        propagation: 0,
+        userns_fd: namespace.map_or(0, |fd| u64::from(fd.as_raw_fd().cast_unsigned())),
+    };
+    let mut flags = libc::AT_EMPTY_PATH;
+    if recursive {
+        flags |= libc::AT_RECURSIVE;
+    }
+    // SAFETY: the path is NUL-terminated, the structure is alive and of the size given.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            std::mem::size_of::<MountAttr>(),
+        )
+    };
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Raises a hard resource limit to what is wanted, if it is lower and if this process may; nothing else changes.
+pub fn raise_hard_limit(resource: u32, wanted: u64) {
+    let mut held = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure lives for the calls.
+    unsafe {
+        if libc::prlimit64(0, resource, std::ptr::null(), &raw mut held) == 0
+            && held.rlim_max < wanted
+        {
+            held.rlim_max = wanted;
+            libc::prlimit64(0, resource, &raw const held, std::ptr::null_mut());
+        }
+    }
 }
 
 /// Lifts or sets a resource limit. A hard limit that may not be raised is clamped to what is held

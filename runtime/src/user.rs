@@ -31,6 +31,19 @@ pub enum UserError {
         /// Its value.
         value: String,
     },
+    /// Outside the pod's user namespace.
+    #[error(
+        "{kind} {id} does not exist in the pod's user namespace, whose last one is {last}: use a lower id, or let \
+         the kubelet give pods more of them (userNamespaces.idsPerPod)"
+    )]
+    Unmapped {
+        /// "user" or "group".
+        kind: &'static str,
+        /// The id, in the container.
+        id: u32,
+        /// The last id that there is.
+        last: u32,
+    },
     /// A file of the image can't be read.
     #[error("can't read {file} of the image")]
     Read {

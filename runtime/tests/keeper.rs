@@ -245,6 +245,7 @@ impl Pod {
             dir: dir.to_string_lossy().into_owned(),
             spec: serde_json::to_vec(&spec).unwrap(),
             overlay: Some(Overlay {
+                selinux_label: String::new(),
                 lower: vec![
                     self.root
                         .path()

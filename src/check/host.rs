@@ -1,9 +1,10 @@
 //! The machine around the daemon: its service manager, the cgroup driver, limits on open files.
 
 use crate::finding::Finding;
+use crate::sys::Sleeper;
 use nix::sys::resource::{Resource, getrlimit};
 use slipway_config::{CgroupDriver, Config};
-use slipway_systemd::{Systemd, SystemdError};
+use slipway_systemd::{Scope, Systemd, SystemdError, Value};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -12,17 +13,22 @@ use std::time::Duration;
 const OPEN_FILES: u64 = 65_536;
 /// How long systemd may take to say who it is.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The first PID namespace, whose number is the kernel's own (PROC_PID_INIT_INO).
+const FIRST_NAMESPACE: &str = "pid:[4026531836]";
 /// The first that knows every property that scopes are made with.
 const LEAST_SYSTEMD: u32 = 244;
 /// Where kubeadm, and most who install a kubelet by hand, put its configuration.
 const KUBELET: &str = "/var/lib/kubelet/config.yaml";
 
 /// Everything about the machine around.
-pub(crate) fn check(config: &Config) -> Vec<Finding> {
+pub(crate) fn check(config: &Config, privileged: bool) -> Vec<Finding> {
     // As sd_booted(3) finds out.
     let systemd = Path::new("/run/systemd/system").is_dir();
     let cgroup_v2 = slipway_spec::HostFacts::detect().cgroup_v2;
-    let mut findings = vec![init(systemd), driver(config, systemd, cgroup_v2)];
+    let mut findings = vec![
+        init(systemd),
+        driver(config, systemd, cgroup_v2, privileged),
+    ];
     findings.extend(
         fs::read_to_string(KUBELET)
             .ok()
@@ -42,7 +48,7 @@ fn init(systemd: bool) -> Finding {
     Finding::info("init", "PID 1", found)
 }
 
-fn driver(config: &Config, systemd: bool, cgroup_v2: bool) -> Finding {
+fn driver(config: &Config, systemd: bool, cgroup_v2: bool, privileged: bool) -> Finding {
     let (id, what) = ("cgroup-driver", "cgroup driver");
     match config.cgroup.driver {
         CgroupDriver::Cgroupfs if systemd => {
@@ -65,8 +71,8 @@ fn driver(config: &Config, systemd: bool, cgroup_v2: bool) -> Finding {
         )
         .cost("the daemon does not start")
         .fix("set cgroup.driver to \"cgroupfs\", or boot with systemd.unified_cgroup_hierarchy=1"),
-        CgroupDriver::Systemd => match asked() {
-            Ok(version) => judged(&version),
+        CgroupDriver::Systemd => match asked(privileged) {
+            Ok((version, made)) => judged(&version, made),
             Err(e) => Finding::fail(id, what, format!("systemd, but: {e}"))
                 .cost("no pod can be made")
                 .fix("see systemctl status, or set cgroup.driver to \"cgroupfs\""),
@@ -74,16 +80,53 @@ fn driver(config: &Config, systemd: bool, cgroup_v2: bool) -> Finding {
     }
 }
 
-/// systemd's version, from its own mouth.
-fn asked() -> Result<String, SystemdError> {
-    Systemd::here()?.version(PATIENCE)
+/// systemd's version, from its own mouth, and what units it makes for us, as far as that was tried: who may
+/// ask for a version need not be let make anything.
+fn asked(privileged: bool) -> Result<(String, &'static str), SystemdError> {
+    let systemd = Systemd::here()?;
+    let version = systemd.version(PATIENCE)?;
+    let made = match privileged {
+        true => trial(&systemd)?,
+        false => "(making units: not tried without root)",
+    };
+    Ok((version, made))
 }
 
-fn judged(version: &str) -> Finding {
+/// Has systemd make a unit as one of a pod's, and end it.
+fn trial(systemd: &Systemd) -> Result<&'static str, SystemdError> {
+    let name = |end: &str| format!("slipwaycheck{}.{end}", std::process::id());
+    // A process of ours can be named to systemd only where it counts processes as we do.
+    let same = fs::read_link("/proc/self/ns/pid").is_ok_and(|l| l.as_os_str() == FIRST_NAMESPACE);
+    let sleeper = same.then(|| Sleeper::start(0, None).ok()).flatten();
+    let Some(sleeper) = sleeper else {
+        let slice = name("slice");
+        let exists = || Path::new("/sys/fs/cgroup").join(&slice).is_dir();
+        systemd.start_slice(&slice, "slipway check", PATIENCE, &exists)?;
+        systemd.stop(&slice, PATIENCE)?;
+        return Ok("and makes slices");
+    };
+    let unit = name("scope");
+    let cgroup = format!("/proc/{}/cgroup", sleeper.pid());
+    let joined = || fs::read_to_string(&cgroup).is_ok_and(|text| text.trim_end().ends_with(&unit));
+    let scope = Scope {
+        unit: &unit,
+        slice: "system.slice",
+        process: sleeper.pid().unsigned_abs(),
+        description: "slipway check",
+        properties: &[("TasksMax", Value::U64(u64::MAX))],
+    };
+    let started = systemd.start_scope(&scope, PATIENCE, &joined);
+    // It ends with its process at the latest.
+    let stopped = systemd.stop(&unit, PATIENCE);
+    started.and(stopped)?;
+    Ok("and makes scopes")
+}
+
+fn judged(version: &str, made: &str) -> Finding {
     let (id, what) = ("cgroup-driver", "cgroup driver");
     let digits = version.split(|c: char| !c.is_ascii_digit());
     let number: u32 = digits.clone().find_map(|n| n.parse().ok()).unwrap_or(0);
-    let found = format!("systemd {version}, which answers and delegates");
+    let found = format!("systemd {version}, which answers {made}");
     if number < LEAST_SYSTEMD {
         return Finding::fail(id, what, format!("systemd {version}"))
             .cost(
@@ -143,13 +186,13 @@ mod tests {
     #[test]
     fn the_driver_is_judged() {
         let mut config = Config::default();
-        assert_eq!(driver(&config, false, true).status, Status::Ok);
-        assert_eq!(driver(&config, true, true).status, Status::Info);
+        assert_eq!(driver(&config, false, true, false).status, Status::Ok);
+        assert_eq!(driver(&config, true, true, false).status, Status::Info);
         config.cgroup.driver = CgroupDriver::Systemd;
-        assert_eq!(driver(&config, true, false).status, Status::Fail);
-        assert_eq!(judged("252.38-1~deb12u1").status, Status::Ok);
-        assert_eq!(judged("v257").status, Status::Ok);
-        assert_eq!(judged("239").status, Status::Fail);
+        assert_eq!(driver(&config, true, false, false).status, Status::Fail);
+        assert_eq!(judged("252.38-1~deb12u1", "").status, Status::Ok);
+        assert_eq!(judged("v257", "").status, Status::Ok);
+        assert_eq!(judged("239", "").status, Status::Fail);
     }
 
     #[test]

@@ -37,6 +37,7 @@ mod sysctl;
 
 pub use checkpoint::{criu_complaint, find_criu};
 pub use finding::{Finding, Report, Status};
+pub use mounts::user_namespaces;
 
 use slipway_config::Config;
 
@@ -75,13 +76,13 @@ pub fn inspect(config: &Config) -> Report {
     findings.extend(overlay::check(privileged, &config.state_root));
     findings.extend(cgroup::check(privileged));
     findings.extend(checkpoint::check(privileged, config));
-    findings.extend(lsm::check());
+    findings.extend(lsm::check(&config.pod.apparmor_profile));
     findings.extend(privileges::check());
     findings.extend(roots::check(config));
     findings.extend(socket::check(&config.listen));
     findings.extend(network::check(config));
     findings.extend(sysctl::check());
-    findings.extend(host::check(config));
+    findings.extend(host::check(config, privileged));
     let handlers = handlers::check(config, &findings);
     findings.extend(handlers);
     Report { findings }

@@ -15,10 +15,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const MOUNT_ATTR_RDONLY: u64 = 1;
 const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
+/// What it costs when there are no user namespaces, or no mounts for them.
+pub(crate) const COST: &str = "pods with hostUsers: false are refused";
 /// Where user 0 of the probe's user namespace is outside of it.
 const MAPPED: u32 = 100_000;
 
@@ -107,25 +109,40 @@ fn idmapped(privileged: bool, state_root: &Path) -> Finding {
     let base = existing(state_root);
     let shown = base.display().to_string();
     match in_private_mounts(move || map_owner(&base)) {
-        Ok(true) => Finding::ok(id, what, format!("on the file system of {shown}")),
-        Ok(false) => Finding::info(id, what, format!("{shown}: owners are not mapped"))
-            .cost("pods with hostUsers: false, which this version does not run anyway"),
+        Ok(()) => Finding::ok(
+            id,
+            what,
+            format!("on the file system of {shown}, also as layers of an overlay"),
+        ),
         Err(e) => Finding::info(id, what, format!("not on the file system of {shown}: {e}"))
-            .cost("pods with hostUsers: false, which this version does not run anyway")
-            .fix("Linux 5.12 has them on ext4 and xfs, 5.15 on btrfs; move state_root to one of these"),
+            .cost(COST)
+            .fix("Linux 5.19 has them for layers on ext4, xfs and btrfs; move state_root to one of these"),
     }
 }
 
-/// Whether a file of root is seen as that of [`MAPPED`] through an idmapped mount.
-fn map_owner(base: &Path) -> io::Result<bool> {
+/// Whether pods can have user namespaces, with root file systems from layers in `state_root`: what
+/// `RuntimeHandlerFeatures.user_namespaces` promises, tried out. Takes a few milliseconds.
+///
+/// # Errors
+/// What does not work, and why.
+pub fn user_namespaces(state_root: &Path) -> io::Result<()> {
+    let base = existing(state_root);
+    in_private_mounts(move || map_owner(&base))
+}
+
+/// Tries whether a file of root is seen as that of [`MAPPED`] through an idmapped mount, and through an overlay with
+/// such a layer.
+fn map_owner(base: &Path) -> io::Result<()> {
     let dir = tempfile::Builder::new()
         .prefix(".slipway-check-")
         .tempdir_in(base)?;
     let place = |name: &str| dir.path().join(name);
-    fs::create_dir(place("from"))?;
-    fs::create_dir(place("to"))?;
+    for name in ["from", "to", "upper", "work", "merged"] {
+        fs::create_dir(place(name))?;
+    }
     fs::write(place("from/file"), "")?;
-    let owner = Sleeper::start(libc::CLONE_NEWUSER, None)?;
+    let step = |what: &'static str| move |e: io::Error| io::Error::other(format!("{what}: {e}"));
+    let owner = Sleeper::start(libc::CLONE_NEWUSER, None).map_err(step("a user namespace"))?;
     let of_owner = |name: &str| format!("/proc/{}/{name}", owner.pid());
     fs::write(of_owner("uid_map"), format!("0 {MAPPED} 65536"))?;
     fs::write(of_owner("gid_map"), format!("0 {MAPPED} 65536"))?;
@@ -140,7 +157,7 @@ fn map_owner(base: &Path) -> io::Result<bool> {
         set: MOUNT_ATTR_IDMAP,
         user_namespace: Some(namespace.as_fd()),
     };
-    mount_setattr(tree.as_fd(), c"", change)?;
+    mount_setattr(tree.as_fd(), c"", change).map_err(step("an idmapped mount"))?;
     move_mount(
         &tree,
         "",
@@ -148,10 +165,39 @@ fn map_owner(base: &Path) -> io::Result<bool> {
         place("to"),
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )?;
-    let seen = fs::metadata(place("to/file"))?;
-    umount2(
-        CString::new(place("to").as_os_str().as_bytes())?.as_c_str(),
-        MntFlags::MNT_DETACH,
-    )?;
-    Ok((seen.uid(), seen.gid()) == (MAPPED, MAPPED))
+    let seen = |name: &str| {
+        let seen = fs::metadata(place(name))?;
+        match (seen.uid(), seen.gid()) == (MAPPED, MAPPED) {
+            true => Ok(()),
+            false => Err(io::Error::other("owners are not mapped")),
+        }
+    };
+    let result = seen("to/file").and_then(|()| {
+        overlay(&place).map_err(step("an overlay with an idmapped layer"))?;
+        let result = seen("merged/file").map_err(step("an overlay with an idmapped layer"));
+        unmount(&place("merged"))?;
+        result
+    });
+    unmount(&place("to"))?;
+    result
+}
+
+fn overlay(place: &dyn Fn(&str) -> PathBuf) -> io::Result<()> {
+    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (option, dir) in [
+        ("lowerdir", "to"),
+        ("upperdir", "upper"),
+        ("workdir", "work"),
+    ] {
+        fsconfig_set_string(&fs, option, place(dir).as_os_str())?;
+    }
+    fsconfig_create(&fs)?;
+    let tree = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    Ok(move_mount(&tree, "", CWD, place("merged"), flags)?)
+}
+
+fn unmount(place: &Path) -> io::Result<()> {
+    let place = CString::new(place.as_os_str().as_bytes())?;
+    Ok(umount2(place.as_c_str(), MntFlags::MNT_DETACH)?)
 }

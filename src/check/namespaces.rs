@@ -2,6 +2,7 @@
 
 use crate::attempt::apart;
 use crate::finding::Finding;
+use crate::mounts::COST;
 use crate::sys::Sleeper;
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
@@ -66,9 +67,9 @@ fn of_users() -> Finding {
             } else {
                 "use a kernel with CONFIG_USER_NS; run slipway check as root"
             };
-            // This version refuses such pods anyway, so nothing that works is lost.
+            // Few clusters use them.
             Finding::info(id, what, format!("can't be made: {e} ({notes})"))
-                .cost("pods with hostUsers: false, which this version does not run anyway")
+                .cost(COST)
                 .fix(fix)
         }
     }

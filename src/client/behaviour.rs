@@ -314,6 +314,49 @@ async fn bench_compares_runtimes_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn bench_times_the_calls_of_a_full_node() {
+    let fake = Fake::start(Script::default());
+    let json = fake.dir().join("results.json");
+    let json_option = format!("--json={}", json.display());
+    let words = [
+        "bench",
+        "--image",
+        "img",
+        "--pods",
+        "0",
+        "--warmup",
+        "0",
+        "--containers",
+        "5",
+    ];
+    let words = [
+        &words[..],
+        &["--containers-per-pod", "2", "--watch", "0s", &json_option],
+    ]
+    .concat();
+    bench_command(&fake, &words).await.unwrap();
+    assert!(fake.is_empty());
+    let text = fs::read_to_string(&json).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let group = value["groups"].as_array().unwrap().last().unwrap();
+    assert_eq!(group["containers"], 5);
+    let result = &group["results"][0];
+    for call in ["ListPodSandbox", "ListContainers", "ListContainerStats"] {
+        assert_eq!(result["operations_ms"][call]["count"], 50, "{call}");
+    }
+    // The runtime has no such call, and is not asked again.
+    assert!(result["operations_ms"]["ListPodSandboxStats"].is_null());
+    assert!(result["cpu_percent"].is_number());
+    let started = fake
+        .state()
+        .calls
+        .iter()
+        .filter(|call| **call == "StartContainer")
+        .count();
+    assert_eq!(started, 6);
+}
+
+#[tokio::test]
 async fn an_interrupted_bench_ends_its_round_and_leaves_nothing() {
     let fake = Fake::start(Script::default());
     let Command::Bench(args) = parse(&["bench", "--image", "img", "--pods", "1000000"]) else {

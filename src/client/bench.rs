@@ -2,6 +2,7 @@
 //!
 //! Every target takes part in every round, in random order, because a machine's speed drifts: figures of
 //! one run can be compared with each other and with nothing else.
+mod busy;
 mod floor;
 mod helper;
 mod memory;
@@ -98,6 +99,12 @@ pub struct BenchArgs {
     /// Also start N idle pods and measure the memory of the runtime's own processes
     #[arg(long, value_name = "N")]
     memory: Option<usize>,
+    /// Also keep N containers running (in pods of --containers-per-pod) and time the calls that list them all
+    #[arg(long, value_name = "N")]
+    containers: Option<usize>,
+    /// With --containers: how long each daemon is watched while it is asked as by a kubelet
+    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
+    watch: Duration,
     /// The daemon's process id, where the socket doesn't tell it; may be repeated
     #[arg(long, value_name = "NAME=PID", value_parser = process)]
     processes: Vec<(String, i32)>,
@@ -328,15 +335,25 @@ async fn measure(
             report.groups.push(group);
         }
     }
+    let daemon = |name: &str| args.processes.iter().find(|(n, _)| n == name).map(|p| p.1);
+    if let Some(count) = args.containers.filter(|&count| count > 0) {
+        let benchers: Vec<_> = (targets.iter())
+            .filter_map(|target| match target {
+                Target::Runtime(bencher) => Some((&**bencher, daemon(&bencher.name))),
+                Target::Bare(_) => None,
+            })
+            .collect();
+        if !stop.load(Ordering::Relaxed) {
+            let host_network = args.network != Networks::Cni;
+            let group = busy::measure(&benchers, count, host_network, args.watch).await?;
+            report.groups.push(group);
+        }
+    }
     if let Some(pods) = args.memory.filter(|&pods| pods > 0) {
         let host_network = args.network != Networks::Cni;
         for target in targets.iter().filter(|_| !stop.load(Ordering::Relaxed)) {
             if let Target::Runtime(bencher) = target {
-                let pid = args
-                    .processes
-                    .iter()
-                    .find(|(n, _)| *n == bencher.name)
-                    .map(|p| p.1);
+                let pid = daemon(&bencher.name);
                 eprintln!("{}: memory of {pods} idle pods", bencher.name);
                 report
                     .memory

@@ -109,6 +109,8 @@ rpcs! {
     runtime remove_container "RemoveContainer" (RemoveContainerRequest) -> RemoveContainerResponse;
     runtime list_containers "ListContainers" (ListContainersRequest) -> ListContainersResponse;
     runtime container_status "ContainerStatus" (ContainerStatusRequest) -> ContainerStatusResponse;
+    runtime list_container_stats "ListContainerStats" (ListContainerStatsRequest) -> ListContainerStatsResponse;
+    runtime list_pod_sandbox_stats "ListPodSandboxStats" (ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
     runtime exec_sync "ExecSync" (ExecSyncRequest) -> ExecSyncResponse;
     image list_images "ListImages" (ListImagesRequest) -> ListImagesResponse;
     image image_status "ImageStatus" (ImageStatusRequest) -> ImageStatusResponse;

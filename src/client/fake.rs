@@ -366,6 +366,14 @@ impl RuntimeService for Face {
         Ok(Response::new(RemoveContainerResponse {}))
     }
 
+    async fn list_container_stats(
+        &self,
+        _: Request<ListContainerStatsRequest>,
+    ) -> Result<Response<ListContainerStatsResponse>, Status> {
+        drop(self.call("ListContainerStats")?);
+        Ok(Response::new(ListContainerStatsResponse::default()))
+    }
+
     async fn list_containers(
         &self,
         _: Request<ListContainersRequest>,
@@ -432,7 +440,6 @@ impl RuntimeService for Face {
         attach(AttachRequest) -> AttachResponse;
         port_forward(PortForwardRequest) -> PortForwardResponse;
         container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
-        list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
         pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
         list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
         update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse;

@@ -121,6 +121,7 @@ mod tests {
             "stream.base_url",
             "stream.tls_certificate",
             "stream.tls_key",
+            "nri.required_plugins",
         ];
         assert_eq!(changes.restart, fixed);
     }

@@ -149,6 +149,56 @@ pub(crate) const KEYS: &[Key] = &[
         "stream.idle_timeout",
         "How long a stream may carry nothing.",
     ),
+    fixed("nri.enable", "Whether NRI plugins take part."),
+    fixed(
+        "nri.connections",
+        "Whether plugins may connect; false: only those in plugin_dir take part.",
+    ),
+    fixed("nri.socket_path", "Where they connect."),
+    fixed(
+        "nri.plugin_dir",
+        "Plugins (NN-name) that the daemon starts. There need not be such a directory.",
+    ),
+    fixed(
+        "nri.config_dir",
+        "Their configurations: NN-name.conf, or name.conf.",
+    ),
+    fixed(
+        "nri.registration_timeout",
+        "How long a plugin may take to register, and to look at all pods and containers.",
+    ),
+    fixed(
+        "nri.request_timeout",
+        "How long it may take for anything else. One that takes longer is closed, and pods go on without it.",
+    ),
+    fixed(
+        "nri.validate",
+        "Whether the built-in validator looks at what plugins make of a container. The keys below are for it.",
+    ),
+    fixed("nri.reject_oci_hooks", "Plugins may not add OCI hooks."),
+    fixed(
+        "nri.reject_runtime_default_seccomp",
+        "They may not replace the seccomp profile RuntimeDefault.",
+    ),
+    fixed(
+        "nri.reject_unconfined_seccomp",
+        "They may not give a seccomp profile to a container that asks for none.",
+    ),
+    fixed(
+        "nri.reject_custom_seccomp",
+        "They may not replace a Localhost seccomp profile.",
+    ),
+    fixed("nri.reject_namespaces", "They may not change namespaces."),
+    fixed("nri.reject_sysctls", "They may not change sysctls."),
+    fixed(
+        "nri.required_plugins",
+        "Names of plugins without which no container is created.",
+    )
+    .such_as("[\"device-injector\"]"),
+    fixed(
+        "nri.tolerate_missing_annotation",
+        "Annotation (\"true\") by which a pod does without them; empty: none can.",
+    ),
     live(
         "limits.sandbox_timeout",
         "How long making a pod's namespaces may take.",
@@ -190,6 +240,14 @@ pub(crate) const KEYS: &[Key] = &[
     live(
         "pod.missing_mount_source",
         "A bind mount whose source does not exist: \"reject\" the container, or \"create\" a directory.",
+    ),
+    fixed(
+        "pod.selinux",
+        "Whether containers are labelled where SELinux is on with a policy that knows them.",
+    ),
+    live(
+        "pod.apparmor_profile",
+        "AppArmor profile that RuntimeDefault means, and saying nothing. The daemon loads \"slipway-default\" itself.",
     ),
     live(
         "pod.seccomp_profile",
@@ -271,9 +329,14 @@ impl Config {
             },
             network: self.network.clone(),
             stream: self.stream.clone(),
+            nri: self.nri.clone(),
             limits: crate::Limits {
                 max_message: self.limits.max_message,
                 ..new.limits.clone()
+            },
+            pod: crate::Pod {
+                selinux: self.pod.selinux,
+                ..new.pod.clone()
             },
             ..new.clone()
         }
@@ -340,6 +403,23 @@ mod tests {
             tls_certificate = "/a"
             tls_key = "/a"
             idle_timeout = "1s"
+            [nri]
+            enable = false
+            connections = false
+            socket_path = "/a"
+            plugin_dir = "/a"
+            config_dir = "/a"
+            registration_timeout = "1s"
+            request_timeout = "1s"
+            validate = true
+            reject_oci_hooks = true
+            reject_runtime_default_seccomp = true
+            reject_unconfined_seccomp = true
+            reject_custom_seccomp = true
+            reject_namespaces = true
+            reject_sysctls = true
+            required_plugins = ["a"]
+            tolerate_missing_annotation = "a"
             [limits]
             sandbox_timeout = "1s"
             create_timeout = "1s"
@@ -353,6 +433,8 @@ mod tests {
             pids_limit = 1
             shm_size = 1
             missing_mount_source = "create"
+            selinux = false
+            apparmor_profile = "mine"
             seccomp_profile = "/a"
             seccomp_dir = "/a"
             [checkpoint]

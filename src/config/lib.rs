@@ -24,7 +24,7 @@ pub use keys::{Changes, diff_reloadable};
 pub use load::{DEFAULT_FILE, DROP_IN_DIR};
 pub use settings::{
     Cgroup, CgroupDriver, Checkpoint, Config, Images, Limits, Log, LogFormat, LogLevel,
-    MissingMountSource, Network, Pod, Runtime, RuntimeKind, Stream,
+    MissingMountSource, Network, Nri, Pod, Runtime, RuntimeKind, Stream,
 };
 pub use size::Size;
 pub use validate::Problem;

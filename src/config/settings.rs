@@ -29,6 +29,8 @@ pub struct Config {
     pub network: Network,
     /// Streams of exec, attach and port-forward.
     pub stream: Stream,
+    /// NRI plugins.
+    pub nri: Nri,
     /// Deadlines and bounds.
     pub limits: Limits,
     /// What pods and containers get unless they say otherwise.
@@ -51,10 +53,74 @@ impl Default for Config {
             images: Images::default(),
             network: Network::default(),
             stream: Stream::default(),
+            nri: Nri::default(),
             limits: Limits::default(),
             pod: Pod::default(),
             checkpoint: Checkpoint::default(),
             runtimes: BTreeMap::from([("native".to_owned(), Runtime::default())]),
+        }
+    }
+}
+
+/// NRI plugins.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Nri {
+    /// Whether plugins take part at all.
+    pub enable: bool,
+    /// Whether they may connect.
+    pub connections: bool,
+    /// Where they do.
+    pub socket_path: PathBuf,
+    /// Directory of plugins that the daemon starts.
+    pub plugin_dir: PathBuf,
+    /// Directory of their configurations.
+    pub config_dir: PathBuf,
+    /// How long one may take to register, and to look at all there is.
+    #[serde(with = "humantime_serde")]
+    pub registration_timeout: Duration,
+    /// How long it may take for anything else.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
+    /// Whether the built-in validator looks at what plugins change.
+    pub validate: bool,
+    /// It lets none add OCI hooks.
+    pub reject_oci_hooks: bool,
+    /// Nor replace the runtime's default seccomp profile,
+    pub reject_runtime_default_seccomp: bool,
+    /// confine what is to be unconfined,
+    pub reject_unconfined_seccomp: bool,
+    /// replace a profile of the node's,
+    pub reject_custom_seccomp: bool,
+    /// change namespaces,
+    pub reject_namespaces: bool,
+    /// or sysctls.
+    pub reject_sysctls: bool,
+    /// Plugins without which no container is created.
+    pub required_plugins: Vec<String>,
+    /// Annotation by which a pod does without them; empty: none can.
+    pub tolerate_missing_annotation: String,
+}
+
+impl Default for Nri {
+    fn default() -> Self {
+        Self {
+            enable: true,
+            connections: true,
+            socket_path: "/var/run/nri/nri.sock".into(),
+            plugin_dir: "/opt/nri/plugins".into(),
+            config_dir: "/etc/nri/conf.d".into(),
+            registration_timeout: Duration::from_secs(5),
+            request_timeout: Duration::from_secs(2),
+            validate: false,
+            reject_oci_hooks: false,
+            reject_runtime_default_seccomp: false,
+            reject_unconfined_seccomp: false,
+            reject_custom_seccomp: false,
+            reject_namespaces: false,
+            reject_sysctls: false,
+            required_plugins: Vec::new(),
+            tolerate_missing_annotation: String::new(),
         }
     }
 }
@@ -291,6 +357,10 @@ pub struct Pod {
     pub shm_size: Size,
     /// What a bind mount whose source does not exist means.
     pub missing_mount_source: MissingMountSource,
+    /// Whether containers are labelled where SELinux is on.
+    pub selinux: bool,
+    /// The AppArmor profile that RuntimeDefault means.
+    pub apparmor_profile: String,
     /// A profile used for RuntimeDefault in place of the built-in one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seccomp_profile: Option<PathBuf>,
@@ -322,6 +392,8 @@ impl Default for Pod {
             pids_limit: 0,
             shm_size: Size::mib(64),
             missing_mount_source: MissingMountSource::Reject,
+            selinux: true,
+            apparmor_profile: "slipway-default".to_owned(),
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
         }

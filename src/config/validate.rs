@@ -75,6 +75,17 @@ impl Config {
         }
         problems.path("run_root", &self.run_root);
         problems.path("state_root", &self.state_root);
+        for (key, path) in [
+            ("nri.socket_path", &self.nri.socket_path),
+            ("nri.plugin_dir", &self.nri.plugin_dir),
+            ("nri.config_dir", &self.nri.config_dir),
+        ] {
+            problems.path(key, path);
+        }
+        if self.nri.socket_path.as_os_str().len() > SOCKET_PATH {
+            let what = format!("a socket's path may have at most {SOCKET_PATH} bytes");
+            problems.add("nri.socket_path", what);
+        }
         if self.run_root == self.state_root {
             problems.add(
                 "run_root",
@@ -109,6 +120,10 @@ impl Config {
                 "needs stream.tls_key beside it, and the other way round",
             );
         }
+        let profile = &self.pod.apparmor_profile;
+        if profile.is_empty() || profile.chars().any(|c| c.is_control() || c.is_whitespace()) {
+            problems.add("pod.apparmor_profile", "must be the name of a profile");
+        }
         if let Some(file) = &self.pod.seccomp_profile {
             problems.path("pod.seccomp_profile", file);
         }
@@ -125,6 +140,8 @@ impl Config {
             ("images.connect_timeout", self.images.connect_timeout),
             ("images.request_timeout", self.images.request_timeout),
             ("network.timeout", self.network.timeout),
+            ("nri.registration_timeout", self.nri.registration_timeout),
+            ("nri.request_timeout", self.nri.request_timeout),
             ("limits.sandbox_timeout", self.limits.sandbox_timeout),
             ("limits.create_timeout", self.limits.create_timeout),
             ("checkpoint.timeout", self.checkpoint.timeout),
@@ -328,6 +345,7 @@ mod tests {
                 "pod.default_sysctls",
             ),
             ("pod.shm_size = 1", "pod.shm_size"),
+            ("pod.apparmor_profile = ''", "pod.apparmor_profile"),
             ("pod.seccomp_profile = 'x.json'", "pod.seccomp_profile"),
             (
                 "runtimes = { native = { type = 'native' }, 'Not A Name' = { type = 'native' } }",

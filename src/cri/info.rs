@@ -64,8 +64,11 @@ pub fn status(node: &Node, request: &cri::StatusRequest) -> cri::StatusResponse 
         },
         runtime_handlers,
         features: Some(cri::RuntimeFeatures {
+            // Groups are set by this very process's children; no kernel lacks that.
             supplemental_groups_policy: true,
-            ..cri::RuntimeFeatures::default()
+            user_namespaces_host_network: node.features.user_namespaces,
+            // nodev, noexec and nosuid for whole trees are set by the call that makes them read-only.
+            mount_options: node.features.recursive_read_only_mounts,
         }),
     }
 }

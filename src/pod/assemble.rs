@@ -12,9 +12,10 @@ use slipway_spec::{
     ContainerInput, ContainerPlan, PodFiles, SandboxPlan, SeccompChoice, SpecOptions,
 };
 
-use super::error::PodError;
+use super::error::{PodError, file};
 use super::files::{HOSTNAME, HOSTS, RESOLV_CONF};
 use super::node::Node;
+use super::relabel;
 use super::sandbox::Pod;
 
 /// A container, ready for its keeper but for its root file system.
@@ -49,7 +50,8 @@ pub fn pod(node: &Node, id: &str, config: &cri::PodSandboxConfig) -> Result<Sand
 /// sources, so it blocks for as long as a dead network file system does.
 ///
 /// # Errors
-/// [`PodError::Spec`], naming the field; [`PodError::Seccomp`].
+/// [`PodError::Spec`], naming the field; [`PodError::Seccomp`]; [`PodError::File`] for a source that can't be
+/// relabelled.
 pub fn container(
     node: &Node,
     pod: &Pod,
@@ -69,6 +71,7 @@ pub fn container(
         ipc: names.ipc.clone(),
         uts: names.uts.clone(),
         pid: names.pid.clone(),
+        user: names.user.clone(),
         made_cgroup: pod.record.made_cgroup,
     };
     let plan = slipway_spec::container(&ContainerInput {
@@ -76,6 +79,7 @@ pub fn container(
         pod_id: pod.id(),
         sandbox_config: &pod.record.config,
         namespaces: &namespaces,
+        selinux_level: pod.record.selinux_level.as_deref(),
         config,
         image: &image.config,
         image_name: config.image.as_ref().map_or("", |image| &image.image),
@@ -89,9 +93,15 @@ pub fn container(
     for warning in &plan.warnings {
         tracing::warn!(pod = pod.id(), container = id, warning);
     }
+    slipway_spec::check_labels(&plan).map_err(failed)?;
+    let linux = plan.spec.linux().as_ref();
+    if let Some(label) = linux.and_then(|l| l.mount_label().as_ref()) {
+        for path in &plan.relabel {
+            relabel::relabel(path, label).map_err(file("label", path))?;
+        }
+    }
     let mut create = plan.create.clone();
     create.seccomp = seccomp(node, id, &plan)?;
-    let linux = plan.spec.linux().as_ref();
     let cgroup = linux.and_then(|l| l.cgroups_path().as_ref());
     let cgroup = cgroup
         .map(|path| path.to_string_lossy().into_owned())
@@ -101,6 +111,32 @@ pub fn container(
         plan,
         cgroup,
     })
+}
+
+/// Makes a container what NRI plugins want it to be.
+///
+/// # Errors
+/// [`PodError::Spec`], naming the adjustment; [`PodError::Seccomp`].
+pub fn adjusted(
+    node: &Node,
+    id: &str,
+    mut ready: Assembled,
+    wish: &slipway_nri::api::ContainerAdjustment,
+) -> Result<Assembled, PodError> {
+    if *wish == Default::default() {
+        return Ok(ready);
+    }
+    let warned = ready.plan.warnings.len();
+    slipway_spec::adjust(&mut ready.plan, wish, &node.host).map_err(|source| PodError::Spec {
+        what: format!("what NRI plugins want of container {id}"),
+        source,
+    })?;
+    for warning in ready.plan.warnings.iter().skip(warned) {
+        tracing::warn!(container = id, warning);
+    }
+    ready.create = ready.plan.create.clone();
+    ready.create.seccomp = seccomp(node, id, &ready.plan)?;
+    Ok(ready)
 }
 
 fn seccomp(node: &Node, id: &str, plan: &ContainerPlan) -> Result<Vec<u8>, PodError> {
@@ -143,6 +179,7 @@ fn options(config: &Config) -> SpecOptions {
         pids_limit: config.pod.pids_limit,
         shm_bytes: config.pod.shm_size.bytes(),
         create_missing_sources: config.pod.missing_mount_source == MissingMountSource::Create,
+        apparmor_profile: config.pod.apparmor_profile.clone(),
         seccomp_profile: config.pod.seccomp_profile.clone(),
         seccomp_dir: config.pod.seccomp_dir.clone(),
     }

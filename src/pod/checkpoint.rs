@@ -271,6 +271,8 @@ impl Node {
             lower: image.map_or_else(Vec::new, |image| lower_dirs(&image, &layers)),
             upper: layers.join("upper").to_string_lossy().into_owned(),
             work: String::new(),
+            // Only read, never mounted.
+            selinux_label: String::new(),
         }
     }
 }

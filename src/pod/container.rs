@@ -9,6 +9,7 @@ use parking_lot::{Mutex, RwLock};
 use slipway_image::ImageLease;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
+use tokio::sync::OnceCell;
 
 use super::error::PodError;
 use super::names::container_name;
@@ -29,6 +30,10 @@ pub struct Container {
     /// Starting and removing take turns; nothing else waits here.
     pub turn: tokio::sync::Mutex<()>,
     stop_signalled: AtomicBool,
+    /// Set when NRI plugins have been told of its end.
+    pub(super) end_told: OnceCell<()>,
+    /// Set when they have been told of its removal.
+    pub(super) removal_told: OnceCell<()>,
     /// Its use of the machine, as far as that is remembered between two samples.
     pub meter: Mutex<Meter>,
     /// What limits are in force now; the record has those that it was created with or found with.
@@ -54,6 +59,8 @@ impl Container {
             cell,
             turn: tokio::sync::Mutex::new(()),
             stop_signalled: AtomicBool::new(false),
+            end_told: OnceCell::new(),
+            removal_told: OnceCell::new(),
             meter: Mutex::default(),
             lease: Mutex::new(lease),
         })

@@ -77,6 +77,7 @@ impl Node {
             })?;
         let id = new_id()?;
         let ready = self.assemble(&pod, &id, &config, lease.image()).await?;
+        let (ready, said) = (self.tell_create(&pod, &id, &config, lease.image(), ready)).await?;
         // Known to the event stream and to a stop of the pod from here on, but to no list.
         let cell = pod.add_cell(&id, &ready.cgroup, Status::created(now(), 0));
         match self
@@ -94,6 +95,8 @@ impl Node {
                 );
                 self.containers.insert(&id, container.clone());
                 cell.announce(&container);
+                self.tell_created(said.as_ref(), &container).await;
+                drop(said);
                 self.traces.add(Trace {
                     method: "CreateContainer",
                     pod_id: pod.id().to_owned(),
@@ -105,6 +108,7 @@ impl Node {
             }
             Err(error) => {
                 self.undo_container(&pod, &id, &cell).await;
+                self.untell_create(said.as_ref()).await;
                 Err(error)
             }
         }
@@ -159,10 +163,15 @@ impl Node {
         let empty = image.layers.is_empty();
         make_dirs(&dir, &layers, empty, plan.log_path.as_deref()).await?;
         phases.mark("prepare");
+        let linux = plan.spec.linux().as_ref();
+        let selinux_label = linux
+            .and_then(|l| l.mount_label().clone())
+            .unwrap_or_default();
         create.overlay = Some(keeper::Overlay {
             lower: lower_dirs(&image, &layers),
             upper: layers.join("upper").to_string_lossy().into_owned(),
             work: layers.join("work").to_string_lossy().into_owned(),
+            selinux_label,
         });
         let timeout = self.config().limits.create_timeout;
         let made = pod

@@ -116,6 +116,17 @@ pub enum PodError {
         /// The names that would do.
         known: String,
     },
+    /// A user namespace where there can be none.
+    #[error(
+        "pod sandbox {id}: runtime handler {runtime:?} has no user namespaces on this machine; slipway check says why. \
+         Run the pod without (hostUsers: true)"
+    )]
+    NoUserNamespaces {
+        /// The pod's id.
+        id: String,
+        /// The handler.
+        runtime: String,
+    },
     /// A feature that is not there yet.
     #[error("{0}")]
     Unsupported(String),
@@ -129,6 +140,15 @@ pub enum PodError {
         /// The cause.
         #[source]
         source: ClientError,
+    },
+    /// An NRI plugin, or what plugins make of it together.
+    #[error("can't {what}")]
+    Plugin {
+        /// The verb and the pod or container.
+        what: String,
+        /// The cause.
+        #[source]
+        source: slipway_nri::NriError,
     },
     /// The image.
     #[error("can't {action} image {image:?}")]
@@ -249,9 +269,11 @@ impl PodError {
             Self::UnknownHandler { .. } => Class::InvalidArgument,
             Self::NameTaken { .. } => Class::AlreadyExists,
             Self::Spec { source, .. } => spec_class(source),
-            Self::PodNotReady { .. } | Self::WrongState { .. } | Self::NothingRuns { .. } => {
-                Class::FailedPrecondition
-            }
+            Self::PodNotReady { .. }
+            | Self::WrongState { .. }
+            | Self::NothingRuns { .. }
+            | Self::NoUserNamespaces { .. }
+            | Self::Plugin { .. } => Class::FailedPrecondition,
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),

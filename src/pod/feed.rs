@@ -3,10 +3,11 @@
 //! One buffer of bounded length serves all subscribers, and each has its own place in it. Nobody waits for a
 //! slow one: it loses the oldest, and is told so.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::mpsc::UnboundedSender;
 
 use super::container::Container;
 use super::sandbox::Pod;
@@ -47,6 +48,8 @@ pub struct Happening {
 /// Where happenings are told.
 pub struct Feed<T = Arc<Happening>> {
     sender: Mutex<Option<broadcast::Sender<T>>>,
+    /// Who must hear of every container's end.
+    ends: OnceLock<UnboundedSender<String>>,
 }
 
 /// A subscriber.
@@ -66,6 +69,7 @@ impl<T: Clone> Feed<T> {
     fn new(length: usize) -> Self {
         Self {
             sender: Mutex::new(Some(broadcast::Sender::new(length))),
+            ends: OnceLock::new(),
         }
     }
 
@@ -77,6 +81,19 @@ impl<T: Clone> Feed<T> {
         {
             // The last subscriber may have gone in between.
             let _ = sender.send(what());
+        }
+    }
+
+    /// Tells the ids of containers that end from now on. Of several, only the first hears.
+    pub fn tell_ends(&self, to: UnboundedSender<String>) {
+        let _ = self.ends.set(to);
+    }
+
+    /// A container has ended.
+    pub fn ended(&self, id: &str) {
+        if let Some(ends) = self.ends.get() {
+            // Nobody is there any more when the daemon goes down.
+            let _ = ends.send(id.to_owned());
         }
     }
 

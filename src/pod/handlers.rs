@@ -1,18 +1,37 @@
 //! The table of runtime handlers (CRI `runtime_handler`, Kubernetes RuntimeClass).
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use slipway_config::{Config, RuntimeKind};
 
 use super::error::PodError;
+use super::probe;
 
 /// What pods of a handler can use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Features {
     /// Mounts that are read-only with all their submounts.
     pub recursive_read_only_mounts: bool,
-    /// User namespaces.
+    /// User namespaces, with the pod's own network and with the host's.
     pub user_namespaces: bool,
+}
+
+impl Features {
+    /// What this machine has, found by trying it.
+    pub fn detect(state_root: &Path) -> Self {
+        let users = slipway_check::user_namespaces(state_root);
+        if let Err(e) = &users {
+            tracing::info!(
+                reason = e.to_string(),
+                "pods can't have user namespaces on this machine"
+            );
+        }
+        Self {
+            recursive_read_only_mounts: probe::recursive_read_only_mounts(),
+            user_namespaces: users.is_ok(),
+        }
+    }
 }
 
 /// A configured handler.
@@ -33,16 +52,13 @@ pub struct Runtimes {
 
 impl Runtimes {
     /// The table that the configuration describes, with the features that this machine has.
-    pub fn new(config: &Config, recursive_read_only_mounts: bool) -> Self {
+    pub fn new(config: &Config, here: Features) -> Self {
         let table = config
             .runtimes
             .iter()
             .map(|(name, runtime)| {
                 let features = match runtime.kind {
-                    RuntimeKind::Native => Features {
-                        recursive_read_only_mounts,
-                        user_namespaces: false,
-                    },
+                    RuntimeKind::Native => here,
                 };
                 (
                     name.clone(),
@@ -102,7 +118,11 @@ mod tests {
 
     #[test]
     fn the_empty_name_is_the_default_and_unknown_ones_are_refused() {
-        let runtimes = Runtimes::new(&Config::default(), true);
+        let here = Features {
+            recursive_read_only_mounts: true,
+            user_namespaces: false,
+        };
+        let runtimes = Runtimes::new(&Config::default(), here);
         let (name, handler) = runtimes.resolve("").unwrap();
         assert_eq!(
             (name.as_str(), handler.kind),

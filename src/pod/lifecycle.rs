@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use slipway_nri::api::Event;
 use slipway_proto::keeper::ErrorKind;
 use slipway_runtime::client::ClientError;
 
@@ -57,6 +58,21 @@ impl Node {
                 needs: "only a created container can be started",
             });
         }
+        let turn = self.turn().await;
+        if let Err(error) = self
+            .tell(turn.as_ref(), Event::StartContainer, container)
+            .await
+        {
+            // As after any other start that failed, it has exited.
+            if let Err(error) = self.kill(&pod, container).await {
+                tracing::error!(
+                    container = container.id(),
+                    error = error.chain(),
+                    "can't end it"
+                );
+            }
+            return Err(error);
+        }
         let limits = self.config().limits.clone();
         let result = container
             .keeper
@@ -66,6 +82,10 @@ impl Node {
         match result {
             Ok(()) => {
                 container.update(|status| status.running(now()));
+                if let Some(turn) = &turn {
+                    self.tell_after(turn, Event::PostStartContainer, container)
+                        .await;
+                }
                 let laps = phases.finish();
                 tracing::info!(
                     pod = pod.id(),
@@ -132,7 +152,9 @@ impl Node {
             return Ok(());
         }
         self.complete("StopContainer", async move {
-            node.stop(&container, grace).await
+            node.stop(&container, grace).await?;
+            node.tell_stopped(&container).await;
+            Ok(())
         })
         .await
     }
@@ -293,6 +315,12 @@ impl Node {
                         })?;
                 }
             }
+        }
+        self.tell_stopped(container).await;
+        let turn = self.turn().await;
+        if let Some(turn) = &turn {
+            let tell = || self.tell_after(turn, Event::RemoveContainer, container);
+            container.removal_told.get_or_init(tell).await;
         }
         let record_trash = pod.containers_dir().join(format!(".removed-{id}"));
         rename_if_there(&container.dir, &record_trash)?;

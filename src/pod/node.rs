@@ -8,6 +8,7 @@ use parking_lot::RwLock;
 use slipway_config::Config;
 use slipway_image::{Credentials, Image, ImageStore, ProgressSender};
 use slipway_network::Cni;
+use slipway_nri::Nri;
 use slipway_observe::Layout;
 use slipway_observe::disk::Ledger;
 use slipway_proto::cri::{CreateContainerRequest, RunPodSandboxRequest};
@@ -21,10 +22,11 @@ use super::checkpoint::Tool;
 use super::container::Container;
 use super::error::PodError;
 use super::feed::Feed;
-use super::handlers::Runtimes;
+use super::handlers::{Features, Runtimes};
+use super::levels::Levels;
 use super::names::Names;
 use super::phases::Traces;
-use super::probe;
+use super::plugins;
 use super::sandbox::Pod;
 use super::stats;
 use super::store::{Found, Store};
@@ -34,7 +36,8 @@ use crate::memory;
 pub struct Node {
     config: RwLock<Arc<Config>>,
     runtimes: RwLock<Arc<Runtimes>>,
-    recursive_read_only_mounts: bool,
+    /// What this machine can do for handlers that make containers here.
+    pub features: Features,
     /// The boot that all of this lives in.
     pub boot_id: String,
     /// Pods by id.
@@ -53,6 +56,8 @@ pub struct Node {
     pub cni: Cni,
     /// What this machine can do.
     pub host: HostFacts,
+    /// SELinux levels of pods.
+    pub levels: Levels,
     /// Compiled seccomp filters.
     pub seccomp: ProfileCache,
     /// Where the time of the last operations went.
@@ -61,6 +66,8 @@ pub struct Node {
     pub layout: Layout,
     /// Where what happens is told.
     pub feed: Arc<Feed>,
+    /// NRI plugins, unless there shall be none.
+    pub nri: Option<Arc<Nri>>,
     /// Sizes of writable layers.
     pub ledger: Arc<Ledger>,
     /// The node's pod network range, as the kubelet said; kept for the operator's information.
@@ -74,11 +81,15 @@ pub struct Node {
 impl Node {
     /// A node without pods; `recover` finds those of an earlier daemon.
     pub fn new(config: Config, keepers: Keepers, images: ImageStore, cni: Cni) -> Arc<Self> {
-        let recursive_read_only_mounts = probe::recursive_read_only_mounts();
+        let features = Features::detect(&config.state_root);
         let tasks = TaskTracker::new();
+        let mut host = HostFacts::detect();
+        if !config.pod.selinux {
+            host.selinux = None;
+        }
         Arc::new(Self {
-            runtimes: RwLock::new(Arc::new(Runtimes::new(&config, recursive_read_only_mounts))),
-            recursive_read_only_mounts,
+            runtimes: RwLock::new(Arc::new(Runtimes::new(&config, features))),
+            features,
             boot_id: boot_id(),
             pods: Store::default(),
             containers: Store::default(),
@@ -87,11 +98,13 @@ impl Node {
             keepers,
             images,
             cni,
-            host: HostFacts::detect(),
+            host,
+            levels: Levels::default(),
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
             layout: stats::layout(),
             feed: Arc::default(),
+            nri: plugins::of(&config),
             ledger: Arc::default(),
             pod_cidr: RwLock::default(),
             tool: Tool::default(),
@@ -112,7 +125,7 @@ impl Node {
 
     /// Takes a new configuration over; what runs keeps the one it began with.
     pub fn reconfigure(&self, config: Config) {
-        let runtimes = Runtimes::new(&config, self.recursive_read_only_mounts);
+        let runtimes = Runtimes::new(&config, self.features);
         *self.runtimes.write() = Arc::new(runtimes);
         *self.config.write() = Arc::new(config);
     }

@@ -31,6 +31,9 @@ pub struct Namespaces {
     pub uts: String,
     /// PID; only when the pod's containers share one.
     pub pid: String,
+    /// User, which owns the others.
+    #[serde(default)]
+    pub user: String,
 }
 
 /// What stays of a pod when the daemon ends.
@@ -57,6 +60,9 @@ pub struct PodRecord {
     pub cgroup: String,
     /// Whether the cgroup is ours to remove.
     pub made_cgroup: bool,
+    /// SELinux level of its containers; none on a host without SELinux.
+    #[serde(default)]
+    pub selinux_level: Option<String>,
     /// Its addresses, the primary one first.
     pub ips: Vec<std::net::IpAddr>,
     /// It was stopped completely.

@@ -133,6 +133,9 @@ impl Node {
         } else {
             PodStage::Ready
         };
+        if let Some(level) = &record.selinux_level {
+            self.levels.restore(&record.id, level);
+        }
         let pod = Pod::new(record, &dir, stage, self.feed.clone());
         let mut adopted = Adopted::default();
         let mut half_made = Vec::new();

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use slipway_nri::api::Event;
 use slipway_proto::cri::LinuxContainerResources;
 use slipway_proto::keeper::ErrorKind;
 
@@ -27,7 +28,17 @@ impl Node {
         let container = self.container(id)?;
         let node = self.clone();
         self.complete("UpdateContainerResources", async move {
-            node.resize(&container, &change).await
+            let turn = node.turn().await;
+            let change = match &turn {
+                Some(turn) => node.tell_resize(turn, &container, change).await?,
+                None => change,
+            };
+            node.resize(&container, &change).await?;
+            if let Some(turn) = &turn {
+                node.tell_after(turn, Event::PostUpdateContainer, &container)
+                    .await;
+            }
+            Ok(())
         })
         .await
     }
@@ -39,6 +50,15 @@ impl Node {
     ) -> Result<(), PodError> {
         // One at a time, and none while it is started or removed.
         let _turn = container.turn.lock().await;
+        self.write_limits(container, change).await
+    }
+
+    /// The same, for who has the container's turn.
+    pub(super) async fn write_limits(
+        &self,
+        container: &Container,
+        change: &LinuxContainerResources,
+    ) -> Result<(), PodError> {
         let id = container.id();
         let stage = container.stage();
         if stage == Stage::Exited {
@@ -95,7 +115,15 @@ impl Node {
         if pod.stage() != PodStage::Ready {
             return Err(not_ready(&pod));
         }
+        let turn = self.turn().await;
+        if let Some(turn) = &turn {
+            self.tell_resize_pod(turn, &pod, &to).await?;
+        }
         record::write(&pod.dir, &pod.resize(to))?;
+        if let Some(turn) = &turn {
+            self.tell_of_pod(turn, Event::PostUpdatePodSandbox, &pod)
+                .await;
+        }
         tracing::info!(pod = pod.id(), "resources of the pod taken over");
         Ok(())
     }

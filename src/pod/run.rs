@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use slipway_network::{Bandwidth, DnsConfig, PodNetwork, PortMapping, Protocol};
+use slipway_nri::Turn;
 use slipway_proto::{cri, keeper};
 use slipway_runtime::client::{Events, Keeper};
 use slipway_spec::SandboxPlan;
@@ -13,12 +14,13 @@ use super::assemble;
 use super::error::{PodError, file};
 use super::events;
 use super::feed::Kind;
-use super::files::Files;
+use super::files::{Files, HOSTNAME, HOSTS, RESOLV_CONF};
 use super::leftovers;
 use super::names::pod_name;
 use super::node::{Node, new_id, now};
 use super::phases::{Phases, Trace, describe};
 use super::record::{self, Namespaces, PodRecord};
+use super::relabel;
 use super::sandbox::Pod;
 use super::state::PodStage;
 
@@ -57,11 +59,25 @@ impl Node {
     ) -> Result<String, PodError> {
         let phases = Phases::start();
         let config = request.config.unwrap_or_default();
-        let (runtime, _) = self.runtimes().resolve(&request.runtime_handler)?;
+        let (runtime, handler) = self.runtimes().resolve(&request.runtime_handler)?;
         let id = new_id()?;
         let plan = assemble::pod(&self, &id, &config)?;
+        if plan.setup.users.is_some() && !handler.features.user_namespaces {
+            return Err(PodError::NoUserNamespaces { id, runtime });
+        }
         let wishes = Wishes::new(&config, &plan)?;
         let dir = self.pods_dir().join(&id);
+        let selinux_level = match &self.host.selinux {
+            Some(_) => {
+                let asked = slipway_spec::level_of_pod(&config);
+                let asked = asked.map_err(|source| PodError::Spec {
+                    what: format!("pod sandbox {id}"),
+                    source,
+                })?;
+                Some(asked.unwrap_or_else(|| self.levels.take(&id)))
+            }
+            None => None,
+        };
         let draft = PodRecord {
             schema: PodRecord::SCHEMA,
             id: id.clone(),
@@ -73,17 +89,19 @@ impl Node {
             namespaces: Namespaces::default(),
             cgroup: plan.setup.cgroup.clone(),
             made_cgroup: false,
+            selinux_level,
             ips: Vec::new(),
             stopped: false,
             phases: Vec::new(),
         };
         match self.bring_up(draft, plan, wishes, &dir, phases).await {
-            Ok((pod, follow)) => {
+            Ok((pod, follow, turn)) => {
                 let laps = pod.record.phases.clone();
                 tracing::info!(pod = id, phases = describe(&laps), "pod sandbox runs");
                 self.pods.insert(&id, pod.clone());
                 pod.happened(Kind::Created, &id);
                 pod.happened(Kind::Started, &id);
+                drop(turn);
                 events::follow(pod, follow);
                 self.traces.add(Trace {
                     method: "RunPodSandbox",
@@ -108,7 +126,7 @@ impl Node {
         wishes: Wishes,
         dir: &Path,
         mut phases: Phases,
-    ) -> Result<(Arc<Pod>, Events), PodError> {
+    ) -> Result<(Arc<Pod>, Events, Option<Turn>), PodError> {
         let failed = |action| {
             let what = format!("pod sandbox {}", record.id);
             move |source| PodError::Keeper {
@@ -148,14 +166,22 @@ impl Node {
             phases.mark("network");
         }
         wishes.files.write(dir, &record.ips)?;
+        if let (Some(selinux), Some(level)) = (&self.host.selinux, &record.selinux_level) {
+            label_files(dir, &format!("{}:{level}", selinux.file.join(":")))?;
+        }
         phases.mark("files");
         record.created_at = now();
+        // Held until the pod can be seen: see `slipway_nri`.
+        let turn = self.tell_run(&record).await?;
         record.phases = phases.laps().to_vec();
-        record::write(dir, &record)?;
+        if let Err(error) = record::write(dir, &record) {
+            self.untell_run(turn.as_ref(), &record).await;
+            return Err(error);
+        }
         phases.mark("record");
         record.phases = phases.finish();
         let pod = Pod::new(record, dir, PodStage::Ready, self.feed.clone());
-        Ok((pod, follow))
+        Ok((pod, follow, turn))
     }
 
     async fn attach(&self, record: &PodRecord, wishes: &Wishes) -> Result<Vec<IpAddr>, PodError> {
@@ -186,6 +212,7 @@ impl Node {
 
     /// Leaves nothing of a pod that could not be made. Every step is tried; what fails is logged.
     async fn undo_pod(self: &Arc<Self>, id: &str, dir: &Path) {
+        self.levels.release(id);
         let mut problems = Vec::new();
         if let Err(e) = self.cni.del(id, None).await {
             problems.push(super::error::chain(&e));
@@ -220,7 +247,17 @@ fn namespaces(made: keeper::SetupSandboxResult) -> Namespaces {
         ipc: made.ipc,
         uts: made.uts,
         pid: made.pid,
+        user: made.user,
     }
+}
+
+/// Every container of the pod reads these, so they have the pod's level.
+fn label_files(dir: &Path, label: &str) -> Result<(), PodError> {
+    for name in [RESOLV_CONF, HOSTS, HOSTNAME, "shm"] {
+        let path = dir.join(name);
+        relabel::relabel(&path, label).map_err(file("label", &path))?;
+    }
+    Ok(())
 }
 
 /// The pod's own directories are root's alone; the log directory is everybody's to read.

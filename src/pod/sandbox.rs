@@ -10,7 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use slipway_proto::cri;
 use slipway_runtime::client::Keeper;
-use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
+use tokio::sync::{OnceCell, RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
 
 use super::container::Container;
 use super::feed::{Feed, Happening, Kind};
@@ -68,6 +68,9 @@ impl Cell {
         }
         if before < Stage::Exited && stage == Stage::Exited {
             self.happened(Kind::Stopped);
+            if let Some(pod) = self.pod.upgrade() {
+                pod.feed.ended(&self.id);
+            }
         }
         *told = Some(before.max(stage));
     }
@@ -114,6 +117,8 @@ pub struct Pod {
     feed: Arc<Feed>,
     /// Whether its end has been told.
     end_told: AtomicBool,
+    /// Set when NRI plugins have been told that it was stopped.
+    pub(super) stop_told: OnceCell<()>,
     /// Creating a container shares it; taking the pod down has it alone.
     order: RwLock<()>,
     /// The states of the pod's containers, those being created included.
@@ -130,6 +135,7 @@ impl Pod {
             meter: Mutex::default(),
             feed,
             end_told: AtomicBool::new(stage == PodStage::Stopped),
+            stop_told: OnceCell::new_with((stage == PodStage::Stopped).then_some(())),
             stage: watch::Sender::new(stage),
             order: RwLock::new(()),
             cells: Mutex::default(),

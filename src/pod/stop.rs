@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
+use slipway_nri::api::Event;
 
 use super::error::{PodError, chain};
 use super::events;
@@ -56,6 +57,8 @@ impl Node {
             return Ok(());
         }
         self.end_everything(pod, false).await?;
+        // Its network and namespaces are still there to be looked at.
+        self.tell_pod_stopped(pod).await;
         self.cni
             .del(pod.id(), None)
             .await
@@ -159,10 +162,15 @@ impl Node {
             rename_if_there(&layers.join(&id), &trash)?;
             self.sweep_later(trash);
         }
+        let turn = self.turn().await;
+        if let Some(turn) = &turn {
+            self.tell_of_pod(turn, Event::RemovePodSandbox, pod).await;
+        }
         // By rename: a daemon that dies here leaves no half pod that looks like a whole one.
         let trash = self.pods_dir().join(format!(".removed-{}", pod.id()));
         rename_if_there(&pod.dir, &trash)?;
         self.pods.remove(pod.id());
+        self.levels.release(pod.id());
         self.pod_names.release(&pod.name(), pod.id());
         pod.happened(Kind::Deleted, pod.id());
         self.sweep_later(trash);

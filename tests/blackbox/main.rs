@@ -26,6 +26,7 @@ macro_rules! tests {
 
 mod harness;
 
+mod apparmor;
 mod bad_images;
 mod checkpoint;
 mod cni;
@@ -43,29 +44,39 @@ mod logs;
 mod mounts;
 mod names;
 mod network;
+mod nri;
 mod operations;
 mod pods;
 mod resources;
 mod restart;
 mod seccomp;
+mod selinux;
 mod stats;
 mod stop;
 mod stream;
 mod sysctls;
 mod systemd;
 mod update;
+mod userns;
 mod users;
 mod v2;
 
 fn main() -> std::process::ExitCode {
+    // Started by a daemon of ours, as a plugin.
+    if std::env::var_os("NRI_PLUGIN_SOCKET").is_some() {
+        return harness::plugin::run_installed();
+    }
     let all: &[&[harness::Test]] = &[
+        apparmor::TESTS,
         pods::TESTS,
         names::TESTS,
         containers::TESTS,
         lifecycle::TESTS,
         users::TESTS,
+        userns::TESTS,
         confinement::TESTS,
         seccomp::TESTS,
+        selinux::TESTS,
         hygiene::TESTS,
         exec::TESTS,
         exec::ALONE,
@@ -86,6 +97,7 @@ fn main() -> std::process::ExitCode {
         update::TESTS,
         network::TESTS,
         checkpoint::TESTS,
+        nri::TESTS,
         cni::TESTS,
         images::TESTS,
         bad_images::TESTS,

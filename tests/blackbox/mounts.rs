@@ -249,7 +249,11 @@ async fn the_hosts_cgroups(env: Env) -> Result<()> {
                 }];
             })
             .await?;
-        let own = format!("{seen}{below}{}/{}", env.cgroup, container.id);
+        let name = match env.driver {
+            Driver::Cgroupfs => container.id.clone(),
+            Driver::Systemd => format!("slipway-{}.scope", container.id),
+        };
+        let own = format!("{seen}{below}{}/{name}", env.cgroup);
         container
             .exec_output(&["ls", &format!("{own}/cgroup.procs")])
             .await?;

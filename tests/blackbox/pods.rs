@@ -493,10 +493,11 @@ async fn version_and_status_tell_about_us(env: Env) -> Result<()> {
         .runtime_config(cri::RuntimeConfigRequest {})
         .await?
         .into_inner();
-    assert_eq!(
-        config.linux.context("linux")?.cgroup_driver(),
-        cri::CgroupDriver::Cgroupfs
-    );
+    let driver = match env.driver {
+        Driver::Cgroupfs => cri::CgroupDriver::Cgroupfs,
+        Driver::Systemd => cri::CgroupDriver::Systemd,
+    };
+    assert_eq!(config.linux.context("linux")?.cgroup_driver(), driver);
     // What later issues bring says so.
     let events = daemon
         .runtime()

@@ -235,7 +235,7 @@ async fn bad_values_are_refused(env: Env) -> Result<()> {
 
 async fn the_cgroup_is_below_the_pods_parent(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let parent = format!("{}/kubepods/burstable/podx", env.cgroup);
+    let parent = env.below("kubepods/burstable/podx");
     let pod = daemon
         .pod(|c| c.linux.get_or_insert_default().cgroup_parent = parent.clone())
         .await?;
@@ -244,25 +244,37 @@ async fn the_cgroup_is_below_the_pods_parent(env: Env) -> Result<()> {
     assert!(!dirs.is_empty());
     for dir in &dirs {
         assert!(
-            dir.to_string_lossy().contains("/kubepods/burstable/podx/"),
+            dir.to_string_lossy().contains(&format!("{parent}/")),
             "{}",
             dir.display()
         );
     }
     pod.stop().await?;
     pod.remove().await?;
-    // The parent is the kubelet's, which made it; here nobody did, so the test takes it away.
-    for top in stage::cgroup_dirs(&env.cgroup) {
-        for dir in stage::tree(&top)
-            .iter()
-            .filter(|d| d.to_string_lossy().contains("kubepods"))
-        {
-            std::fs::remove_dir(dir).ok();
+    // The parents are the kubelet's, which made them; here nobody did, so the test takes them away.
+    match env.driver {
+        Driver::Systemd => {
+            for slice in ["kubepods/burstable", "kubepods"] {
+                env.remove_below(slice).await?;
+            }
+        }
+        // On a hybrid host they are in more hierarchies than one.
+        Driver::Cgroupfs => {
+            let tops = stage::cgroup_dirs(&env.cgroup);
+            for dir in tops.iter().flat_map(|top| stage::tree(top)) {
+                if dir.to_string_lossy().contains("kubepods") {
+                    std::fs::remove_dir(dir).ok();
+                }
+            }
         }
     }
+    let end = match env.driver {
+        Driver::Cgroupfs => "",
+        Driver::Systemd => ".slice",
+    };
     for bad in ["relative/../../x", "/a/../../b", "/a\nb"] {
         let mut config = config::pod(&daemon);
-        config.linux.as_mut().unwrap().cgroup_parent = bad.into();
+        config.linux.as_mut().unwrap().cgroup_parent = format!("{bad}{end}");
         refused(
             daemon.run_pod(config).await.map(|p| p.id),
             Code::InvalidArgument,

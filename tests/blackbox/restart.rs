@@ -160,7 +160,7 @@ async fn pods_on_a_network_are_found_and_taken_down(env: Env) -> Result<()> {
 }
 
 /// The keeper of a container's pod: the parent of its first process.
-fn keeper(container: &Container) -> Result<nix::unistd::Pid> {
+pub fn keeper(container: &Container) -> Result<nix::unistd::Pid> {
     let status = read(format!("/proc/{}/status", container.pid()?))?;
     let parent = status
         .lines()

@@ -95,7 +95,11 @@ async fn a_busy_container_is_measured(env: Env) -> Result<()> {
     assert!(cpu.timestamp > 0);
     assert_eq!(cpu.usage_nano_cores, None, "there is one sample only");
     // A second caller at once changes nothing for the first.
-    assert_eq!(stats(&busy).await?.cpu.unwrap().usage_nano_cores, None);
+    let second = stats(&busy).await?.cpu.unwrap();
+    // Unless this machine is so slow that there is a rate between the two.
+    if second.timestamp - cpu.timestamp < 100_000_000 {
+        assert_eq!(second.usage_nano_cores, None);
+    }
     tokio::time::sleep(Duration::from_millis(1200)).await;
     let later = stats(&busy).await?.cpu.unwrap();
     let used = value(later.usage_core_nano_seconds) - value(cpu.usage_core_nano_seconds);

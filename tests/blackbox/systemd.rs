@@ -13,6 +13,9 @@ use crate::harness::*;
 tests![
     containers_are_scopes_in_the_pods_slice,
     limits_are_systemds_too,
+    new_limits_are_systemds_too,
+    refused_limits_are_not_systemds,
+    the_driver_is_refused_where_it_can_not_work,
     the_kubelets_slice_stays,
     a_slice_with_prefix_and_name,
     the_other_drivers_form_is_refused,
@@ -50,10 +53,6 @@ async fn pod_in(daemon: &Daemon, slice: &str) -> Result<Pod> {
         .await
 }
 
-fn dir(cgroup: &str) -> PathBuf {
-    Path::new("/sys/fs/cgroup").join(cgroup.trim_start_matches('/'))
-}
-
 /// The directory of a container's cgroup, wherever that is.
 fn scope_of(container: &Container) -> Result<PathBuf> {
     stage::tree(Path::new("/sys/fs/cgroup"))
@@ -69,15 +68,6 @@ fn first_process(container: &Container) -> Result<Number> {
     let pids = read(scope_of(container)?.join("cgroup.procs"))?;
     let pid = pids.lines().next().context("nobody in the scope")?;
     Ok(Number::from_raw(pid.parse()?))
-}
-
-/// Over the bus: systemd's own socket is not for clients in another PID namespace, says systemctl.
-async fn systemctl(args: &[&str]) -> Result<String> {
-    output(
-        "env",
-        &[&["SYSTEMCTL_FORCE_BUS=1", "systemctl"], args].concat(),
-    )
-    .await
 }
 
 async fn show(unit: &str, property: &str) -> Result<String> {
@@ -157,7 +147,7 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
     for (property, value) in [
         ("MemoryMax", "67108864"),
         ("MemoryHigh", "50331648"),
-        ("CPUWeight", "39"),
+        ("CPUWeight", "100"),
         ("CPUQuotaPeriodUSec", "100ms"),
         ("AllowedCPUs", "0"),
     ] {
@@ -167,7 +157,7 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
         for (file, value) in [
             ("memory.max", "67108864"),
             ("memory.high", "50331648"),
-            ("cpu.weight", "39"),
+            ("cpu.weight", "100"),
             ("cpu.max", "13000 100000"),
             ("cpuset.cpus", "0"),
             ("pids.max", "max"),
@@ -191,6 +181,207 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
     stand()?;
     pod.stop().await?;
     pod.remove().await?;
+    Ok(())
+}
+
+async fn update(
+    container: &Container,
+    linux: cri::LinuxContainerResources,
+) -> Result<(), tonic::Status> {
+    let request = cri::UpdateContainerResourcesRequest {
+        container_id: container.id.clone(),
+        linux: Some(linux),
+        ..Default::default()
+    };
+    let mut client = container.daemon.runtime();
+    client.update_container_resources(request).await.map(drop)
+}
+
+fn in_force(scope: &Path, files: &[(&str, &str)]) -> Result<()> {
+    for (file, value) in files {
+        assert_eq!(read(scope.join(file))?, *value, "{file}");
+    }
+    Ok(())
+}
+
+async fn new_limits_are_systemds_too(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = pod_in(&daemon, &slice(&env, "resized")).await?;
+    let container = pod
+        .run(&["sleep", "1000"], |c| {
+            let linux = c.linux.get_or_insert_default();
+            let resources = linux.resources.get_or_insert_default();
+            resources.memory_limit_in_bytes = 64 << 20;
+            resources.cpu_quota = 10_000;
+            resources.cpu_period = 100_000;
+        })
+        .await?;
+    let (scope, unit) = (
+        scope_of(&container)?,
+        format!("slipway-{}.scope", container.id),
+    );
+    let change = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 128 << 20,
+        cpu_shares: 512,
+        cpu_quota: 12_345,
+        cpuset_cpus: "0".into(),
+        unified: [
+            ("memory.high".to_owned(), "96M".to_owned()),
+            ("pids.max".to_owned(), "77".to_owned()),
+        ]
+        .into(),
+        ..Default::default()
+    };
+    update(&container, change).await?;
+    let new = [
+        ("memory.max", "134217728"),
+        ("memory.high", "100663296"),
+        ("cpu.weight", "59"),
+        ("cpuset.cpus", "0"),
+        ("pids.max", "77"),
+    ];
+    in_force(&scope, &new)?;
+    // Exactly what was asked for, although systemd counts in per cent of a CPU.
+    in_force(&scope, &[("cpu.max", "12345 100000")])?;
+    for (property, value) in [
+        ("MemoryMax", "134217728"),
+        ("MemoryHigh", "100663296"),
+        ("CPUWeight", "59"),
+        ("CPUQuotaPerSecUSec", "130ms"),
+        ("AllowedCPUs", "0"),
+        ("TasksMax", "77"),
+    ] {
+        assert_eq!(show(&unit, property).await?, value, "{property}");
+    }
+    let forbidden = async || -> Result<String> {
+        let exec = container.exec(&["probe", "writable", "/tmp/kmsg"]).await?;
+        Ok(exec.stdout.trim_end().to_owned())
+    };
+    let node = ["mknod", "/tmp/kmsg", "c", "1", "11"];
+    container.exec_output(&node).await?;
+    assert_eq!(forbidden().await?, "/tmp/kmsg EPERM");
+    // Whatever makes systemd write its own idea of the unit: its files read anew, and a change of the slice.
+    systemctl(&["daemon-reload"]).await?;
+    let resized = slice(&env, "resized");
+    systemctl(&[
+        "set-property",
+        "--runtime",
+        &resized,
+        "MemoryMax=1G",
+        "CPUWeight=77",
+    ])
+    .await?;
+    in_force(&scope, &new)?;
+    // And a change of another limit of this unit makes it write all of them.
+    systemctl(&[
+        "set-property",
+        "--runtime",
+        &unit,
+        "MemoryLow=1M",
+        "CPUWeight=60",
+    ])
+    .await?;
+    in_force(&scope, &new[..2])?;
+    in_force(&scope, &[("cpu.max", "13000 100000"), ("cpu.weight", "60")])?;
+    assert_eq!(
+        forbidden().await?,
+        "/tmp/kmsg EPERM",
+        "the device filter stays"
+    );
+    // Down, and without a limit.
+    let change = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 48 << 20,
+        cpu_quota: -1,
+        unified: [("memory.high".to_owned(), "max".to_owned())].into(),
+        ..Default::default()
+    };
+    update(&container, change).await?;
+    systemctl(&["daemon-reload"]).await?;
+    in_force(
+        &scope,
+        &[
+            ("memory.max", "50331648"),
+            ("memory.high", "max"),
+            ("cpu.max", "max 100000"),
+        ],
+    )?;
+    for (property, value) in [
+        ("MemoryMax", "50331648"),
+        ("MemoryHigh", "infinity"),
+        ("CPUQuotaPerSecUSec", "infinity"),
+    ] {
+        assert_eq!(show(&unit, property).await?, value, "{property}");
+    }
+    // What systemd was told is gone with the scope.
+    pod.stop().await?;
+    pod.remove().await?;
+    let left = format!("/run/systemd/transient/{unit}.d");
+    assert!(!Path::new(&left).exists(), "{left}");
+    let left = format!("/run/systemd/system.control/{unit}.d");
+    assert!(!Path::new(&left).exists(), "{left}");
+    Ok(())
+}
+
+async fn refused_limits_are_not_systemds(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = pod_in(&daemon, &slice(&env, "firm")).await?;
+    let container = pod
+        .run(&["sleep", "1000"], |c| {
+            let linux = c.linux.get_or_insert_default();
+            let resources = linux.resources.get_or_insert_default();
+            resources.memory_limit_in_bytes = 64 << 20;
+        })
+        .await?;
+    let (scope, unit) = (
+        scope_of(&container)?,
+        format!("slipway-{}.scope", container.id),
+    );
+    let change = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 128 << 20,
+        cpuset_cpus: "4000".into(),
+        ..Default::default()
+    };
+    refused(
+        update(&container, change).await,
+        Code::InvalidArgument,
+        &["cpuset.cpus"],
+    );
+    in_force(&scope, &[("memory.max", "67108864"), ("cpuset.cpus", "")])?;
+    assert_eq!(show(&unit, "MemoryMax").await?, "67108864");
+    assert_eq!(show(&unit, "AllowedCPUs").await?, "");
+    Ok(())
+}
+
+async fn the_driver_is_refused_where_it_can_not_work(env: Env) -> Result<()> {
+    let words = match (stage::unified(), stage::systemd()) {
+        (true, true) => return skip("it works here"),
+        (false, _) => ["cgroup.driver", "pure cgroup v2"],
+        (true, false) => ["cgroup.driver", "systemd as PID 1"],
+    };
+    let started = env
+        .daemon_with(|s| s.set("cgroup.driver", "\"systemd\""))
+        .await;
+    let error = match started {
+        Ok(_) => bail!("the daemon starts"),
+        Err(error) => format!("{error:#}"),
+    };
+    for word in words {
+        assert!(error.contains(word), "no {word} in: {error}");
+    }
+    // And the preflight says so before.
+    let setup = env.root.join("config.toml").display().to_string();
+    let check = tokio::process::Command::new(daemon::BINARY.as_str())
+        .args(["check", "-o", "json", "--config", &setup])
+        .output()
+        .await?;
+    let report: serde_json::Value = serde_json::from_slice(&check.stdout)?;
+    let findings = report["findings"].as_array().context("findings")?;
+    let finding = findings.iter().find(|f| f["id"] == "cgroup-driver");
+    assert_eq!(
+        finding.context("no such finding")?["status"],
+        "fail",
+        "{report}"
+    );
     Ok(())
 }
 
@@ -305,10 +496,7 @@ async fn what_a_dead_keeper_left_is_stopped(env: Env) -> Result<()> {
     let slice = slice(&env, "dead");
     let pod = pod_in(&daemon, &slice).await?;
     let container = pod.sleeper().await?;
-    let (scope, init) = (scope_of(&container)?, first_process(&container)?);
-    let stat = read(format!("/proc/{init}/stat"))?;
-    let keeper = stat.rsplit(") ").next().context("stat")?;
-    let keeper: i32 = keeper.split(' ').nth(1).context("ppid")?.parse()?;
+    let (scope, (keeper, _)) = (scope_of(&container)?, keeper(&container)?);
     kill(Number::from_raw(keeper), Signal::SIGKILL)?;
     container.exited().await?;
     gone(&scope).await?;
@@ -345,11 +533,7 @@ async fn a_container_that_can_not_be_made_leaves_no_unit(env: Env) -> Result<()>
 /// The keeper of a container's pod, and its cgroup.
 fn keeper(container: &Container) -> Result<(i32, String)> {
     let init = first_process(container)?;
-    let stat = read(format!("/proc/{init}/stat"))?;
-    let rest = stat.rsplit(") ").next().context("stat")?;
-    let keeper: i32 = rest.split(' ').nth(1).context("ppid")?.parse()?;
-    let cgroup = read(format!("/proc/{keeper}/cgroup"))?;
-    Ok((keeper, cgroup.trim_start_matches("0::").to_owned()))
+    objects::keeper_of(init.as_raw())
 }
 
 async fn keepers_live_in_a_scope_of_their_own(env: Env) -> Result<()> {

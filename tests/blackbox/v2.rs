@@ -25,6 +25,8 @@ tests![
     no_process_is_in_an_inner_node,
     the_pods_cgroup_comes_and_goes_with_it,
     the_kubelets_cgroup_stays,
+    the_keeper_lives_with_its_pod,
+    a_frozen_container_holds_nobody_up,
     what_the_kernel_refuses,
     a_parent_that_cannot_hand_controllers_down,
     a_parent_that_may_have_no_children,
@@ -46,11 +48,6 @@ fn needs_controller(name: &str) -> Result<()> {
         return Ok(());
     }
     skip(format!("no {name} controller"))
-}
-
-/// The directory of a cgroup.
-fn dir(cgroup: &str) -> PathBuf {
-    Path::new(TOP).join(cgroup.trim_start_matches('/'))
 }
 
 /// The cgroups below the test's own.
@@ -86,7 +83,7 @@ fn counter(text: &str, key: &str) -> Result<u64> {
 
 /// A pod below a parent of this name, which is in the test's own cgroup.
 async fn pod_below(daemon: &Daemon, parent: &str) -> Result<Pod> {
-    let parent = format!("{}/{parent}", daemon.env().cgroup);
+    let parent = daemon.env().below(parent);
     daemon
         .pod(|c| c.linux.get_or_insert_default().cgroup_parent = parent)
         .await
@@ -224,9 +221,17 @@ async fn the_pod_runs_out_of_memory(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = pod_below(&daemon, "limited").await?;
     // The kubelet sets the pod's limits, in the pod's cgroup.
-    let limited = dir(&env.cgroup).join("limited");
-    std::fs::write(limited.join("memory.max"), "33554432")?;
-    std::fs::write(limited.join("memory.swap.max"), "0")?;
+    let cgroup = env.below("limited");
+    let limited = dir(&cgroup);
+    if env.driver == Driver::Systemd {
+        // In the way that it does it there: what is only written, systemd writes over.
+        let slice = cgroup.rsplit('/').next().context("a slice")?;
+        let limits = ["MemoryMax=32M", "MemorySwapMax=0"];
+        systemctl(&[&["set-property", "--runtime", slice], &limits[..]].concat()).await?;
+    } else {
+        std::fs::write(limited.join("memory.max"), "33554432")?;
+        std::fs::write(limited.join("memory.swap.max"), "0")?;
+    }
     let bystander = pod.sleeper().await?;
     let glutton = pod.run(&["probe", "eat", "200"], |_| {}).await?;
     let status = glutton.exited().await?;
@@ -470,7 +475,7 @@ async fn no_process_is_in_an_inner_node(env: Env) -> Result<()> {
     pod.stop().await?;
     pod.remove().await?;
     for parent in ["a/b", "a"] {
-        std::fs::remove_dir(dir(&env.cgroup).join(parent)).with_context(|| parent.to_owned())?;
+        env.remove_below(parent).await?;
     }
     Ok(())
 }
@@ -478,7 +483,7 @@ async fn no_process_is_in_an_inner_node(env: Env) -> Result<()> {
 async fn the_pods_cgroup_comes_and_goes_with_it(env: Env) -> Result<()> {
     needs_v2()?;
     let daemon = env.daemon().await?;
-    let own = dir(&env.cgroup).join("pod");
+    let own = dir(&env.below("pod"));
     let pod = pod_below(&daemon, "pod").await?;
     assert!(own.is_dir());
     let container = pod.sleeper().await?;
@@ -492,8 +497,11 @@ async fn the_pods_cgroup_comes_and_goes_with_it(env: Env) -> Result<()> {
 
 async fn the_kubelets_cgroup_stays(env: Env) -> Result<()> {
     needs_v2()?;
+    if env.driver == Driver::Systemd {
+        return skip("the kubelet's is a slice here: see systemd::the_kubelets_slice_stays");
+    }
     let daemon = env.daemon().await?;
-    let own = dir(&env.cgroup).join("pod");
+    let own = dir(&env.below("pod"));
     std::fs::create_dir_all(&own)?;
     // The limits are the kubelet's, and are not touched.
     let enable = "+memory +pids";
@@ -514,6 +522,92 @@ async fn the_kubelets_cgroup_stays(env: Env) -> Result<()> {
     pod.remove().await?;
     assert_eq!(below(&env), std::slice::from_ref(&own));
     std::fs::remove_dir(&own)?;
+    Ok(())
+}
+
+async fn the_keeper_lives_with_its_pod(env: Env) -> Result<()> {
+    needs_v2()?;
+    if env.driver == Driver::Systemd {
+        return skip("the keeper has a scope here: see systemd::keepers_live_with_their_pod");
+    }
+    let daemon = env
+        .daemon_with(|s| s.set("cgroup.monitor", "\"pod\""))
+        .await?;
+    daemon.pull("test").await?;
+    let pod = pod_below(&daemon, "pod").await?;
+    let own = dir(&env.below("pod"));
+    let leaf = own.join("slipway-keeper");
+    let bystander = pod.sleeper().await?;
+    let (pid, cgroup) = bystander.keeper()?;
+    assert_eq!(dir(&cgroup), leaf);
+    assert_eq!(read(format!("/proc/{pid}/oom_score_adj"))?, "-999");
+    // What it uses is the pod's.
+    assert_ne!(read(leaf.join("memory.current"))?, "0");
+    assert!(counter(&read(leaf.join("cpu.stat"))?, "usage_usec ")? > 0);
+    std::fs::write(own.join("memory.max"), "33554432")?;
+    std::fs::write(own.join("memory.swap.max"), "0")?;
+    for _ in 0..2 {
+        let glutton = pod.run(&["probe", "eat", "200"], |_| {}).await?;
+        let status = glutton.exited().await?;
+        let found = (status.exit_code, status.reason.as_str());
+        assert_eq!(found, (137, "OOMKilled"));
+    }
+    // Neither it nor whoever keeps to his place was struck.
+    assert_eq!(bystander.keeper()?, (pid, cgroup.clone()));
+    assert_eq!(bystander.exec_output(&["echo", "well"]).await?, "well");
+    // Another daemon moves nobody.
+    daemon.end().await?;
+    daemon.launch().await?;
+    assert_eq!(bystander.keeper()?, (pid, cgroup));
+    pod.stop().await?;
+    pod.remove().await?;
+    assert!(!own.exists(), "{} is left", own.display());
+    Ok(())
+}
+
+async fn a_frozen_container_holds_nobody_up(env: Env) -> Result<()> {
+    needs_v2()?;
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let container = pod.sleeper().await?;
+    let own = container.cgroup_dirs().remove(0);
+    let freeze = async |word: &str| -> Result<()> {
+        std::fs::write(own.join("cgroup.freeze"), word)?;
+        eventually(&format!("frozen {word}"), seconds(5), || async {
+            let events = read(own.join("cgroup.events"))?;
+            Ok(events.contains(&format!("frozen {word}")).then_some(()))
+        })
+        .await
+    };
+    freeze("1").await?;
+    // An exec is born frozen. Its time runs all the same.
+    let exec = tokio::time::timeout(seconds(30), container.exec_limited(&["true"], 2)).await;
+    let exec = exec.context("an exec in a frozen container has no end")?;
+    refused(exec, Code::DeadlineExceeded, &[]);
+    assert_eq!(stage::tree(&own).len(), 1, "the exec's cgroup is left");
+    // The pod goes on, and so does the container when it is thawed.
+    let other = pod.sleeper().await?;
+    assert_eq!(other.exec_output(&["echo", "well"]).await?, "well");
+    freeze("0").await?;
+    assert_eq!(container.exec_output(&["echo", "back"]).await?, "back");
+    // Stopped while it is frozen, and while somebody waits for an exec without a limit.
+    freeze("1").await?;
+    let exec = tokio::spawn({
+        let container = container.clone();
+        async move { container.exec_limited(&["true"], 0).await }
+    });
+    eventually("the exec's cgroup", seconds(5), || async {
+        Ok((stage::tree(&own).len() > 1).then_some(()))
+    })
+    .await?;
+    let stopped = tokio::time::timeout(seconds(30), container.stop(1)).await;
+    stopped.context("a frozen container can't be stopped")??;
+    assert_eq!(container.status().await?.exit_code, 137);
+    let exec = tokio::time::timeout(seconds(10), exec).await;
+    let exec = exec.context("an exec outlives its container")??;
+    assert!(!exec.is_ok_and(|e| e.exit_code == 0), "it never ran");
+    container.remove().await?;
+    assert!(!own.exists(), "{} is left", own.display());
     Ok(())
 }
 
@@ -548,6 +642,9 @@ async fn what_the_kernel_refuses(env: Env) -> Result<()> {
 
 async fn a_parent_that_cannot_hand_controllers_down(env: Env) -> Result<()> {
     needs_v2()?;
+    if env.driver == Driver::Systemd {
+        return skip("systemd puts no process into a slice, and hands its controllers down itself");
+    }
     let daemon = env.daemon().await?;
     let busy = dir(&env.cgroup).join("busy");
     std::fs::create_dir_all(&busy)?;
@@ -579,9 +676,20 @@ async fn a_parent_that_may_have_no_children(env: Env) -> Result<()> {
     needs_v2()?;
     let daemon = env.daemon().await?;
     let pod = pod_below(&daemon, "full").await?;
-    let full = dir(&env.cgroup).join("full");
+    let full = dir(&env.below("full"));
     std::fs::write(full.join("cgroup.max.descendants"), "0")?;
     let status = pod.try_create(|_| {}).await.expect_err("no child may be");
+    if env.driver == Driver::Systemd {
+        // It is systemd that can't, and keeps the cause in its journal.
+        assert!(
+            status.message().contains("journalctl -u slipway-"),
+            "{status}"
+        );
+        assert_eq!(below(&env), std::slice::from_ref(&full));
+        std::fs::write(full.join("cgroup.max.descendants"), "max")?;
+        pod.sleeper().await?;
+        return Ok(());
+    }
     assert!(status.message().contains("/full/"), "{status}");
     assert!(
         status.message().contains("cgroup.max.descendants"),
@@ -590,7 +698,7 @@ async fn a_parent_that_may_have_no_children(env: Env) -> Result<()> {
     assert_eq!(below(&env), std::slice::from_ref(&full));
     // Nor may a pod be made there.
     let mut config = config::pod(&daemon);
-    config.linux.get_or_insert_default().cgroup_parent = format!("{}/full/pod", env.cgroup);
+    config.linux.get_or_insert_default().cgroup_parent = env.below("full/pod");
     let status = daemon.run_pod(config).await.map(|p| p.id);
     let status = status.expect_err("no child may be");
     assert!(status.message().contains("/full/pod"), "{status}");

@@ -17,6 +17,7 @@ use super::output::{Output, Streams, pipe};
 use super::{Keeper, Source, now_ns, wire_error};
 use crate::confine::{Confinement, chain};
 use crate::creator::{self, Inherited};
+use crate::ids::IdMaps;
 use crate::log::{LogFile, Stream};
 use crate::user::Resolved;
 use crate::{cgroup, removal, resize, sys};
@@ -33,6 +34,8 @@ pub(super) struct Container {
     pub(super) pidfd: Option<OwnedFd>,
     /// What exec sessions are confined with; known once created.
     pub(super) confinement: Option<Confinement>,
+    /// Ids of the user namespace that it is in, if that is not the host's.
+    pub(super) ids: Option<IdMaps>,
     pub(super) oom_score_adj: i32,
     own_pid_namespace: bool,
     /// How many OOM kills hit exec sessions: they are not what ends the container.
@@ -210,6 +213,7 @@ impl Keeper {
             creator: Some(creator),
             pidfd: None,
             confinement: None,
+            ids: IdMaps::of_spec(&spec),
             oom_score_adj: create.oom_score_adj,
             own_pid_namespace: creator::has_own_pid_namespace(&spec)
                 && create.pid_target.is_empty(),

@@ -13,7 +13,7 @@ use slipway_proto::keeper::{
 
 use super::container::{Container, not_found};
 use super::{Keeper, wire_error};
-use crate::confine::SETUP_FAILED;
+use crate::confine::{Confinement, SETUP_FAILED};
 use crate::creator::{report, set_oom_score};
 use crate::terminal::Terminal;
 use crate::{cgroup, sys};
@@ -101,7 +101,7 @@ impl Keeper {
             let kept = stdio.iter().chain([init, &setup_write]);
             let kept: Vec<_> = kept.map(AsRawFd::as_raw_fd).collect();
             sys::close_all_but(&kept);
-            let joined = self.join(container, init, confinement.user().uid, &stdio);
+            let joined = self.join(container, init, confinement, &stdio);
             if let Err((step, e)) = joined {
                 report(
                     setup_write.as_raw_fd(),
@@ -158,34 +158,50 @@ impl Keeper {
         &self,
         container: &Container,
         init: &OwnedFd,
-        uid: u32,
+        confinement: &Confinement,
         stdio: &[OwnedFd],
     ) -> Result<(), (&'static str, io::Error)> {
         self.cgroups
             .join_v1(&container.cgroup)
             .map_err(|e| ("join the container's cgroup", e))?;
         set_oom_score(container.oom_score_adj);
-        let namespaces = CloneFlags::CLONE_NEWNS
+        let uid = confinement.user().uid;
+        let host_uid = container.ids.map_or(Some(uid), |ids| ids.host_uid(uid));
+        let host_uid = host_uid.map(rustix::fs::Uid::from_raw);
+        let host_gid = container.ids.and_then(|ids| ids.host_gid(0));
+        let host_gid = host_gid.map(rustix::fs::Gid::from_raw);
+        let pipes = || stdio.iter().filter(|_| stdio.len() > 1);
+        for fd in pipes() {
+            // A process that is not root could not open /dev/stdout otherwise. As the host's root: in a user namespace
+            // the pipe is nobody's.
+            let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
+                rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
+            });
+            if pipe {
+                let _ = rustix::fs::fchown(fd, host_uid, host_gid);
+            }
+        }
+        let mut namespaces = CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWNET
             | CloneFlags::CLONE_NEWCGROUP;
+        if container.ids.is_some() {
+            namespaces |= CloneFlags::CLONE_NEWUSER;
+            confinement.raise_limits();
+        }
         setns(init, namespaces).map_err(|e| ("join the container's namespaces", e.into()))?;
+        if container.ids.is_some() {
+            // The host's root is nobody in there.
+            sys::set_ids(0, 0, &[]).map_err(|e| ("become the pod's root", e))?;
+        }
         nix::unistd::setsid().map_err(|e| ("make a session", e.into()))?;
         if let [socket] = stdio {
             Terminal::open(uid)
                 .and_then(|terminal| terminal.take(socket.as_fd()))
                 .map_err(|e| ("open a terminal in the container", e))?;
         }
-        let pipes = stdio.iter().filter(|_| stdio.len() > 1);
-        for (fd, to) in pipes.zip(0..) {
-            // A process that is not root could not open /dev/stdout otherwise.
-            let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
-                rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
-            });
-            if pipe {
-                let _ = rustix::fs::fchown(fd, Some(rustix::fs::Uid::from_raw(uid)), None);
-            }
+        for (fd, to) in pipes().zip(0..) {
             sys::dup_to(fd, to).map_err(|e| ("set up standard streams", e))?;
         }
         sys::cloexec_all();

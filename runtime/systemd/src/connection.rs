@@ -182,6 +182,20 @@ impl Connection {
         text(&answer)
     }
 
+    /// SetUnitProperties: for as long as the unit runs.
+    pub(crate) fn set_properties(
+        &mut self,
+        unit: &str,
+        properties: &[(&str, Value)],
+    ) -> Result<(), Trouble> {
+        let mut body = Encoder::default();
+        body.str(unit);
+        body.u32(1); // runtime: true
+        body.properties(properties);
+        self.manage("SetUnitProperties", "sba(sv)", body.into_bytes())?;
+        Ok(())
+    }
+
     pub(crate) fn reset_failed(&mut self, unit: &str) -> Result<(), Trouble> {
         let mut body = Encoder::default();
         body.str(unit);

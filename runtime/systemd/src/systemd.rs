@@ -34,13 +34,15 @@ pub fn booted() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
-/// A scope to be made around the calling process.
+/// A scope to be made around a process.
 #[derive(Debug, Clone, Copy)]
 pub struct Scope<'a> {
     /// Its name, which ends in `.scope`.
     pub unit: &'a str,
     /// The slice that it lies in, which systemd makes if it is not there.
     pub slice: &'a str,
+    /// The process; 0: the one that asks. Another number is right only where systemd counts processes as we do.
+    pub process: u32,
     /// For people.
     pub description: &'a str,
     /// Its limits.
@@ -102,7 +104,7 @@ impl Systemd {
         self.session(&task, |c| c.manager_text("Version"))
     }
 
-    /// Makes a delegated scope with the calling process in it, and waits until it is there. `joined` tells
+    /// Makes a delegated scope with the process in it, and waits until it is there. `joined` tells
     /// whether the process is in it: asked when the answer got lost.
     ///
     /// # Errors
@@ -117,8 +119,7 @@ impl Systemd {
         let mut properties = vec![
             ("Description", text(scope.description)),
             ("Slice", text(scope.slice)),
-            // 0: whoever asks. Right also where systemd numbers processes in another PID namespace.
-            ("PIDs", Value::U32s(vec![0])),
+            ("PIDs", Value::U32s(vec![scope.process])),
             // What is below the scope is ours, and every controller is there.
             ("Delegate", Value::Bool(true)),
             // Not to be stopped early in a shutdown, before the kubelet has had its say.
@@ -149,6 +150,29 @@ impl Systemd {
             ("CollectMode", text("inactive-or-failed")),
         ];
         self.start(unit, &properties, within, exists)
+    }
+
+    /// Gives a unit that is there other limits, all or none of them, and waits until systemd has written
+    /// them to the unit's cgroup.
+    ///
+    /// # Errors
+    /// [`SystemdError`].
+    pub fn set_properties(
+        &self,
+        unit: &str,
+        properties: &[(&str, Value)],
+        within: Duration,
+    ) -> Result<(), SystemdError> {
+        let task = Task {
+            action: "change the limits of",
+            unit,
+            deadline: Deadline::new(within),
+        };
+        self.session(&task, |c| {
+            c.set_properties(unit, properties)?;
+            // systemd answers first and writes afterwards, but before it hears the next call.
+            c.state(unit).map(drop)
+        })
     }
 
     /// Stops a unit and waits until it is gone; one that is not there is fine. Of a slice, everything in it

@@ -59,6 +59,7 @@ fn hold(unit: &str, slice: &str) {
     let scope = Scope {
         unit,
         slice,
+        process: 0,
         description: "a scope of slipway's tests",
         properties: &properties,
     };

@@ -154,7 +154,7 @@ async fn with_pods(bencher: &Bencher, daemon: i32, pods: &[Pod]) -> Result<Footp
 }
 
 /// The process that listens on the socket.
-async fn listener(endpoint: &str) -> Result<i32, ClientError> {
+pub(super) async fn listener(endpoint: &str) -> Result<i32, ClientError> {
     let failed = |source: std::io::Error| ClientError::Connect {
         endpoint: endpoint.to_owned(),
         source: source.into(),

@@ -31,6 +31,8 @@ pub struct TargetResult {
     pub operations: Vec<(&'static str, Samples)>,
     /// Of each parallel batch: pods that became ready, and the time until the last was.
     pub batches: Vec<(usize, Duration)>,
+    /// The daemon's share of one processor while it was asked as by a kubelet, in percent.
+    pub cpu_percent: Option<f64>,
     /// Pods that failed.
     pub failures: usize,
     /// Pods that went through.
@@ -44,6 +46,7 @@ impl TargetResult {
             name: name.to_owned(),
             operations: Vec::new(),
             batches: Vec::new(),
+            cpu_percent: None,
             failures: 0,
             successes: 0,
         }
@@ -87,6 +90,8 @@ pub struct Group {
     pub host_network: bool,
     /// Pods started at once.
     pub parallel: usize,
+    /// Containers that ran meanwhile, where it was about them and not about pods' lives.
+    pub containers: Option<usize>,
     /// Each target's results.
     pub results: Vec<TargetResult>,
 }
@@ -97,6 +102,7 @@ impl Group {
         Group {
             host_network,
             parallel,
+            containers: None,
             results,
         }
     }
@@ -107,6 +113,9 @@ impl Group {
         } else {
             "network from CNI"
         };
+        if let Some(count) = self.containers {
+            return format!("{network}, {count} containers");
+        }
         match self.parallel {
             1 => format!("{network}, one after the other"),
             many => format!("{network}, {many} at once"),
@@ -159,6 +168,12 @@ impl Group {
                 let ratio = ratio(rate, base);
                 text += &format!("{}: {rate:.1} pods per second ({ratio})\n", result.name);
             }
+            if let Some(percent) = result.cpu_percent {
+                let name = &result.name;
+                text += &format!(
+                    "{name}: {percent:.2} % of one processor at the kubelet's rate of calls\n"
+                );
+            }
             if result.failures > 0 {
                 text += &format!("{}: {} pods FAILED\n", result.name, result.failures);
             }
@@ -180,6 +195,7 @@ impl Group {
                     "target": result.name,
                     "operations_ms": operations,
                     "pods_per_second": result.pods_per_second(),
+                    "cpu_percent": result.cpu_percent,
                     "pods": result.successes,
                     "failures": result.failures,
                     "ratio_to_first": self.ratios(result),
@@ -189,6 +205,7 @@ impl Group {
         json!({
             "network": if self.host_network { "host" } else { "cni" },
             "parallel": self.parallel,
+            "containers": self.containers,
             "results": results,
         })
     }

@@ -7,10 +7,10 @@ use crate::paths;
 use crate::sandbox::is_privileged;
 use crate::sources::security;
 use crate::{
-    ContainerInput, ContainerPlan, capabilities, devices, logpath, mounts, namespaces, process,
-    resources, security as lsm, signal,
+    ContainerInput, ContainerPlan, apparmor, capabilities, devices, hidden, logpath, mounts,
+    namespaces, process, resources, selinux, signal,
 };
-use oci_spec::runtime::{Linux, LinuxCapabilities, Process, Root, Spec, User};
+use oci_spec::runtime::{Linux, LinuxCapabilities, LinuxNamespaceType, Process, Root, Spec, User};
 use slipway_proto::cri::{self, NamespaceMode};
 use slipway_proto::keeper;
 use std::collections::HashMap;
@@ -81,11 +81,23 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         privileged,
         readonly_rootfs,
         host_ipc: pod.ipc == NamespaceMode::Node,
+        host_network: pod.network == NamespaceMode::Node,
+        users: pod.users,
     };
     let mut mounts = mounts::of_container(input, at)?;
     mounts.list.extend(devices.mounts);
-    let (masked, readonly) = lsm::hidden(security)?;
-    let labels = lsm::selinux(security, input.sandbox_config, host)?;
+    let (masked, readonly) = hidden::hidden(security)?;
+    let of_host = |kind| {
+        let mut own = namespaces.list.iter();
+        !own.any(|namespace| namespace.typ() == kind)
+    };
+    let labels = selinux::labels(
+        security,
+        input.sandbox_config,
+        input.selinux_level,
+        of_host(LinuxNamespaceType::Pid) || of_host(LinuxNamespaceType::Ipc),
+        host.selinux.as_ref(),
+    )?;
     let hostname = match input.sandbox_config.hostname.as_str() {
         "" => &host.hostname,
         name => name,
@@ -108,8 +120,13 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         .set_capabilities(Some(capabilities.clone()))
         .set_rlimits(None)
         .set_no_new_privileges(Some(security.is_some_and(|s| s.no_new_privs)))
-        .set_apparmor_profile(lsm::apparmor(security, host, &mut warnings)?)
-        .set_selinux_label(labels.as_ref().map(|(process, _)| process.clone()))
+        .set_apparmor_profile(apparmor::profile(
+            security,
+            &input.sources.apparmor,
+            input.options,
+            &mut warnings,
+        )?)
+        .set_selinux_label(labels.as_ref().map(|l| l.process.clone()))
         // The keeper's, who knows what the kernel lets it set.
         .set_oom_score_adj(None);
 
@@ -131,11 +148,13 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         .set_cgroups_path(Some(pod_cgroup.container(input.id).into()))
         .set_resources(Some(oci_resources))
         .set_devices((!devices.nodes.is_empty()).then_some(devices.nodes))
+        .set_uid_mappings(pod.users.map(|users| vec![users.uids]))
+        .set_gid_mappings(pod.users.map(|users| vec![users.gids]))
         .set_seccomp(None)
         .set_rootfs_propagation(mounts.rootfs_propagation.map(str::to_owned))
         .set_masked_paths((!masked.is_empty()).then_some(masked))
         .set_readonly_paths((!readonly.is_empty()).then_some(readonly))
-        .set_mount_label(labels.map(|(_, mount)| mount));
+        .set_mount_label(labels.map(|l| l.file));
 
     let mut root = Root::default();
     root.set_path(input.container_dir.join("rootfs"))
@@ -182,6 +201,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
     Ok(ContainerPlan {
         create,
         spec,
+        relabel: mounts.relabel,
         seccomp: input.sources.seccomp.clone(),
         bounding: bounding(&capabilities),
         stop_signal,

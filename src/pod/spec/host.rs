@@ -1,5 +1,6 @@
 //! What this host can do.
 
+use crate::Selinux;
 use oci_spec::runtime::{Capabilities, Capability};
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,10 +26,8 @@ pub struct HostFacts {
     pub kernel: (u32, u32),
     /// Mounts can be made read-only recursively (Linux 5.12).
     pub recursive_read_only: bool,
-    /// AppArmor is on.
-    pub apparmor: bool,
-    /// SELinux is on.
-    pub selinux: bool,
+    /// SELinux, where it is on with a policy for containers, unless it is not to be used.
+    pub selinux: Option<Selinux>,
     /// The host's name.
     pub hostname: String,
 }
@@ -57,8 +56,7 @@ impl HostFacts {
             hugepage_sizes: hugepage_sizes(Path::new("/sys/kernel/mm/hugepages")),
             kernel,
             recursive_read_only: kernel >= (5, 12),
-            apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
-            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+            selinux: Selinux::detect().ok(),
             hostname: uname.nodename().to_string_lossy().into_owned(),
         }
     }

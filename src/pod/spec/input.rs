@@ -15,6 +15,8 @@ pub struct ContainerInput<'a> {
     pub sandbox_config: &'a cri::PodSandboxConfig,
     /// The pod's namespaces, as its keeper made them.
     pub namespaces: &'a keeper::SetupSandboxResult,
+    /// The SELinux level of the pod's containers, where SELinux is on.
+    pub selinux_level: Option<&'a str>,
     /// The request.
     pub config: &'a cri::ContainerConfig,
     /// The image's execution parameters.

@@ -6,14 +6,18 @@
 //! PodSandboxConfig ─ sandbox ─► SandboxPlan (for the keeper, CNI, the log directory)
 //! ContainerConfig ── survey ──► Sources ─┐
 //! image config, pod's namespaces ────────┴─ container ─► ContainerPlan (OCI spec, seccomp choice, …)
+//! what NRI plugins wish ────────────────── adjust ─────► the same
 //! ```
 #![forbid(unsafe_code)]
 
+mod adjust;
+mod apparmor;
 mod capabilities;
 mod cgroup;
 mod container;
 mod devices;
 mod error;
+mod hidden;
 mod host;
 mod hugepages;
 mod input;
@@ -28,14 +32,17 @@ mod resize;
 mod resources;
 mod sandbox;
 mod seccomp;
-mod security;
+mod selinux;
 mod signal;
 mod sources;
 mod sysctl;
+mod userns;
 
 #[cfg(test)]
 mod tests;
 
+pub use adjust::{adjust, limits_of};
+pub use apparmor::AppArmor;
 pub use cgroup::{CgroupDriver, default_cgroups};
 pub use container::container;
 pub use error::{SpecError, SpecErrorKind};
@@ -45,4 +52,5 @@ pub use options::SpecOptions;
 pub use plan::{ContainerPlan, PortMapping, SandboxPlan, SeccompChoice};
 pub use resize::{Resize, resize};
 pub use sandbox::sandbox;
+pub use selinux::{Labels, NoSelinux, Selinux, check_labels, level_of_pod};
 pub use sources::{HostDevice, MountSource, Propagation, Sources, survey};

@@ -2,6 +2,7 @@
 
 use crate::error::{Result, SpecError, quoted, quoted_path};
 use crate::sources::{MountSource, Propagation};
+use crate::userns::{self, IdMaps};
 use crate::{ContainerInput, paths};
 use oci_spec::runtime::Mount;
 use slipway_proto::cri::{self, MountPropagation};
@@ -16,6 +17,8 @@ pub(crate) struct Mounts {
     pub recursive_read_only: Vec<String>,
     /// Propagation of the root that the mounts need, in libcontainer's words.
     pub rootfs_propagation: Option<&'static str>,
+    /// Sources that are to have the container's SELinux label.
+    pub relabel: Vec<PathBuf>,
 }
 
 /// What of the container's circumstances its mounts depend on.
@@ -24,6 +27,9 @@ pub(crate) struct Circumstances {
     pub privileged: bool,
     pub readonly_rootfs: bool,
     pub host_ipc: bool,
+    pub host_network: bool,
+    /// Ids of the pod's user namespace, if it has one.
+    pub users: Option<IdMaps>,
 }
 
 /// Files below /proc that may be covered: lxcfs and its like give a container its own view there.
@@ -42,6 +48,9 @@ const COVERABLE: [&str; 11] = [
     "/proc/uptime",
 ];
 
+/// The group of terminals, everywhere.
+const TTY: u32 = 5;
+
 /// Made by libcontainer in every container's /dev, after the mounts: it would fail on one that is there.
 const MADE_IN_DEV: [&str; 12] = [
     "/dev/fd",
@@ -58,30 +67,42 @@ const MADE_IN_DEV: [&str; 12] = [
     "/dev/zero",
 ];
 
+/// Bind mount options that a request may name (KEP-5855), and what takes them down to the mounts below: what is
+/// forbidden in a volume is not to be allowed in a part of it.
+const OPTIONS: [(&str, &str); 3] = [
+    ("nodev", "rnodev"),
+    ("noexec", "rnoexec"),
+    ("nosuid", "rnosuid"),
+];
+
 /// Refuses what a later version brings.
 pub(crate) fn unsupported(field: &str, mount: &cri::Mount) -> Result<()> {
-    let what = if mount.image.is_some() || !mount.image_sub_path.is_empty() {
-        (
-            "image",
-            "volumes from images are not there yet in this version; use a host path",
-        )
-    } else if !mount.mount_options.is_empty() {
-        (
-            "mount_options",
-            "mount options are not there yet in this version; drop them",
-        )
-    } else if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        (
-            "uidMappings",
-            "mapped mounts are not there yet in this version; drop the mappings",
-        )
-    } else {
+    if mount.image.is_none() && mount.image_sub_path.is_empty() {
         return Ok(());
-    };
-    Err(SpecError::unsupported(
-        format!("{field}.{}", what.0),
-        what.1,
-    ))
+    }
+    let what = "volumes from images are not there yet in this version; use a host path";
+    Err(SpecError::unsupported(format!("{field}.image"), what))
+}
+
+/// The request's own options.
+fn own_options(field: &str, request: &cri::Mount, possible: bool) -> Result<Vec<&'static str>> {
+    let mut options = BTreeSet::new();
+    for (i, asked) in request.mount_options.iter().enumerate() {
+        let field = format!("{field}.mount_options[{i}]");
+        let Some((_, option)) = OPTIONS.iter().find(|(name, _)| name == asked) else {
+            let what = format!(
+                "{} is no option of a bind mount; there are nodev, noexec and nosuid",
+                quoted(asked)
+            );
+            return Err(SpecError::invalid(field, what));
+        };
+        if !possible {
+            let what = "needs Linux 5.12; this kernel is older";
+            return Err(SpecError::precondition(field, what));
+        }
+        options.insert(*option);
+    }
+    Ok(options.into_iter().collect())
 }
 
 /// A container's mounts. Its own cover the standard ones; of several, those nearer to the root come first,
@@ -100,21 +121,41 @@ pub(crate) fn of_container(input: &ContainerInput<'_>, at: Circumstances) -> Res
             let what = format!("{} is mounted twice", quoted(&request.container_path));
             return Err(SpecError::invalid(format!("{field}.container_path"), what));
         }
-        if input.host.selinux && request.selinux_relabel {
-            let what = "relabelling is not there yet in this version; label the source beforehand";
-            return Err(SpecError::unsupported(
-                format!("{field}.selinux_relabel"),
-                what,
-            ));
+        if input.host.selinux.is_some() && request.selinux_relabel {
+            if !relabelable(&source.path) {
+                let what = format!(
+                    "{} belongs to the host, and other programs would lose it; mount a directory of its own, \
+                     or don't ask for relabelling",
+                    source.path.display()
+                );
+                return Err(SpecError::invalid(format!("{field}.selinux_relabel"), what));
+            }
+            out.relabel.push(source.path.clone());
         }
-        let mut options = vec!["rbind", propagation(&field, request, source, &mut out)?];
+        let propagation = propagation(&field, request, source, &mut out)?;
+        if at.users.is_some() && propagation == "rshared" {
+            let what = "PROPAGATION_BIDIRECTIONAL does not go with a user namespace: the kernel lets no mount out \
+                        of one";
+            return Err(SpecError::invalid(format!("{field}.propagation"), what));
+        }
+        let mut options = vec!["rbind", propagation];
         let read_only = read_only(&field, request, input.host.recursive_read_only)?;
         options.extend_from_slice(read_only);
         if read_only.contains(&"rro") {
             out.recursive_read_only
                 .push(place.to_string_lossy().into_owned());
         }
-        own.push((place.clone(), mount(&place, "bind", &source.path, &options)));
+        options.extend(own_options(
+            &field,
+            request,
+            input.host.recursive_read_only,
+        )?);
+        let mut bind = mount(&place, "bind", &source.path, &options);
+        if let Some(maps) = userns::of_mount(&field, request)? {
+            bind.set_uid_mappings(Some(vec![maps.uids]))
+                .set_gid_mappings(Some(vec![maps.gids]));
+        }
+        own.push((place.clone(), bind));
     }
     for (place, source, options) in pod_files(input, at) {
         let place = PathBuf::from(place);
@@ -151,13 +192,19 @@ fn place(field: &str, request: &cri::Mount, source: &MountSource) -> Result<Path
     let field = format!("{field}.container_path");
     paths::absolute(&field, &request.container_path)?;
     let place = paths::clean(&request.container_path);
-    let shown = quoted(&request.container_path);
+    coverable(&field, &place, source.procfs)?;
+    Ok(place)
+}
+
+/// Refuses places that no mount may be at; `procfs`: what is mounted is a proc file system.
+pub(crate) fn coverable(field: &str, place: &Path, procfs: bool) -> Result<()> {
+    let shown = quoted_path(place);
     if place == Path::new("/") {
         let what = "can't be the root; mount below it";
         return Err(SpecError::invalid(field, what));
     }
     if place == Path::new("/proc") {
-        if !source.procfs {
+        if !procfs {
             let what = format!("{shown} may only be covered by a proc file system");
             return Err(SpecError::invalid(field, what));
         }
@@ -168,13 +215,19 @@ fn place(field: &str, request: &cri::Mount, source: &MountSource) -> Result<Path
         );
         return Err(SpecError::invalid(field, what));
     }
+    free_in_dev(field, place)
+}
+
+/// Refuses what the runtime makes in `/dev` itself.
+pub(crate) fn free_in_dev(field: &str, place: &Path) -> Result<()> {
     if MADE_IN_DEV.iter().any(|file| place == Path::new(file)) {
         let what = format!(
-            "a mount over {shown} is not there yet in this version; use another path, or devices"
+            "a mount over {} is not there yet in this version; use another path, or devices",
+            quoted_path(place)
         );
         return Err(SpecError::unsupported(field, what));
     }
-    Ok(place)
+    Ok(())
 }
 
 fn propagation(
@@ -274,6 +327,25 @@ fn standard(at: Circumstances) -> Vec<Mount> {
         mount(Path::new(place), kind, Path::new(kind), options)
     };
     let tight = ["nosuid", "noexec", "nodev"];
+    let mut pts = vec![
+        "nosuid",
+        "noexec",
+        "newinstance",
+        "ptmxmode=0666",
+        "mode=0620",
+    ];
+    // The group tty: devpts takes no group that its user namespace has not.
+    if at.users.is_none_or(|users| users.gids.size() > TTY) {
+        pts.push("gid=5");
+    }
+    // sysfs shows a network, so who has that may mount it; the host's is not the pod's. Without what is mounted
+    // below it, of which nothing is the container's to see.
+    let sys = if at.users.is_some() && at.host_network {
+        let options = ["bind", "rprivate", "nosuid", "noexec", "nodev", "ro"];
+        mount(Path::new("/sys"), "bind", Path::new("/sys"), &options)
+    } else {
+        from("/sys", "sysfs", &["nosuid", "noexec", "nodev", mode])
+    };
     vec![
         from("/proc", "proc", &tight),
         from(
@@ -281,26 +353,49 @@ fn standard(at: Circumstances) -> Vec<Mount> {
             "tmpfs",
             &["nosuid", "strictatime", "mode=755", "size=65536k"],
         ),
-        from(
-            "/dev/pts",
-            "devpts",
-            &[
-                "nosuid",
-                "noexec",
-                "newinstance",
-                "ptmxmode=0666",
-                "mode=0620",
-                "gid=5",
-            ],
-        ),
+        from("/dev/pts", "devpts", &pts),
         from("/dev/mqueue", "mqueue", &tight),
-        from("/sys", "sysfs", &["nosuid", "noexec", "nodev", mode]),
+        sys,
         from(
             "/sys/fs/cgroup",
             "cgroup",
             &["nosuid", "noexec", "nodev", "relatime", mode],
         ),
     ]
+}
+
+/// Whether a directory may be given to a container for good. Those of the host's own, which its programs need as
+/// they are, may not; the peers refuse the same.
+fn relabelable(source: &Path) -> bool {
+    const OWN: [&str; 23] = [
+        "/",
+        "/bin",
+        "/boot",
+        "/dev",
+        "/etc",
+        "/etc/passwd",
+        "/etc/pki",
+        "/etc/shadow",
+        "/home",
+        "/lib",
+        "/lib64",
+        "/media",
+        "/opt",
+        "/proc",
+        "/root",
+        "/run",
+        "/sbin",
+        "/srv",
+        "/sys",
+        "/tmp",
+        "/usr",
+        "/var",
+        "/var/lib",
+    ];
+    !OWN.iter().any(|own| Path::new(own) == source)
+        && !["/proc", "/sys", "/dev"]
+            .iter()
+            .any(|fs| source.starts_with(fs))
 }
 
 fn mount(place: &Path, kind: &str, source: &Path, options: &[&str]) -> Mount {
@@ -536,12 +631,95 @@ mod tests {
     }
 
     #[test]
-    fn selinux_relabelling_is_refused_where_it_would_matter() {
+    fn sources_to_relabel_are_told_and_never_the_hosts_own() {
         let mut case = Case::new();
-        case.mount("/x", "/y").selinux_relabel = true;
-        case.good();
-        case.host.selinux = true;
-        let field = "mounts[0].selinux_relabel".to_owned();
-        assert_eq!(case.bad(), (SpecErrorKind::Unsupported, field));
+        case.mount("/y", "/srv/x").selinux_relabel = true;
+        case.mount("/z", "/srv/z");
+        assert!(case.good().relabel.is_empty(), "without SELinux");
+        case.host.selinux = Some(crate::Selinux {
+            process: ["u", "r", "t"].map(str::to_owned),
+            file: ["u", "r", "f"].map(str::to_owned),
+        });
+        assert_eq!(case.good().relabel, [std::path::PathBuf::from("/srv/x")]);
+        for host in ["/", "/etc", "/usr", "/var/lib", "/home", "/etc/passwd"] {
+            let mut case = Case::new();
+            case.host.selinux = Some(crate::Selinux {
+                process: ["u", "r", "t"].map(str::to_owned),
+                file: ["u", "r", "f"].map(str::to_owned),
+            });
+            case.mount("/y", host).selinux_relabel = true;
+            let field = "mounts[0].selinux_relabel".to_owned();
+            assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{host}");
+        }
+    }
+
+    #[test]
+    fn the_requests_own_options() {
+        let mut case = Case::new();
+        case.mount("/x", "/y").mount_options =
+            vec!["noexec".into(), "nodev".into(), "noexec".into()];
+        let spec = case.good().spec;
+        let found = options(&spec, "/x");
+        assert_eq!(
+            found,
+            ["rbind", "rprivate", "rw", "rnodev", "rnoexec"].map(str::to_owned)
+        );
+        for bad in ["exec", "rnoexec", "NOEXEC", "", "uid=0", "bind", "rw"] {
+            let mut case = Case::new();
+            case.mount("/x", "/y").mount_options = vec!["nosuid".into(), bad.into()];
+            let field = "mounts[0].mount_options[1]".to_owned();
+            assert_eq!(case.bad(), (SpecErrorKind::Invalid, field), "{bad:?}");
+        }
+        case.host.recursive_read_only = false;
+        assert_eq!(case.bad().0, SpecErrorKind::FailedPrecondition);
+    }
+
+    #[test]
+    fn owners_are_mapped() {
+        let ids = cri::IdMapping {
+            host_id: 65536,
+            container_id: 0,
+            length: 65536,
+        };
+        let mut case = Case::new();
+        let mount = case.mount("/x", "/y");
+        (mount.uid_mappings, mount.gid_mappings) = (vec![ids], vec![ids]);
+        let spec = case.good().spec;
+        let mount = find(&spec, "/x");
+        let host = |ids: &Option<Vec<oci_spec::runtime::LinuxIdMapping>>| {
+            ids.iter()
+                .flatten()
+                .map(|m| m.host_id())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (host(mount.uid_mappings()), host(mount.gid_mappings())),
+            (vec![65536], vec![65536])
+        );
+        case.config.mounts[0].gid_mappings.clear();
+        let field = "mounts[0].gidMappings".to_owned();
+        assert_eq!(case.bad(), (SpecErrorKind::Invalid, field));
+    }
+
+    #[test]
+    fn in_a_user_namespace() {
+        let mut case = Case::new();
+        case.user_namespace(65536);
+        let spec = case.good().spec;
+        assert!(has(&spec, "/dev/pts", "gid=5"));
+        assert_eq!(find(&spec, "/sys").typ().as_deref(), Some("sysfs"));
+        let linux = spec.linux().clone().expect("linux");
+        assert_eq!(linux.uid_mappings().iter().flatten().count(), 1);
+        // devpts would refuse a group that is not there.
+        case.user_namespace(5);
+        assert!(!has(&case.good().spec, "/dev/pts", "gid=5"));
+        case.user_namespace(65536).network = NamespaceMode::Node.into();
+        case.made.network.clear();
+        let spec = case.good().spec;
+        assert_eq!(find(&spec, "/sys").typ().as_deref(), Some("bind"));
+        assert!(has(&spec, "/sys", "ro"));
+        case.mount("/x", "/y").propagation = MountPropagation::PropagationBidirectional.into();
+        let field = "mounts[0].propagation".to_owned();
+        assert_eq!(case.bad(), (SpecErrorKind::Invalid, field));
     }
 }

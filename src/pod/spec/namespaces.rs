@@ -1,6 +1,7 @@
 //! Namespace modes of pods and containers.
 
 use crate::error::{Result, SpecError};
+use crate::userns::{self, IdMaps};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Kind};
 use slipway_proto::cri::{self, NamespaceMode as Mode};
 use slipway_proto::keeper::SetupSandboxResult;
@@ -14,6 +15,8 @@ pub(crate) struct PodNamespaces {
     pub ipc: Mode,
     /// `Pod`, `Container` or `Node`.
     pub pid: Mode,
+    /// Ids of its user namespace, if it has one.
+    pub users: Option<IdMaps>,
 }
 
 const POD: &str = "linux.security_context.namespace_options";
@@ -44,12 +47,21 @@ pub(crate) fn of_pod(config: &cri::PodSandboxConfig) -> Result<PodNamespaces> {
         let what = "TARGET is for a container; a pod has POD, CONTAINER or NODE";
         return Err(SpecError::invalid(format!("{POD}.pid"), what));
     }
-    user_namespace(options.userns_options.as_ref())?;
-    Ok(PodNamespaces {
+    let own = PodNamespaces {
         network: shared("network", options.network)?,
         ipc: shared("ipc", options.ipc)?,
         pid,
-    })
+        users: users(options.userns_options.as_ref())?,
+    };
+    // proc and mqueue can be mounted by the owner of their namespaces alone, which the pod then is not.
+    for (name, mode) in [("pid", own.pid), ("ipc", own.ipc)] {
+        if own.users.is_some() && mode == Mode::Node {
+            let what = "NODE does not go with a user namespace, which the API server refuses, too; use POD, or \
+                        no user namespace (hostUsers: true)";
+            return Err(SpecError::invalid(format!("{POD}.{name}"), what));
+        }
+    }
+    Ok(own)
 }
 
 fn options_of_pod(config: &cri::PodSandboxConfig) -> Option<&cri::NamespaceOption> {
@@ -62,30 +74,8 @@ fn options_of_pod(config: &cri::PodSandboxConfig) -> Option<&cri::NamespaceOptio
         .as_ref()
 }
 
-fn user_namespace(options: Option<&cri::UserNamespace>) -> Result<()> {
-    let field = format!("{POD}.userns_options");
-    let Some(options) = options else {
-        return Ok(());
-    };
-    match mode(&field, options.mode)? {
-        Mode::Node if options.uids.is_empty() && options.gids.is_empty() => Ok(()),
-        Mode::Node => Err(SpecError::invalid(
-            field,
-            "mode NODE has no mappings; drop them or use POD",
-        )),
-        Mode::Pod => {
-            let what = "user namespaces are not there yet in this version; use mode NODE \
-                        (hostUsers: true)";
-            Err(SpecError::unsupported(field, what))
-        }
-        other => {
-            let what = format!(
-                "{} makes no sense here; use POD or NODE",
-                other.as_str_name()
-            );
-            Err(SpecError::invalid(field, what))
-        }
-    }
+fn users(options: Option<&cri::UserNamespace>) -> Result<Option<IdMaps>> {
+    userns::of_options(&format!("{POD}.userns_options"), options)
 }
 
 /// A container's namespaces.
@@ -111,7 +101,13 @@ pub(crate) fn of_container(
     let mut pid = pod.pid;
     let mut pid_target = String::new();
     if let Some(options) = options {
-        user_namespace(options.userns_options.as_ref())?;
+        if let Some(asked) = &options.userns_options
+            && users(Some(asked))? != pod.users
+        {
+            let what =
+                "the user namespace is not that of the pod; all containers of a pod have the pod's";
+            return Err(SpecError::invalid(format!("{POD}.userns_options"), what));
+        }
         like_the_pod("network", options.network, pod.network)?;
         like_the_pod("ipc", options.ipc, pod.ipc)?;
         let field = format!("{POD}.pid");
@@ -153,6 +149,9 @@ pub(crate) fn of_container(
         namespace.set_path(Some(path.into()));
         Ok(Some(namespace))
     };
+    if pod.users.is_some() {
+        list.extend(joined(Kind::User, Mode::Pod, &made.user, "user")?);
+    }
     list.extend(joined(
         Kind::Network,
         pod.network,
@@ -200,7 +199,7 @@ fn new(kind: Kind) -> LinuxNamespace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::SpecErrorKind::{FailedPrecondition, Invalid, Unsupported};
+    use crate::SpecErrorKind::{FailedPrecondition, Invalid};
 
     fn options(network: Mode, ipc: Mode, pid: Mode) -> cri::NamespaceOption {
         cri::NamespaceOption {
@@ -231,6 +230,7 @@ mod tests {
             ipc: "/ns/ipc".into(),
             uts: "/ns/uts".into(),
             pid: "/ns/pid".into(),
+            user: "/ns/user".into(),
             made_cgroup: false,
         }
     }
@@ -288,26 +288,63 @@ mod tests {
     }
 
     #[test]
-    fn user_namespaces_are_for_later() {
-        let with = |mode: i32, uids: Vec<cri::IdMapping>| cri::NamespaceOption {
+    fn user_namespaces() {
+        let maps = |host_id| {
+            let mapping = cri::IdMapping {
+                host_id,
+                container_id: 0,
+                length: 65536,
+            };
+            Some(cri::UserNamespace {
+                mode: Mode::Pod.into(),
+                uids: vec![mapping],
+                gids: vec![mapping],
+            })
+        };
+        let with = |host_id, modes: [Mode; 3]| cri::NamespaceOption {
+            userns_options: maps(host_id),
+            ..options(modes[0], modes[1], modes[2])
+        };
+        let all = [Mode::Pod; 3];
+        assert!(pod(Some(with(65536, all))).expect("good").users.is_some());
+        // The host's network is none of the container's to configure, but the rest works.
+        let network = [Mode::Node, Mode::Pod, Mode::Container];
+        assert!(pod(Some(with(65536, network))).is_ok());
+        for (modes, field) in [
+            ([Mode::Pod, Mode::Pod, Mode::Node], "pid"),
+            ([Mode::Pod, Mode::Node, Mode::Pod], "ipc"),
+        ] {
+            let error = pod(Some(with(65536, modes))).expect_err(field);
+            assert_eq!(error.field(), format!("{POD}.{field}"));
+        }
+        let joined = |own: Option<cri::NamespaceOption>| container(own, with(65536, all));
+        let list = vec![
+            "mnt", "/ns/user", "/ns/net", "/ns/ipc", "/ns/uts", "/ns/pid",
+        ];
+        for own in [
+            None,
+            Some(options(all[0], all[1], all[2])),
+            Some(with(65536, all)),
+        ] {
+            assert_eq!(joined(own).expect("good").0, list);
+        }
+        let other = joined(Some(with(131_072, all))).expect_err("another one");
+        assert_eq!(other.kind(), Invalid);
+        let node = cri::NamespaceOption {
             userns_options: Some(cri::UserNamespace {
-                mode,
-                uids,
-                gids: vec![],
+                mode: Mode::Node.into(),
+                ..Default::default()
             }),
             ..Default::default()
         };
-        assert!(pod(Some(with(Mode::Node.into(), vec![]))).is_ok());
-        let kind = |mode: Mode, uids| pod(Some(with(mode.into(), uids))).expect_err("no").kind();
-        assert_eq!(kind(Mode::Pod, vec![]), Unsupported);
-        assert_eq!(kind(Mode::Container, vec![]), Invalid);
-        assert_eq!(kind(Mode::Target, vec![]), Invalid);
-        assert_eq!(kind(Mode::Node, vec![cri::IdMapping::default()]), Invalid);
-        let error = container(
-            Some(with(0, vec![])),
-            options(Mode::Pod, Mode::Pod, Mode::Pod),
+        assert_eq!(
+            joined(Some(node.clone())).expect_err("the host's").kind(),
+            Invalid
         );
-        assert_eq!(error.expect_err("no").kind(), Unsupported);
+        let plain = options(all[0], all[1], all[2]);
+        assert!(container(Some(node), plain.clone()).is_ok());
+        let error = container(Some(with(65536, all)), plain).expect_err("the pod has none");
+        assert_eq!(error.kind(), Invalid);
     }
 
     #[test]
@@ -414,6 +451,7 @@ mod tests {
             network: Mode::Pod,
             ipc: Mode::Pod,
             pid: Mode::Pod,
+            users: None,
         };
         for lost in 0..4 {
             let mut made = made();
@@ -434,6 +472,7 @@ mod tests {
             network: Mode::Pod,
             ipc: Mode::Pod,
             pid: Mode::Pod,
+            users: None,
         };
         let kinds = |own| {
             let found = of_container(None, all, &made(), own).expect("good");

@@ -25,6 +25,8 @@ pub struct SpecOptions {
     /// Whether a directory is made where a bind mount's source is missing; otherwise the container is
     /// refused.
     pub create_missing_sources: bool,
+    /// The AppArmor profile that RuntimeDefault means, and saying nothing.
+    pub apparmor_profile: String,
     /// Replaces the built-in profile for RuntimeDefault.
     pub seccomp_profile: Option<PathBuf>,
     /// Where Localhost profiles with a relative name are looked up.
@@ -57,6 +59,7 @@ impl Default for SpecOptions {
             pids_limit: 0,
             shm_bytes: 64 << 20,
             create_missing_sources: false,
+            apparmor_profile: "slipway-default".to_owned(),
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
         }

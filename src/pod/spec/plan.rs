@@ -45,6 +45,8 @@ pub struct ContainerPlan {
     /// The OCI specification. `linux.seccomp` is absent: see [`Self::seccomp`]. `process.capabilities`,
     /// `process.noNewPrivileges`, `process.apparmorProfile` and the labels say what shall hold.
     pub spec: Spec,
+    /// Sources of mounts that are to get `linux.mountLabel`.
+    pub relabel: Vec<PathBuf>,
     /// The filter to compile.
     pub seccomp: SeccompChoice,
     /// The container's bounding set, on which a seccomp profile's conditions depend.

@@ -33,16 +33,22 @@ pub(crate) fn arguments(config: &cri::ContainerConfig, image: &Image) -> Result<
         let what = "no command: neither the request nor the image names one; set command or args";
         return Err(SpecError::invalid("command", what));
     }
-    for (i, argument) in all.iter().enumerate() {
+    checked("command", &all)?;
+    Ok(all)
+}
+
+/// Refuses arguments that the kernel would not take.
+pub(crate) fn checked(field: &str, arguments: &[String]) -> Result<()> {
+    for (i, argument) in arguments.iter().enumerate() {
         let what = match argument {
             a if a.contains('\0') => "has a NUL in it",
             a if a.len() >= LONGEST_STRING => "is longer than the kernel takes",
             _ => continue,
         };
         let text = format!("argument {i} ({}) {what}", quoted(argument));
-        return Err(SpecError::invalid("command", text));
+        return Err(SpecError::invalid(field, text));
     }
-    Ok(all)
+    Ok(())
 }
 
 /// The environment as `KEY=VALUE`, each key once: PATH, HOSTNAME and, on a terminal, TERM unless they are set,
@@ -71,24 +77,21 @@ pub(crate) fn environment(
         }
     }
     for (i, pair) in config.envs.iter().enumerate() {
-        let what = match pair {
-            p if p.key.is_empty() => "has no name",
-            p if p.key.contains('=') => "has a = in its name",
-            p if p.key.contains('\0') || p.value.contains(&0) => "has a NUL in it",
-            p if p.key.len() + p.value.len() + 1 >= LONGEST_STRING => {
-                "is longer than the kernel takes"
-            }
-            _ => {
-                all.set([pair.key.as_bytes(), b"=", &pair.value].concat());
-                continue;
-            }
-        };
-        return Err(SpecError::invalid(
-            format!("envs[{i}]"),
-            format!("{} {what}", quoted(&pair.key)),
-        ));
+        all.set(variable(&format!("envs[{i}]"), &pair.key, &pair.value)?);
     }
     Ok(all.0)
+}
+
+/// One variable as `KEY=VALUE`, if it can be one.
+pub(crate) fn variable(field: &str, key: &str, value: &[u8]) -> Result<Vec<u8>> {
+    let what = match key {
+        "" => "has no name",
+        key if key.contains('=') => "has a = in its name",
+        key if key.contains('\0') || value.contains(&0) => "has a NUL in it",
+        key if key.len() + value.len() + 1 >= LONGEST_STRING => "is longer than the kernel takes",
+        _ => return Ok([key.as_bytes(), b"=", value].concat()),
+    };
+    Err(SpecError::invalid(field, format!("{} {what}", quoted(key))))
 }
 
 struct Environment(Vec<Vec<u8>>);

@@ -55,7 +55,7 @@ pub fn resize(
     })
 }
 
-fn merge(
+pub(crate) fn merge(
     old: &LinuxContainerResources,
     request: &LinuxContainerResources,
 ) -> LinuxContainerResources {

@@ -223,8 +223,7 @@ pub(crate) mod tests {
             hugepage_sizes: ["2MB".to_owned(), "1GB".to_owned()].into(),
             kernel: (6, 1),
             recursive_read_only: true,
-            apparmor: false,
-            selinux: false,
+            selinux: None,
             hostname: "host".into(),
         }
     }

@@ -3,6 +3,7 @@
 use crate::cgroup::{CgroupDriver, PodCgroup};
 use crate::error::{Result, SpecError, quoted};
 use crate::{HostFacts, PortMapping, SandboxPlan, SpecOptions, logpath, namespaces, sysctl};
+use oci_spec::runtime::LinuxIdMapping;
 use slipway_proto::cri::{self, NamespaceMode};
 use slipway_proto::keeper;
 use std::net::IpAddr;
@@ -56,6 +57,10 @@ pub fn sandbox(
         } else {
             String::new()
         },
+        users: own.users.map(|ids| keeper::UserNamespace {
+            uids: Some(range(&ids.uids)),
+            gids: Some(range(&ids.gids)),
+        }),
     };
     Ok(SandboxPlan {
         setup,
@@ -71,6 +76,14 @@ pub fn sandbox(
         privileged: is_privileged(config),
         warnings: Vec::new(),
     })
+}
+
+fn range(ids: &LinuxIdMapping) -> keeper::IdRange {
+    keeper::IdRange {
+        container: ids.container_id(),
+        host: ids.host_id(),
+        length: ids.size(),
+    }
 }
 
 /// Whether the pod may have privileged containers.
@@ -147,7 +160,7 @@ fn port_mappings(requests: &[cri::PortMapping], own_network: bool) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::SpecErrorKind::{Invalid, Unsupported};
+    use crate::SpecErrorKind::Invalid;
     use std::collections::HashMap;
 
     fn config() -> cri::PodSandboxConfig {
@@ -355,8 +368,14 @@ mod tests {
     }
 
     #[test]
-    fn user_namespaces_are_refused() {
+    fn the_keeper_is_told_of_a_user_namespace() {
         let mut config = with([NamespaceMode::Pod; 3]);
+        assert_eq!(plan(&config).expect("good").setup.users, None);
+        let mapping = cri::IdMapping {
+            host_id: 65536,
+            container_id: 0,
+            length: 1000,
+        };
         let security = config
             .linux
             .as_mut()
@@ -364,7 +383,18 @@ mod tests {
         let options = security
             .and_then(|s| s.namespace_options.as_mut())
             .expect("options");
-        options.userns_options = Some(cri::UserNamespace::default());
-        assert_eq!(plan(&config).expect_err("later").kind(), Unsupported);
+        options.userns_options = Some(cri::UserNamespace {
+            mode: NamespaceMode::Pod.into(),
+            uids: vec![mapping],
+            gids: vec![mapping],
+        });
+        let plan = plan(&config).expect("good");
+        let users = plan.setup.users.expect("a user namespace");
+        let expected = keeper::IdRange {
+            container: 0,
+            host: 65536,
+            length: 1000,
+        };
+        assert_eq!((users.uids, users.gids), (Some(expected), Some(expected)));
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::error::{Result, SpecError, quoted, quoted_path};
 use crate::paths;
-use crate::{SeccompChoice, SpecOptions, seccomp};
+use crate::{AppArmor, SeccompChoice, SpecOptions, seccomp};
 use oci_spec::runtime::LinuxDeviceType;
 use slipway_proto::cri;
 use std::fs;
@@ -22,6 +22,8 @@ pub struct Sources {
     pub devices: Vec<Vec<HostDevice>>,
     /// Every device of the host, for a privileged container; else empty.
     pub all_devices: Vec<HostDevice>,
+    /// AppArmor, and its profiles.
+    pub apparmor: AppArmor,
     /// The seccomp profile, read.
     pub seccomp: SeccompChoice,
 }
@@ -114,6 +116,7 @@ pub fn survey(config: &cri::ContainerConfig, options: &SpecOptions) -> Result<So
         mounts,
         devices,
         all_devices,
+        apparmor: AppArmor::detect(),
         seccomp,
     })
 }

@@ -54,10 +54,14 @@ impl Setup {
         setup.set("run_root", &root("r"));
         setup.set("state_root", &root("state"));
         setup.set("log.level", "\"debug\"");
+        setup.set("cgroup.driver", &format!("{:?}", env.driver.name()));
         setup.set(
             "images.insecure_registries",
             &format!("[\"{REGISTRY}\", \"{LOGIN_REGISTRY}\"]"),
         );
+        setup.set("nri.socket_path", &root("nri.sock"));
+        setup.set("nri.plugin_dir", &root("nri.d"));
+        setup.set("nri.config_dir", &root("nri.conf.d"));
         setup.set("images.retries", "1");
         setup.set("network.conf_dir", &root("net.d"));
         setup.set("network.cache_dir", &root("net.cache"));

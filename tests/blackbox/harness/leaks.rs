@@ -68,6 +68,7 @@ pub async fn settle(env: &Env, find: fn(&Env) -> Vec<String>) -> Vec<String> {
 /// Makes an end of everything that is left, so that other tests don't meet it.
 pub async fn wipe(env: &Env) {
     use nix::sys::signal::{Signal, kill};
+    env.stop_slice().await;
     for _ in 0..50 {
         let mut all: Vec<i32> = processes(env).into_iter().map(|(pid, _)| pid).collect();
         for dir in stage::cgroup_dirs(&env.cgroup)

@@ -1,5 +1,6 @@
 //! What the tests stand on: the namespaces, the runner, the daemon, the CRI, the search for leaks.
 
+pub mod cgroups;
 pub mod config;
 pub mod daemon;
 pub mod leaks;
@@ -7,6 +8,7 @@ pub mod liar;
 pub mod log;
 pub mod objects;
 pub mod pace;
+pub mod plugin;
 pub mod probe;
 pub mod runner;
 pub mod stage;
@@ -19,6 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 pub use anyhow::{Context, Result, bail, ensure};
+pub use cgroups::{Driver, dir, systemctl};
 pub use config::{container_security, pod_security};
 pub use daemon::{Daemon, Setup};
 pub use objects::{Container, Pod};
@@ -74,6 +77,10 @@ pub struct Place {
     pub root: PathBuf,
     /// cgroup below which all its pods are, absolute in the hierarchies.
     pub cgroup: String,
+    /// Who makes cgroups in this run.
+    pub driver: Driver,
+    /// Set once systemd has made the test's slice.
+    slice: tokio::sync::OnceCell<()>,
     next: AtomicU32,
     /// The daemons that it started, for the runner to end.
     daemons: Mutex<Vec<Daemon>>,
@@ -88,12 +95,14 @@ impl std::ops::Deref for Env {
 }
 
 impl Env {
-    fn new(number: u32, root: PathBuf, cgroup: String) -> Self {
+    fn new(number: u32, root: PathBuf, top: &str, driver: Driver) -> Self {
         let (next, daemons) = (AtomicU32::new(0), Mutex::default());
         Self(std::sync::Arc::new(Place {
             number,
             root,
-            cgroup,
+            cgroup: driver.below(&format!("/{top}"), &format!("t{number}")),
+            driver,
+            slice: tokio::sync::OnceCell::new(),
             next,
             daemons,
         }))
@@ -115,6 +124,7 @@ impl Env {
     pub async fn daemon_with(&self, change: impl FnOnce(&mut Setup)) -> Result<Daemon> {
         let mut setup = Setup::new(self);
         change(&mut setup);
+        self.make_cgroup().await?;
         let daemon = Daemon::start(self.clone(), setup).await?;
         self.daemons.lock().unwrap().push(daemon.clone());
         Ok(daemon)

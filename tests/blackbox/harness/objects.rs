@@ -35,6 +35,16 @@ pub struct Exec {
     pub code: i32,
 }
 
+/// The keeper that is the parent of this process, and its v2 cgroup.
+pub fn keeper_of(init: i32) -> Result<(i32, String)> {
+    let stat = super::read(format!("/proc/{init}/stat"))?;
+    let rest = stat.rsplit(") ").next().context("stat")?;
+    let keeper: i32 = rest.split(' ').nth(1).context("ppid")?.parse()?;
+    let text = super::read(format!("/proc/{keeper}/cgroup"))?;
+    let cgroup = text.lines().find_map(|l| l.strip_prefix("0::"));
+    Ok((keeper, cgroup.context("no v2 cgroup")?.to_owned()))
+}
+
 impl Daemon {
     /// Runs a pod whose usual configuration `change` has changed.
     pub async fn pod(&self, change: impl FnOnce(&mut cri::PodSandboxConfig)) -> Result<Pod> {
@@ -356,6 +366,13 @@ impl Container {
             }
         }
         bail!("container {} has no process", self.id)
+    }
+
+    /// Process id of the keeper of its pod, and the keeper's v2 cgroup. For a container that runs.
+    pub fn keeper(&self) -> Result<(i32, String)> {
+        let procs = self.cgroup_file("cgroup.procs")?;
+        let init = procs.lines().next().context("nobody is in its cgroup")?;
+        keeper_of(init.parse()?)
     }
 
     /// All processes in its cgroup.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::{Env, Skipped, Test, leaks, seconds};
+use super::{Driver, Env, Skipped, Test, leaks, seconds};
 
 /// A test that takes longer has failed.
 fn limit() -> Duration {
@@ -19,7 +19,7 @@ enum Outcome {
 }
 
 /// Runs what the arguments select; true when nothing failed.
-pub async fn run(tests: &[Test], root: &Path, cgroup: &str) -> bool {
+pub async fn run(tests: &[Test], root: &Path, cgroup: &str, driver: Driver) -> bool {
     let Arguments {
         filters,
         jobs,
@@ -44,7 +44,7 @@ pub async fn run(tests: &[Test], root: &Path, cgroup: &str) -> bool {
                     let next = queue.lock().unwrap().pop_front();
                     let Some((number, test)) = next else { return };
                     let place = root.join(format!("t{number}"));
-                    let env = Env::new(number, place, format!("/{cgroup}/t{number}"));
+                    let env = Env::new(number, place, &cgroup, driver);
                     let outcome = one(test, env).await;
                     outcomes.lock().unwrap().push((test.name, outcome));
                 }

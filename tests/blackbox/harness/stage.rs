@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{LOGIN_REGISTRY, REGISTRY, Test, runner, seconds};
+use super::{Driver, LOGIN_REGISTRY, REGISTRY, Test, cgroups, runner, seconds};
 
 /// Names the life; carries the name of the cgroup.
 const STAGE: &str = "SLIPWAY_BLACKBOX_STAGE";
@@ -31,7 +31,14 @@ fn outside() -> ExitCode {
         println!("0 passed, 0 failed, 1 skipped");
         return ExitCode::SUCCESS;
     }
-    let cgroup = format!("slipway-test-{}", std::process::id());
+    let driver = match Driver::of_run() {
+        Ok(driver) => driver,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let cgroup = driver.top(std::process::id());
     let myself = std::env::current_exe().expect("our own path");
     // Standard input is a pipe of ours: when we die, however, the inner stages see its end.
     let child = Command::new("unshare")
@@ -63,6 +70,9 @@ fn outside() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if driver == Driver::Systemd {
+        cgroups::stop_top(&cgroup);
+    }
     remove_cgroups(&cgroup);
     match status {
         Ok(status) if status.success() => ExitCode::SUCCESS,
@@ -139,12 +149,13 @@ fn run(tests: &[Test]) -> ExitCode {
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").expect("ip_forward");
     let registry = Registry::start();
     let cgroup = std::env::var(CGROUP).expect("the name of the cgroup");
+    let driver = Driver::of_run().expect("the driver that was good outside");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .expect("an event loop");
-    let good = runtime.block_on(runner::run(tests, Path::new("/run"), &cgroup));
+    let good = runtime.block_on(runner::run(tests, Path::new("/run"), &cgroup, driver));
     runtime.shutdown_timeout(seconds(1));
     drop(registry);
     if good {
@@ -162,10 +173,14 @@ pub fn systemd() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
+/// Whether cgroup v2 is the only hierarchy.
+pub fn unified() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
 /// Takes hold of systemd's sockets before /run is covered.
 fn keep_systemd() -> Vec<(std::fs::File, &'static str)> {
-    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    if !unified || !systemd() {
+    if !unified() || !systemd() {
         return Vec::new();
     }
     let open = |dir: &'static str| Some((std::fs::File::open(dir).ok()?, dir));

@@ -146,6 +146,7 @@ fn fake(bus: bool, script: impl FnOnce(UnixListener) + Send + 'static) -> Fake {
 const SCOPE: Scope<'_> = Scope {
     unit: "slipway-4f.scope",
     slice: "kubepods.slice",
+    process: 0,
     description: "container 4f",
     properties: &[],
 };
@@ -416,6 +417,78 @@ fn where_nobody_listens_is_named() {
         text.contains("/nowhere/private") && text.contains("slipway-4f.scope"),
         "{text}"
     );
+}
+
+#[test]
+fn limits_are_changed_and_written_before_the_answer_is_believed() {
+    let (tell, told) = mpsc::channel();
+    let fake = fake(false, move |listener| {
+        // Lost in the middle: asked again, as twice is the same as once.
+        let mut peer = Peer::accept(&listener);
+        peer.expect("SetUnitProperties");
+        drop(peer);
+        let mut peer = Peer::accept(&listener);
+        let call = peer.expect("SetUnitProperties");
+        assert_eq!(call.signature, "sba(sv)");
+        peer.reply(&call, "", |_| ());
+        let next = peer.expect("Get");
+        tell.send(call.body).unwrap();
+        peer.text_property(&next, "active");
+    });
+    let limits = [("MemoryMax", Value::U64(32 << 20))];
+    fake.systemd
+        .set_properties("slipway-4f.scope", &limits, ENOUGH)
+        .unwrap();
+    fake.thread.join().unwrap();
+    let body = told.recv().unwrap();
+    let mut d = Decoder::new(&body);
+    assert_eq!((d.str(), d.u32()), (Some("slipway-4f.scope"), Some(1)));
+    let mut list = d.array(8).unwrap();
+    list.align(8);
+    assert_eq!(list.str(), Some("MemoryMax"));
+    assert_eq!(list.variant(), Some(Value::U64(32 << 20)));
+    assert!(list.at_end() && d.at_end());
+}
+
+#[test]
+fn limits_that_systemd_does_not_know_are_told() {
+    let fake = fake(false, |listener| {
+        let mut peer = Peer::accept(&listener);
+        let call = peer.expect("SetUnitProperties");
+        peer.refuse(&call, "org.freedesktop.DBus.Error.PropertyReadOnly");
+    });
+    let error = fake
+        .systemd
+        .set_properties("slipway-4f.scope", &[], ENOUGH)
+        .unwrap_err();
+    fake.thread.join().unwrap();
+    let text = error.to_string();
+    assert!(matches!(error, SystemdError::Refused { .. }), "{text}");
+    assert!(
+        text.contains("change the limits of slipway-4f.scope"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_slow_answer_is_waited_for() {
+    let fake = fake(false, |listener| {
+        let mut peer = Peer::accept(&listener);
+        let call = peer.expect("StartTransientUnit");
+        let mut answer = Message::new(Kind::Return);
+        (answer.serial, answer.reply_to) = (101, call.serial);
+        answer.signature = "o".into();
+        let mut body = Encoder::default();
+        body.str(JOB);
+        answer.body = body.into_bytes();
+        // Byte by byte, all of it longer than a moment.
+        for byte in answer.encode() {
+            peer.stream.write_all(&[byte]).unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        peer.job_removed(JOB, "slipway-4f.scope", "done");
+    });
+    fake.start(ENOUGH).unwrap();
 }
 
 #[test]

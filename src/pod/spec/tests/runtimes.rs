@@ -106,6 +106,7 @@ impl Bundle {
             .map(|n| n.to_string_lossy().replace('.', ""))
             .expect("name");
         let plan = slipway_spec::container(&ContainerInput {
+            selinux_level: None,
             id: &name,
             pod_id: "p",
             sandbox_config: pod,

@@ -1,0 +1,229 @@
+//! Ids of a user namespace: which of the host's its users and groups are.
+//!
+//! A pod's user namespace owns the pod's other namespaces. It is made with them ([`crate::sandbox`]), and joined
+//! by path, by containers and exec sessions alike; libcontainer, which could make one for each container, never
+//! does. Besides, the owners of mounts are mapped as a user namespace says ([`crate::mapped`]).
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
+use slipway_proto::keeper::{IdRange, UserNamespace};
+
+use crate::sys;
+use crate::user::{Resolved, UserError};
+
+/// A range of users and one of groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdMaps {
+    uids: IdRange,
+    gids: IdRange,
+}
+
+impl IdMaps {
+    /// Of the pod's user namespace, as the keeper was told.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] when a range is missing: a namespace without ids is of no use.
+    pub fn of_pod(asked: &UserNamespace) -> io::Result<Self> {
+        match (asked.uids, asked.gids) {
+            (Some(uids), Some(gids)) => Ok(Self { uids, gids }),
+            _ => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a range of ids is missing",
+            )),
+        }
+    }
+
+    /// Of the user namespace that a container is in; `None`: the host's.
+    pub fn of_spec(spec: &Spec) -> Option<Self> {
+        let linux = spec.linux().as_ref()?;
+        Self::of_lists(linux.uid_mappings(), linux.gid_mappings())
+    }
+
+    /// Of a mount whose owners are mapped.
+    pub fn of_mount(mount: &Mount) -> Option<Self> {
+        Self::of_lists(mount.uid_mappings(), mount.gid_mappings())
+    }
+
+    fn of_lists(
+        uids: &Option<Vec<LinuxIdMapping>>,
+        gids: &Option<Vec<LinuxIdMapping>>,
+    ) -> Option<Self> {
+        let range = |list: &Option<Vec<LinuxIdMapping>>| {
+            let ids = list.as_ref()?.first()?;
+            Some(IdRange {
+                container: ids.container_id(),
+                host: ids.host_id(),
+                length: ids.size(),
+            })
+        };
+        Some(Self {
+            uids: range(uids)?,
+            gids: range(gids)?,
+        })
+    }
+
+    /// The host's id of a user in the namespace; `None`: there is no such user.
+    pub fn host_uid(&self, uid: u32) -> Option<u32> {
+        outside(&self.uids, uid)
+    }
+
+    /// The host's id of a group in the namespace; `None`: there is no such group.
+    pub fn host_gid(&self, gid: u32) -> Option<u32> {
+        outside(&self.gids, gid)
+    }
+
+    /// The host's ids of the namespace's root.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] for a namespace without one.
+    pub fn root(&self) -> io::Result<(u32, u32)> {
+        let root = self.host_uid(0).zip(self.host_gid(0));
+        root.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "id 0 is not mapped"))
+    }
+
+    /// Refuses a user that does not exist in the namespace, before the kernel does with nothing but EINVAL.
+    ///
+    /// # Errors
+    /// [`UserError::Unmapped`].
+    pub fn check(&self, user: &Resolved) -> Result<(), UserError> {
+        let unmapped = |kind, id, range: &IdRange| UserError::Unmapped {
+            kind,
+            id,
+            last: range
+                .container
+                .saturating_add(range.length)
+                .saturating_sub(1),
+        };
+        if self.host_uid(user.uid).is_none() {
+            return Err(unmapped("user", user.uid, &self.uids));
+        }
+        for gid in user.groups.iter().chain([&user.gid]) {
+            if self.host_gid(*gid).is_none() {
+                return Err(unmapped("group", *gid, &self.gids));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the ids to the user namespace of a process, which must be new.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn give(&self, pid: i32) -> io::Result<()> {
+        for (file, range) in [("uid_map", &self.uids), ("gid_map", &self.gids)] {
+            let line = format!("{} {} {}", range.container, range.host, range.length);
+            fs::write(format!("/proc/{pid}/{file}"), line)?;
+        }
+        Ok(())
+    }
+}
+
+fn outside(range: &IdRange, id: u32) -> Option<u32> {
+    let within = id.checked_sub(range.container)?;
+    (within < range.length).then(|| range.host.checked_add(within))?
+}
+
+/// A user namespace with these ids that nobody is in.
+///
+/// # Errors
+/// What the kernel says.
+pub fn namespace(ids: &IdMaps) -> io::Result<OwnedFd> {
+    let parent = std::process::id().cast_signed();
+    let options = sys::CloneOptions {
+        new_namespaces: libc::CLONE_NEWUSER as u64,
+        ..Default::default()
+    };
+    // It lasts as long as somebody is in it, or holds it.
+    let pid = match sys::clone_process(&options)? {
+        sys::Forked::Parent(pid) => pid,
+        sys::Forked::Child => {
+            sys::close_all_but(&[]);
+            if sys::die_with(parent).is_err() {
+                sys::exit_now(1);
+            }
+            loop {
+                nix::unistd::pause();
+            }
+        }
+    };
+    let opened = ids
+        .give(pid)
+        .and_then(|()| fs::File::open(format!("/proc/{pid}/ns/user")));
+    sys::kill_child(pid);
+    let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
+    Ok(opened?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn maps(length: u32) -> IdMaps {
+        let range = |host| IdRange {
+            container: 0,
+            host,
+            length,
+        };
+        IdMaps {
+            uids: range(100_000),
+            gids: range(200_000),
+        }
+    }
+
+    #[test]
+    fn ids_are_translated() {
+        let ids = maps(1000);
+        assert_eq!(
+            (ids.host_uid(0), ids.host_gid(0)),
+            (Some(100_000), Some(200_000))
+        );
+        assert_eq!(
+            (ids.host_uid(999), ids.host_uid(1000)),
+            (Some(100_999), None)
+        );
+        assert_eq!(ids.host_uid(u32::MAX), None);
+        assert_eq!(ids.root().unwrap(), (100_000, 200_000));
+        let beyond = IdRange {
+            container: 0,
+            host: u32::MAX,
+            length: 10,
+        };
+        assert_eq!(outside(&beyond, 5), None);
+    }
+
+    #[test]
+    fn users_that_are_not_there_are_refused() {
+        let user = |uid, gid, groups: &[u32]| Resolved {
+            uid,
+            gid,
+            groups: groups.to_vec(),
+            home: "/".into(),
+        };
+        let ids = maps(1000);
+        assert!(ids.check(&user(999, 999, &[1, 2])).is_ok());
+        for (bad, text) in [
+            (user(1000, 0, &[]), "user 1000"),
+            (user(0, 65534, &[]), "group 65534"),
+            (user(0, 0, &[5, 70_000]), "group 70000"),
+        ] {
+            let error = ids.check(&bad).unwrap_err().to_string();
+            assert!(error.contains(text) && error.contains("999"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_that_nobody_is_in() {
+        use std::os::fd::AsRawFd;
+        let namespace = match namespace(&maps(1000)) {
+            Ok(namespace) => namespace,
+            Err(e) => return println!("SKIPPED: {e}"),
+        };
+        let place = format!("/proc/self/fd/{}", namespace.as_raw_fd());
+        let theirs = fs::read_link(place).unwrap();
+        assert!(theirs.to_string_lossy().starts_with("user:["), "{theirs:?}");
+        assert_ne!(theirs, fs::read_link("/proc/self/ns/user").unwrap());
+    }
+}
