@@ -7,7 +7,7 @@ use tonic::Status;
 
 use super::log::{self, Line};
 use super::probe::Report;
-use super::{Context, Daemon, Result, bail, config, ensure, eventually, seconds};
+use super::{Context, Daemon, Result, config, ensure, eventually, seconds};
 
 /// A pod sandbox.
 #[derive(Clone)]
@@ -351,21 +351,27 @@ impl Container {
         Ok(log::text(&self.lines()?, "stderr"))
     }
 
-    /// Process id of its first process, in our PID namespace, found through its cgroup.
+    /// Process id of its first process, in our PID namespace, found through its cgroup. Its creator may still be in
+    /// there, about to end.
     pub fn pid(&self) -> Result<i32> {
         let processes = self.processes();
-        // The first process is the one whose parent is not among them.
-        for pid in &processes {
-            let status = super::read(format!("/proc/{pid}/status"))?;
-            let parent = status
-                .lines()
-                .find_map(|l| l.strip_prefix("PPid:"))
-                .context("PPid")?;
-            if !processes.contains(&parent.trim().parse()?) {
-                return Ok(*pid);
-            }
-        }
-        bail!("container {} has no process", self.id)
+        // The first process is one whose parent is not among them.
+        let first = |pid: &i32| {
+            let status = super::read(format!("/proc/{pid}/status")).ok()?;
+            let parent = status.lines().find_map(|l| l.strip_prefix("PPid:"))?;
+            let parent: i32 = parent.trim().parse().ok()?;
+            (!processes.contains(&parent)).then_some(*pid)
+        };
+        let ours = |pid: i32| {
+            let binary = std::fs::read_link(format!("/proc/{pid}/exe"));
+            // One that has gone is none, either.
+            binary.map_or(true, |path| path.to_string_lossy().starts_with("/memfd:"))
+        };
+        let candidates: Vec<i32> = processes.iter().filter_map(first).collect();
+        let started = candidates.iter().copied().find(|pid| !ours(*pid));
+        // A container that is only created is still ours; its init is the younger one.
+        let found = started.or_else(|| candidates.iter().copied().max());
+        found.with_context(|| format!("container {} has no process", self.id))
     }
 
     /// Process id of the keeper of its pod, and the keeper's v2 cgroup. For a container that runs.
