@@ -26,6 +26,7 @@ use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::detach::Kept;
 use crate::ids::IdMaps;
+use crate::image_volume::{self, ImageVolumeError};
 use crate::labels::Label;
 use crate::limits::{self, LimitError};
 use crate::mapped::{self, MappedError};
@@ -87,6 +88,9 @@ pub enum CreateError {
     /// The image.
     #[error(transparent)]
     Place(#[from] PlaceError),
+    /// An image as a volume.
+    #[error(transparent)]
+    ImageVolume(#[from] ImageVolumeError),
     /// The source of a mount over `/dev`.
     #[error("can't open the source of the mount on /dev")]
     OwnDev(#[source] io::Error),
@@ -121,6 +125,7 @@ impl CreateError {
             | Self::Seccomp(_) => ErrorKind::Invalid,
             Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
             Self::Mapped(MappedError::NotPossible { .. }) => ErrorKind::Unsupported,
+            Self::ImageVolume(ImageVolumeError::SubPath { .. }) => ErrorKind::Invalid,
             // systemd hung, or was not there: another attempt may succeed.
             Self::Scope(ScopeError::Systemd(SystemdError::Timeout { .. })) => ErrorKind::TimedOut,
             _ => ErrorKind::Internal,
@@ -235,6 +240,8 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         let users = users.as_ref().map(|u| (u.namespace.as_fd(), u.root));
         rootfs::mount_overlay(overlay, &target, users)?;
     }
+    let namespace = users.as_ref().map(|users| users.namespace.as_fd());
+    image_volume::mount_all(create, dir, namespace)?;
     let root = rootfs::open_root(&target)?;
     let user = user::resolve(
         root.as_fd(),

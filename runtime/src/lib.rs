@@ -16,6 +16,7 @@ pub mod descriptor;
 mod detach;
 mod device_filter;
 mod ids;
+mod image_volume;
 mod keeper;
 mod labels;
 mod limits;

@@ -373,16 +373,6 @@ async fn what_later_issues_bring_is_refused(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let changes: &[Change<cri::ContainerConfig>] = &[
-        ("image", |c| {
-            c.mounts = vec![cri::Mount {
-                container_path: "/volume".into(),
-                image: Some(cri::ImageSpec {
-                    image: image("test"),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }];
-        }),
         ("CDI", |c| {
             c.cdi_devices = vec![cri::CdiDevice {
                 name: "vendor.com/gpu=0".into(),

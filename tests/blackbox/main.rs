@@ -37,6 +37,7 @@ mod exec;
 mod filesystem;
 mod hygiene;
 mod idempotence;
+mod image_volumes;
 mod images;
 mod lifecycle;
 mod logs;
@@ -97,6 +98,7 @@ fn main() -> std::process::ExitCode {
         network::TESTS,
         nri::TESTS,
         cni::TESTS,
+        image_volumes::TESTS,
         images::TESTS,
         bad_images::TESTS,
         restart::TESTS,

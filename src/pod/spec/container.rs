@@ -197,6 +197,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         tty: config.tty,
         stdin: config.stdin,
         systemd: input.options.cgroup_driver == CgroupDriver::Systemd,
+        image_volumes: mounts.image_volumes,
     };
     Ok(ContainerPlan {
         create,

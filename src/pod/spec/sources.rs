@@ -28,8 +28,8 @@ pub struct Sources {
     pub seccomp: SeccompChoice,
 }
 
-/// The source of a bind mount.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The source of a bind mount; that of an image's says nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MountSource {
     /// The path without symbolic links.
     pub path: PathBuf,
@@ -134,7 +134,10 @@ fn mount_source(
     options: &SpecOptions,
     mountinfo: &str,
 ) -> Result<MountSource> {
-    crate::mounts::unsupported(field, mount)?;
+    crate::mounts::image_volume(field, mount)?;
+    if mount.image.is_some() {
+        return Ok(MountSource::default());
+    }
     let field = format!("{field}.host_path");
     paths::absolute(&field, &mount.host_path)?;
     let asked = Path::new(&mount.host_path);
