@@ -25,6 +25,7 @@ use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::detach::Kept;
+use crate::hook_output::Complaints;
 use crate::ids::IdMaps;
 use crate::image_volume::{self, ImageVolumeError};
 use crate::labels::Label;
@@ -332,6 +333,12 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         start_pipe: start_pipe.as_raw_fd(),
     };
     let user = executor.confinement.user().clone();
+    // What hooks complain of, which would go nowhere otherwise.
+    let complaints = spec.hooks().as_ref().and_then(|_| Complaints::collect());
+    let failed = |message: String| {
+        let said = complaints.as_ref().map(Complaints::text);
+        CreateError::Libcontainer(message + &said.unwrap_or_default())
+    };
     let container = ContainerBuilder::new(create.id.clone(), SyscallType::default())
         .with_executor(executor)
         .with_root_path(dir.join(LIBCONTAINER_ROOT))
@@ -344,7 +351,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         .as_sibling(true)
         .with_detach(true)
         .build()
-        .map_err(|e| CreateError::Libcontainer(chain(&e)))?;
+        .map_err(|e| failed(chain(&e)))?;
     drop(kept);
     let pid = container.pid().map_or(0, |p| p.as_raw());
     let result = CreateContainerResult {

@@ -15,6 +15,7 @@ mod creator;
 pub mod descriptor;
 mod detach;
 mod device_filter;
+mod hook_output;
 mod ids;
 mod image_volume;
 mod keeper;

@@ -111,7 +111,7 @@ pub(crate) const KEYS: &[Key] = &[
     .such_as("{ \"docker.io\" = [\"mirror.local:5000\"] }"),
     fixed(
         "images.pinned",
-        "Images that the kubelet must not remove; a trailing * matches any ending.",
+        "Images that the kubelet must not remove; a trailing * matches any ending, *word* a part of the name.",
     )
     .such_as("[\"registry.local/base/*\"]"),
     fixed(
@@ -258,9 +258,14 @@ pub(crate) const KEYS: &[Key] = &[
         "pod.seccomp_dir",
         "Where Localhost seccomp profiles with a relative name are looked up.",
     ),
+    fixed(
+        "pod.cdi_dirs",
+        "Where the files that describe CDI devices are; later directories win. Changed files are seen at once.",
+    ),
     live(
         "runtimes",
-        "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).",
+        "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).\n\
+         privileged_without_host_devices = true: privileged containers get only the devices that they ask for.",
     ),
 ];
 
@@ -425,6 +430,7 @@ mod tests {
             apparmor_profile = "mine"
             seccomp_profile = "/a"
             seccomp_dir = "/a"
+            cdi_dirs = ["/a"]
             [runtimes.d]
             type = "native"
         "#;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
+use slipway_cdi::Cdi;
 use slipway_config::Config;
 use slipway_image::{Credentials, Image, ImageStore, ProgressSender};
 use slipway_network::Cni;
@@ -57,6 +58,8 @@ pub struct Node {
     pub host: HostFacts,
     /// SELinux levels of pods.
     pub levels: Levels,
+    /// Devices that vendors describe.
+    pub cdi: Cdi,
     /// Compiled seccomp filters.
     pub seccomp: ProfileCache,
     /// Where the time of the last operations went.
@@ -97,6 +100,7 @@ impl Node {
             cni,
             host,
             levels: Levels::default(),
+            cdi: Cdi::new(config.pod.cdi_dirs.clone()),
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
             layout: stats::layout(),

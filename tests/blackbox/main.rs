@@ -28,6 +28,7 @@ mod harness;
 
 mod apparmor;
 mod bad_images;
+mod cdi;
 mod cni;
 mod confinement;
 mod containers;
@@ -97,6 +98,7 @@ fn main() -> std::process::ExitCode {
         update::TESTS,
         network::TESTS,
         nri::TESTS,
+        cdi::TESTS,
         cni::TESTS,
         image_volumes::TESTS,
         images::TESTS,

@@ -80,7 +80,8 @@ const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 /// # Errors
 /// [`SpecError`] for a source, device or profile that isn't there or isn't what it should be.
 pub fn survey(config: &cri::ContainerConfig, options: &SpecOptions) -> Result<Sources> {
-    let privileged = security(config).is_some_and(|s| s.privileged);
+    let all =
+        security(config).is_some_and(|s| s.privileged) && !options.privileged_without_host_devices;
     let mountinfo = if config.mounts.iter().any(|m| m.propagation != 0) {
         // Mount points need not be UTF-8.
         let text = fs::read("/proc/self/mountinfo").map_err(|e| {
@@ -107,7 +108,7 @@ pub fn survey(config: &cri::ContainerConfig, options: &SpecOptions) -> Result<So
         )?);
     }
     let mut all_devices = Vec::new();
-    if privileged {
+    if all {
         walk(Path::new("/dev"), Path::new(""), 0, &mut all_devices)
             .map_err(|e| SpecError::precondition("privileged", format!("can't list /dev: {e}")))?;
     }
