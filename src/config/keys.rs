@@ -258,14 +258,14 @@ pub(crate) const KEYS: &[Key] = &[
         "pod.seccomp_dir",
         "Where Localhost seccomp profiles with a relative name are looked up.",
     ),
-    fixed(
+    live(
         "pod.cdi_dirs",
         "Where the files that describe CDI devices are; later directories win. Changed files are seen at once.",
     ),
     live(
         "runtimes",
         "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).\n\
-         privileged_without_host_devices = true: privileged containers get only the devices that they ask for.",
+         With privileged_without_host_devices, privileged containers get only the devices that they ask for.",
     ),
 ];
 

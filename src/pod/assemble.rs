@@ -97,7 +97,7 @@ pub fn container(
     for warning in &plan.warnings {
         tracing::warn!(pod = pod.id(), container = id, warning);
     }
-    super::cdi::inject(&node.cdi, id, config, &mut plan)?;
+    super::cdi::inject(&node.cdi(), id, config, &mut plan)?;
     slipway_spec::check_labels(&plan).map_err(failed)?;
     let linux = plan.spec.linux().as_ref();
     if let Some(label) = linux.and_then(|l| l.mount_label().as_ref()) {
@@ -136,8 +136,12 @@ pub fn adjusted(
         what: format!("what NRI plugins want of container {id}"),
         source,
     })?;
-    let devices = wish.cdi_devices.iter().map(|device| device.name.clone());
-    super::cdi::inject_named(&node.cdi, id, &devices.collect::<Vec<_>>(), &mut ready.plan)?;
+    if !wish.cdi_devices.is_empty() {
+        let names: Vec<_> = wish.cdi_devices.iter().map(|d| d.name.clone()).collect();
+        let plan = &mut ready.plan;
+        // It reads files, and this is one of the runtime's threads.
+        tokio::task::block_in_place(|| super::cdi::inject_named(&node.cdi(), id, &names, plan))?;
+    }
     for warning in ready.plan.warnings.iter().skip(warned) {
         tracing::warn!(container = id, warning);
     }
