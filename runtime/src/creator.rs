@@ -25,7 +25,9 @@ use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, chain};
 use crate::detach::Kept;
+use crate::hook_output::Complaints;
 use crate::ids::IdMaps;
+use crate::image_volume::{self, ImageVolumeError};
 use crate::labels::Label;
 use crate::limits::{self, LimitError};
 use crate::mapped::{self, MappedError};
@@ -87,6 +89,9 @@ pub enum CreateError {
     /// The image.
     #[error(transparent)]
     Place(#[from] PlaceError),
+    /// An image as a volume.
+    #[error(transparent)]
+    ImageVolume(#[from] ImageVolumeError),
     /// The source of a mount over `/dev`.
     #[error("can't open the source of the mount on /dev")]
     OwnDev(#[source] io::Error),
@@ -121,6 +126,7 @@ impl CreateError {
             | Self::Seccomp(_) => ErrorKind::Invalid,
             Self::Rootfs(RootfsError::WorkingDir { .. }) | Self::Limits(_) => ErrorKind::Invalid,
             Self::Mapped(MappedError::NotPossible { .. }) => ErrorKind::Unsupported,
+            Self::ImageVolume(ImageVolumeError::SubPath { .. }) => ErrorKind::Invalid,
             // systemd hung, or was not there: another attempt may succeed.
             Self::Scope(ScopeError::Systemd(SystemdError::Timeout { .. })) => ErrorKind::TimedOut,
             _ => ErrorKind::Internal,
@@ -235,6 +241,8 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         let users = users.as_ref().map(|u| (u.namespace.as_fd(), u.root));
         rootfs::mount_overlay(overlay, &target, users)?;
     }
+    let namespace = users.as_ref().map(|users| users.namespace.as_fd());
+    image_volume::mount_all(create, dir, namespace)?;
     let root = rootfs::open_root(&target)?;
     let user = user::resolve(
         root.as_fd(),
@@ -325,6 +333,12 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         start_pipe: start_pipe.as_raw_fd(),
     };
     let user = executor.confinement.user().clone();
+    // What hooks complain of, which would go nowhere otherwise.
+    let complaints = spec.hooks().as_ref().and_then(|_| Complaints::collect());
+    let failed = |message: String| {
+        let said = complaints.as_ref().map(Complaints::text);
+        CreateError::Libcontainer(message + &said.unwrap_or_default())
+    };
     let container = ContainerBuilder::new(create.id.clone(), SyscallType::default())
         .with_executor(executor)
         .with_root_path(dir.join(LIBCONTAINER_ROOT))
@@ -337,7 +351,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         .as_sibling(true)
         .with_detach(true)
         .build()
-        .map_err(|e| CreateError::Libcontainer(chain(&e)))?;
+        .map_err(|e| failed(chain(&e)))?;
     drop(kept);
     let pid = container.pid().map_or(0, |p| p.as_raw());
     let result = CreateContainerResult {

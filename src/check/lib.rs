@@ -14,6 +14,7 @@
 #![deny(unsafe_code)]
 
 mod attempt;
+mod cdi;
 mod cgroup;
 mod checkpoint;
 mod finding;
@@ -81,6 +82,7 @@ pub fn inspect(config: &Config) -> Report {
     findings.extend(roots::check(config));
     findings.extend(socket::check(&config.listen));
     findings.extend(network::check(config));
+    findings.extend(cdi::check(config));
     findings.extend(sysctl::check());
     findings.extend(host::check(config, privileged));
     let handlers = handlers::check(config, &findings);

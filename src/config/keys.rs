@@ -111,7 +111,7 @@ pub(crate) const KEYS: &[Key] = &[
     .such_as("{ \"docker.io\" = [\"mirror.local:5000\"] }"),
     fixed(
         "images.pinned",
-        "Images that the kubelet must not remove; a trailing * matches any ending.",
+        "Images that the kubelet must not remove; a trailing * matches any ending, *word* a part of the name.",
     )
     .such_as("[\"registry.local/base/*\"]"),
     fixed(
@@ -259,6 +259,10 @@ pub(crate) const KEYS: &[Key] = &[
         "Where Localhost seccomp profiles with a relative name are looked up.",
     ),
     live(
+        "pod.cdi_dirs",
+        "Where the files that describe CDI devices are; later directories win. Changed files are seen at once.",
+    ),
+    live(
         "checkpoint.criu",
         "The program criu, which makes checkpoints: a path, or a name in PATH; empty: no checkpoints.",
     ),
@@ -272,7 +276,8 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     live(
         "runtimes",
-        "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).",
+        "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).\n\
+         With privileged_without_host_devices, privileged containers get only the devices that they ask for.",
     ),
 ];
 
@@ -437,6 +442,7 @@ mod tests {
             apparmor_profile = "mine"
             seccomp_profile = "/a"
             seccomp_dir = "/a"
+            cdi_dirs = ["/a"]
             [checkpoint]
             criu = "/a"
             timeout = "1s"

@@ -229,7 +229,7 @@ pub struct Images {
     pub ca_files: Vec<PathBuf>,
     /// For a registry, the mirrors that are asked first, in this order.
     pub mirrors: BTreeMap<String, Vec<String>>,
-    /// Images that the kubelet must not remove; a trailing `*` matches any ending.
+    /// Images that the kubelet must not remove; a trailing `*` matches any ending, `*word*` a part of the name.
     pub pinned: Vec<String>,
 }
 
@@ -366,6 +366,8 @@ pub struct Pod {
     pub seccomp_profile: Option<PathBuf>,
     /// Directory in which Localhost profiles with a relative name are looked up.
     pub seccomp_dir: PathBuf,
+    /// Directories of the files that describe CDI devices; later ones win.
+    pub cdi_dirs: Vec<PathBuf>,
 }
 
 impl Default for Pod {
@@ -396,6 +398,7 @@ impl Default for Pod {
             apparmor_profile: "slipway-default".to_owned(),
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
+            cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
         }
     }
 }
@@ -441,6 +444,9 @@ pub struct Runtime {
     /// How containers are made.
     #[serde(rename = "type")]
     pub kind: RuntimeKind,
+    /// Privileged containers get no devices but those that they ask for, and may use no others.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub privileged_without_host_devices: bool,
 }
 
 /// How a handler makes containers.

@@ -128,6 +128,9 @@ impl Config {
             problems.path("pod.seccomp_profile", file);
         }
         problems.path("pod.seccomp_dir", &self.pod.seccomp_dir);
+        for dir in &self.pod.cdi_dirs {
+            problems.path("pod.cdi_dirs", dir);
+        }
     }
 
     fn times(&self, problems: &mut Problems) {
@@ -191,9 +194,14 @@ impl Config {
             }
         }
         for name in &self.images.pinned {
-            let inner = name.strip_suffix('*').unwrap_or(name);
+            let start = name.strip_suffix('*').unwrap_or(name);
+            // A keyword has one at both ends.
+            let keyword = start.strip_prefix('*').filter(|_| name.ends_with('*'));
+            let inner = keyword.unwrap_or(start);
             if inner.is_empty() || inner.contains('*') || inner.contains(char::is_whitespace) {
-                let reason = format!("{name:?} is not an image name, which may end in one *");
+                let reason = format!(
+                    "{name:?} is neither an image name, which may end in one *, nor a *word*"
+                );
                 problems.add("images.pinned", reason);
             }
         }
@@ -328,6 +336,8 @@ mod tests {
                 "images.mirrors",
             ),
             ("images.pinned = ['a*b*']", "images.pinned"),
+            ("images.pinned = ['*a']", "images.pinned"),
+            ("images.pinned = ['**']", "images.pinned"),
             ("network.bin_dirs = []", "network.bin_dirs"),
             ("network.conf_dir = ''", "network.conf_dir"),
             ("network.timeout = '2days'", "network.timeout"),

@@ -83,10 +83,14 @@ fn info(node: &Node) -> HashMap<String, String> {
     let mut shown = json!(*config);
     // Where other programs look for what is on this node's disks.
     shown["stateDir"] = json!(config.state_root);
+    let cdi = node.cdi().inventory();
+    let rejected: Vec<_> = cdi.rejected.iter().map(ToString::to_string).collect();
+    let cdi = json!({ "devices": cdi.devices, "conflicts": cdi.conflicts, "rejected": rejected });
     let text = |value: serde_json::Value| value.to_string();
     HashMap::from([
         ("config".to_owned(), text(shown)),
         ("network".to_owned(), text(network)),
+        ("cdi".to_owned(), text(cdi)),
         ("podCidr".to_owned(), text(json!(*node.pod_cidr.read()))),
         ("version".to_owned(), text(json!(crate::VERSION))),
     ])

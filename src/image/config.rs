@@ -20,7 +20,7 @@ pub struct StoreConfig {
     /// The platform whose image is taken from a multi-platform index.
     pub platform: Platform,
     /// Images that the kubelet must not remove: normalised or short names; a trailing `*` matches
-    /// any ending.
+    /// any ending, `*word*` any name with the word in it.
     pub pinned: Vec<String>,
 }
 

@@ -354,10 +354,7 @@ impl Inner {
                 .tags
                 .iter()
                 .chain(&record.digests)
-                .any(|name| match pattern.strip_suffix('*') {
-                    Some(start) => name.starts_with(start),
-                    None => name == pattern,
-                })
+                .any(|name| is_match(pattern, name))
         })
     }
 
@@ -572,6 +569,17 @@ fn collect(inner: &Weak<Inner>, garbage: &mpsc::Receiver<Garbage>) {
 }
 
 /// Patterns name images as people write them; matching is by normalised names.
+/// Whether a name is what a pattern means: all of it, its beginning (`start*`), or a part of it (`*word*`).
+fn is_match(pattern: &str, name: &str) -> bool {
+    let Some(start) = pattern.strip_suffix('*') else {
+        return name == pattern;
+    };
+    match start.strip_prefix('*') {
+        Some(word) => name.contains(word),
+        None => name.starts_with(start),
+    }
+}
+
 fn normalise_patterns(patterns: Vec<String>) -> Vec<String> {
     patterns
         .into_iter()

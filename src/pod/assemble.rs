@@ -63,7 +63,11 @@ pub fn container(
         what: format!("container {id}"),
         source,
     };
-    let options = options(&node.config());
+    let config_now = node.config();
+    let mut options = options(&config_now);
+    let handler = config_now.runtimes.get(&pod.record.runtime);
+    options.privileged_without_host_devices =
+        handler.is_some_and(|handler| handler.privileged_without_host_devices);
     let sources = slipway_spec::survey(config, &options).map_err(failed)?;
     let names = &pod.record.namespaces;
     let namespaces = keeper::SetupSandboxResult {
@@ -74,7 +78,7 @@ pub fn container(
         user: names.user.clone(),
         made_cgroup: pod.record.made_cgroup,
     };
-    let plan = slipway_spec::container(&ContainerInput {
+    let mut plan = slipway_spec::container(&ContainerInput {
         id,
         pod_id: pod.id(),
         sandbox_config: &pod.record.config,
@@ -93,6 +97,7 @@ pub fn container(
     for warning in &plan.warnings {
         tracing::warn!(pod = pod.id(), container = id, warning);
     }
+    super::cdi::inject(&node.cdi(), id, config, &mut plan)?;
     slipway_spec::check_labels(&plan).map_err(failed)?;
     let linux = plan.spec.linux().as_ref();
     if let Some(label) = linux.and_then(|l| l.mount_label().as_ref()) {
@@ -131,6 +136,12 @@ pub fn adjusted(
         what: format!("what NRI plugins want of container {id}"),
         source,
     })?;
+    if !wish.cdi_devices.is_empty() {
+        let names: Vec<_> = wish.cdi_devices.iter().map(|d| d.name.clone()).collect();
+        let plan = &mut ready.plan;
+        // It reads files, and this is one of the runtime's threads.
+        tokio::task::block_in_place(|| super::cdi::inject_named(&node.cdi(), id, &names, plan))?;
+    }
     for warning in ready.plan.warnings.iter().skip(warned) {
         tracing::warn!(container = id, warning);
     }
@@ -182,5 +193,7 @@ fn options(config: &Config) -> SpecOptions {
         apparmor_profile: config.pod.apparmor_profile.clone(),
         seccomp_profile: config.pod.seccomp_profile.clone(),
         seccomp_dir: config.pod.seccomp_dir.clone(),
+        // The handler's, which only a container has.
+        privileged_without_host_devices: false,
     }
 }

@@ -38,8 +38,8 @@ pub struct Container {
     pub meter: Mutex<Meter>,
     /// What limits are in force now; the record has those that it was created with or found with.
     resources: RwLock<cri::LinuxContainerResources>,
-    /// Keeps the image's layers.
-    lease: Mutex<Option<ImageLease>>,
+    /// Keeps the layers of its image and of those that are its volumes.
+    leases: Mutex<Vec<ImageLease>>,
 }
 
 impl Container {
@@ -49,7 +49,7 @@ impl Container {
         dir: PathBuf,
         keeper: Keeper,
         cell: Arc<Cell>,
-        lease: Option<ImageLease>,
+        leases: Vec<ImageLease>,
     ) -> Arc<Self> {
         Arc::new(Self {
             resources: RwLock::new(record.resources.clone()),
@@ -62,7 +62,7 @@ impl Container {
             end_told: OnceCell::new(),
             removal_told: OnceCell::new(),
             meter: Mutex::default(),
-            lease: Mutex::new(lease),
+            leases: Mutex::new(leases),
         })
     }
 
@@ -141,8 +141,8 @@ impl Container {
         !self.stop_signalled.swap(true, Ordering::Relaxed)
     }
 
-    /// The image's layers are not needed any more.
-    pub fn release_image(&self) {
-        self.lease.lock().take();
+    /// The images' layers are not needed any more.
+    pub fn release_images(&self) {
+        self.leases.lock().clear();
     }
 }

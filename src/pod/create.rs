@@ -67,21 +67,32 @@ impl Node {
         }
         let config = request.config.unwrap_or_default();
         let asked = config.image.clone().unwrap_or_default();
-        let lease = self
-            .images
-            .lease(&asked.image)
-            .map_err(|source| PodError::Image {
-                action: "use",
-                image: asked.image.clone(),
-                source,
-            })?;
+        let lease = self.lease(&asked.image)?;
+        // Before anything is made, so that a volume's image that is missing costs nothing.
+        let volumes = config
+            .mounts
+            .iter()
+            .filter_map(|mount| mount.image.as_ref());
+        let volumes = volumes
+            .filter(|image| !image.image.is_empty())
+            .map(|image| self.lease(&image.image));
+        let volumes = volumes.collect::<Result<Vec<_>, _>>()?;
         let id = new_id()?;
         let ready = self.assemble(&pod, &id, &config, lease.image()).await?;
         let (ready, said) = (self.tell_create(&pod, &id, &config, lease.image(), ready)).await?;
         // Known to the event stream and to a stop of the pod from here on, but to no list.
         let cell = pod.add_cell(&id, &ready.cgroup, Status::created(now(), 0));
         match self
-            .build(&pod, &id, config, ready, lease, cell.clone(), phases)
+            .build(
+                &pod,
+                &id,
+                config,
+                ready,
+                lease,
+                volumes,
+                cell.clone(),
+                phases,
+            )
             .await
         {
             Ok(container) => {
@@ -112,6 +123,14 @@ impl Node {
                 Err(error)
             }
         }
+    }
+
+    fn lease(&self, image: &str) -> Result<ImageLease, PodError> {
+        self.images.lease(image).map_err(|source| PodError::Image {
+            action: "use",
+            image: image.to_owned(),
+            source,
+        })
     }
 
     /// Off the runtime's threads, and with a deadline: a mount's source may be on a dead file system.
@@ -148,6 +167,7 @@ impl Node {
         config: cri::ContainerConfig,
         ready: Assembled,
         lease: ImageLease,
+        volumes: Vec<ImageLease>,
         cell: Arc<Cell>,
         mut phases: Phases,
     ) -> Result<Arc<Container>, PodError> {
@@ -156,7 +176,7 @@ impl Node {
         let layers = self.layers_dir().join(id);
         let Assembled {
             mut create,
-            plan,
+            mut plan,
             cgroup,
         } = ready;
         let image = lease.image().clone();
@@ -173,6 +193,14 @@ impl Node {
             work: layers.join("work").to_string_lossy().into_owned(),
             selinux_label,
         });
+        for (volume, lease) in create.image_volumes.iter_mut().zip(&volumes) {
+            volume.lower = stacked(lease.image());
+        }
+        // What the kubelet finds the volume's image by (KEP-5365).
+        let images = plan.mounts.iter_mut().filter_map(|m| m.image.as_mut());
+        for (image, lease) in images.zip(&volumes) {
+            image.image_ref.clone_from(&lease.image().id);
+        }
         let timeout = self.config().limits.create_timeout;
         let made = pod
             .keeper
@@ -209,6 +237,7 @@ impl Node {
             stop_signal: plan.stop_signal,
             cgroup,
             mounts: plan.mounts,
+            volume_images: volumes.iter().map(|v| v.image().id.clone()).collect(),
             resources: plan.resources,
             phases: phases.laps().to_vec(),
             config,
@@ -221,7 +250,7 @@ impl Node {
             dir,
             pod.keeper.clone(),
             cell,
-            Some(lease),
+            std::iter::once(lease).chain(volumes).collect(),
         ))
     }
 
@@ -275,15 +304,19 @@ fn image_name(asked: &cri::ImageSpec, image: &Image) -> String {
     }
 }
 
-/// The image's layers for the overlay, topmost first (images are described base first). The kernel refuses a
-/// directory that stands twice: the upper one says all that the other could. An image without layers is an
-/// empty directory.
-pub(super) fn lower_dirs(image: &Image, layers: &Path) -> Vec<String> {
+/// The image's layers for an overlay, topmost first (images are described base first). The kernel refuses a
+/// directory that stands twice: the upper one says all that the other could.
+fn stacked(image: &Image) -> Vec<String> {
     let mut seen = std::collections::HashSet::new();
-    let mut lower: Vec<_> = (image.layers.iter().rev())
+    (image.layers.iter().rev())
         .filter(|layer| seen.insert(&layer.path))
         .map(|layer| layer.path.to_string_lossy().into_owned())
-        .collect();
+        .collect()
+}
+
+/// Those below a container's writable layer. An image without layers is an empty directory.
+pub(super) fn lower_dirs(image: &Image, layers: &Path) -> Vec<String> {
+    let mut lower = stacked(image);
     if lower.is_empty() {
         lower.push(layers.join(EMPTY).to_string_lossy().into_owned());
     }

@@ -186,6 +186,24 @@ pub enum PodError {
         #[source]
         source: slipway_seccomp::SeccompError,
     },
+    /// A CDI device that is not known.
+    #[error("container {id} can't have its CDI devices")]
+    Cdi {
+        /// The container.
+        id: String,
+        /// The cause.
+        #[source]
+        source: slipway_cdi::CdiError,
+    },
+    /// A CDI device that this host does not have.
+    #[error("container {id} can't have its CDI devices")]
+    CdiEdits {
+        /// The container.
+        id: String,
+        /// The cause.
+        #[source]
+        source: slipway_cdi::EditsError,
+    },
     /// A local file operation.
     #[error("can't {action} {}", path.display())]
     File {
@@ -275,6 +293,11 @@ impl PodError {
             | Self::NoUserNamespaces { .. }
             | Self::Plugin { .. } => Class::FailedPrecondition,
             Self::Unsupported(_) => Class::Unimplemented,
+            Self::Cdi { source, .. } => match source {
+                slipway_cdi::CdiError::Name(_) => Class::InvalidArgument,
+                _ => Class::FailedPrecondition,
+            },
+            Self::CdiEdits { .. } => Class::FailedPrecondition,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),
             Self::Network { source, .. } => match source {

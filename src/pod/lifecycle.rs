@@ -330,7 +330,7 @@ impl Node {
         let _ = std::fs::remove_file(pod.dir.join("exits").join(format!("{id}.json")));
         self.containers.remove(id);
         pod.remove_cell(id);
-        container.release_image();
+        container.release_images();
         self.ledger.forget(id);
         self.container_names.release(&container.name(), id);
         self.sweep_later(record_trash);

@@ -5,6 +5,7 @@
 //! container ([`container::Container::turn`]). A stop that waits holds neither.
 
 mod assemble;
+mod cdi;
 pub mod checkpoint;
 pub mod container;
 mod create;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
+use slipway_cdi::Cdi;
 use slipway_config::Config;
 use slipway_image::{Credentials, Image, ImageStore, ProgressSender};
 use slipway_network::Cni;
@@ -58,6 +59,7 @@ pub struct Node {
     pub host: HostFacts,
     /// SELinux levels of pods.
     pub levels: Levels,
+    cdi: RwLock<Arc<Cdi>>,
     /// Compiled seccomp filters.
     pub seccomp: ProfileCache,
     /// Where the time of the last operations went.
@@ -100,6 +102,7 @@ impl Node {
             cni,
             host,
             levels: Levels::default(),
+            cdi: RwLock::new(Arc::new(Cdi::new(config.pod.cdi_dirs.clone()))),
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
             layout: stats::layout(),
@@ -123,10 +126,18 @@ impl Node {
         self.runtimes.read().clone()
     }
 
+    /// Devices that vendors describe.
+    pub fn cdi(&self) -> Arc<Cdi> {
+        self.cdi.read().clone()
+    }
+
     /// Takes a new configuration over; what runs keeps the one it began with.
     pub fn reconfigure(&self, config: Config) {
         let runtimes = Runtimes::new(&config, self.features);
         *self.runtimes.write() = Arc::new(runtimes);
+        if config.pod.cdi_dirs != self.config().pod.cdi_dirs {
+            *self.cdi.write() = Arc::new(Cdi::new(config.pod.cdi_dirs.clone()));
+        }
         *self.config.write() = Arc::new(config);
     }
 

@@ -108,6 +108,9 @@ pub struct ContainerRecord {
     /// The mounts that the request named.
     #[serde(with = "proto_list")]
     pub mounts: Vec<cri::Mount>,
+    /// Ids of the images that it has as volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volume_images: Vec<String>,
     /// What limits are in force.
     #[serde(with = "proto_base64")]
     pub resources: cri::LinuxContainerResources,
@@ -262,6 +265,7 @@ mod tests {
                 container_path: "/m".into(),
                 ..Default::default()
             }],
+            volume_images: vec!["sha256:3".into()],
             resources: cri::LinuxContainerResources {
                 cpu_shares: 3,
                 ..Default::default()

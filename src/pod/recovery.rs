@@ -182,16 +182,21 @@ impl Node {
             &record.cgroup,
             Status::created(record.created_at, record.pid),
         );
-        let lease = self.images.lease(&record.image_id).inspect_err(|e| {
-            tracing::warn!(
-                container = record.id,
-                image = record.image_id,
-                error = e.chain(),
-                "the image of a container is gone"
-            );
+        let images = std::iter::once(&record.image_id).chain(&record.volume_images);
+        let leases = images.filter_map(|image| {
+            let lease = self.images.lease(image).inspect_err(|e| {
+                tracing::warn!(
+                    container = record.id,
+                    image,
+                    error = e.chain(),
+                    "an image of a container is gone"
+                );
+            });
+            lease.ok()
         });
+        let leases = leases.collect();
         let id = record.id.clone();
-        let container = Container::new(record, dir, pod.keeper.clone(), cell.clone(), lease.ok());
+        let container = Container::new(record, dir, pod.keeper.clone(), cell.clone(), leases);
         cell.announce(&container);
         self.container_names.adopt(&container.name(), &id);
         self.containers.insert(&id, container);

@@ -28,6 +28,7 @@ mod harness;
 
 mod apparmor;
 mod bad_images;
+mod cdi;
 mod checkpoint;
 mod cni;
 mod confinement;
@@ -38,6 +39,7 @@ mod exec;
 mod filesystem;
 mod hygiene;
 mod idempotence;
+mod image_volumes;
 mod images;
 mod lifecycle;
 mod logs;
@@ -98,7 +100,9 @@ fn main() -> std::process::ExitCode {
         network::TESTS,
         checkpoint::TESTS,
         nri::TESTS,
+        cdi::TESTS,
         cni::TESTS,
+        image_volumes::TESTS,
         images::TESTS,
         bad_images::TESTS,
         restart::TESTS,

@@ -427,8 +427,8 @@ async fn what_cannot_be_adjusted(env: Env) -> Result<()> {
                 }],
                 ..Default::default()
             },
-            Code::Unimplemented,
-            "CDI_devices",
+            Code::FailedPrecondition,
+            "vendor.com/gpu=0",
         ),
         (
             api::ContainerAdjustment {

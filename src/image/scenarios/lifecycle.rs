@@ -454,6 +454,11 @@ async fn pinned_images_say_so() {
         Fixture::with(|config| config.pinned = vec![format!("{}/pin/*", registry.address)]);
     assert!(fixture.pull(&names[0]).await.unwrap().pinned);
     assert!(!fixture.pull(&names[1]).await.unwrap().pinned);
+    for (pattern, pinned) in [("*/other*", false), ("*/pin/*", true), ("*pin*", true)] {
+        let fixture = Fixture::with(|config| config.pinned = vec![pattern.to_owned()]);
+        let image = fixture.pull(&names[0]).await.unwrap();
+        assert_eq!(image.pinned, pinned, "{pattern}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,7 +21,7 @@ pub use limits::limits_of;
 /// Where a seccomp policy comes from, for messages.
 const POLICY: &str = "the policy of an NRI plugin";
 
-/// Lays the adjustments over the plan.
+/// Lays the adjustments over the plan. CDI devices, which stand in files of the host, are left to the caller.
 ///
 /// # Errors
 /// [`SpecError`], naming the adjustment; the plan is of no use then.
@@ -30,13 +30,6 @@ pub fn adjust(
     wish: &nri::ContainerAdjustment,
     host: &HostFacts,
 ) -> Result<()> {
-    if let Some(device) = wish.cdi_devices.first() {
-        let what = format!(
-            "{} can't be injected: CDI is not there yet in this version",
-            quoted(&device.name)
-        );
-        return Err(SpecError::unsupported("adjust.CDI_devices", what));
-    }
     let mut annotations = plan.spec.annotations().clone().unwrap_or_default();
     for (key, value) in &wish.annotations {
         match key.strip_prefix('-') {

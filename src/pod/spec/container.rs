@@ -11,7 +11,7 @@ use crate::{
     namespaces, process, resources, selinux, signal,
 };
 use oci_spec::runtime::{Linux, LinuxCapabilities, LinuxNamespaceType, Process, Root, Spec, User};
-use slipway_proto::cri::{self, NamespaceMode};
+use slipway_proto::cri::NamespaceMode;
 use slipway_proto::keeper;
 use std::collections::HashMap;
 use std::path::Path;
@@ -25,7 +25,6 @@ const OCI_VERSION: &str = "1.0.2";
 /// [`SpecError`] naming the field.
 pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
     let (config, image, host) = (input.config, input.image, input.host);
-    supported(config)?;
     let name = config
         .metadata
         .as_ref()
@@ -66,7 +65,8 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         &host.capabilities,
         &mut warnings,
     )?;
-    let all_devices = privileged.then_some(input.sources.all_devices.as_slice());
+    let all_devices = (privileged && !input.options.privileged_without_host_devices)
+        .then_some(input.sources.all_devices.as_slice());
     let own_mounts: Vec<_> = (config.mounts.iter())
         .map(|mount| paths::clean(&mount.container_path))
         .collect();
@@ -197,6 +197,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         tty: config.tty,
         stdin: config.stdin,
         systemd: input.options.cgroup_driver == CgroupDriver::Systemd,
+        image_volumes: mounts.image_volumes,
     };
     Ok(ContainerPlan {
         create,
@@ -210,15 +211,6 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         log_path,
         warnings,
     })
-}
-
-/// Refuses what a later version brings.
-fn supported(config: &cri::ContainerConfig) -> Result<()> {
-    if config.cdi_devices.is_empty() {
-        return Ok(());
-    }
-    let what = "CDI devices are not there yet in this version; use devices";
-    Err(SpecError::unsupported("CDI_devices", what))
 }
 
 fn bounding(capabilities: &LinuxCapabilities) -> oci_spec::runtime::Capabilities {

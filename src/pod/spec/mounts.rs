@@ -6,6 +6,7 @@ use crate::userns::{self, IdMaps};
 use crate::{ContainerInput, paths};
 use oci_spec::runtime::Mount;
 use slipway_proto::cri::{self, MountPropagation};
+use slipway_proto::keeper;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +20,12 @@ pub(crate) struct Mounts {
     pub rootfs_propagation: Option<&'static str>,
     /// Sources that are to have the container's SELinux label.
     pub relabel: Vec<PathBuf>,
+    /// Images to be mounted, in the order of the request; their layers are left to the caller.
+    pub image_volumes: Vec<keeper::ImageVolume>,
 }
+
+/// Directory in a container's run directory below which its creator mounts images.
+const IMAGE_VOLUMES: &str = "images";
 
 /// What of the container's circumstances its mounts depend on.
 #[derive(Debug, Clone, Copy)]
@@ -75,15 +81,6 @@ const OPTIONS: [(&str, &str); 3] = [
     ("nosuid", "rnosuid"),
 ];
 
-/// Refuses what a later version brings.
-pub(crate) fn unsupported(field: &str, mount: &cri::Mount) -> Result<()> {
-    if mount.image.is_none() && mount.image_sub_path.is_empty() {
-        return Ok(());
-    }
-    let what = "volumes from images are not there yet in this version; use a host path";
-    Err(SpecError::unsupported(format!("{field}.image"), what))
-}
-
 /// The request's own options.
 fn own_options(field: &str, request: &cri::Mount, possible: bool) -> Result<Vec<&'static str>> {
     let mut options = BTreeSet::new();
@@ -120,6 +117,26 @@ pub(crate) fn of_container(input: &ContainerInput<'_>, at: Circumstances) -> Res
         if !taken.insert(place.clone()) {
             let what = format!("{} is mounted twice", quoted(&request.container_path));
             return Err(SpecError::invalid(format!("{field}.container_path"), what));
+        }
+        if let Some(image) = &request.image {
+            image_volume(&field, request)?;
+            // In a user namespace its layers' owners are mapped as those of the root file system are, whatever
+            // is asked for.
+            userns::of_mount(&field, request)?;
+            // Where the creator mounts it, in a mount namespace that ends with the container.
+            let at = (input.container_dir.join(IMAGE_VOLUMES)).join(i.to_string());
+            let mut options = vec!["rbind", "rprivate", "ro", "nodev"];
+            let possible = input.host.recursive_read_only;
+            options.extend(own_options(&field, request, possible)?);
+            own.push((place.clone(), mount(&place, "bind", &at, &options)));
+            out.image_volumes.push(keeper::ImageVolume {
+                at: at.to_string_lossy().into_owned(),
+                lower: Vec::new(),
+                sub_path: request.image_sub_path.clone(),
+                image: image.image.clone(),
+                container_path: request.container_path.clone(),
+            });
+            continue;
         }
         if input.host.selinux.is_some() && request.selinux_relabel {
             if !relabelable(&source.path) {
@@ -186,9 +203,46 @@ pub(crate) fn of_container(input: &ContainerInput<'_>, at: Circumstances) -> Res
     Ok(out)
 }
 
+/// Checks a mount of an image (KEP-4639): always read-only, and from nowhere on the host.
+pub(crate) fn image_volume(field: &str, mount: &cri::Mount) -> Result<()> {
+    let refuse = |name: &str, what: &str| Err(SpecError::invalid(format!("{field}.{name}"), what));
+    let Some(image) = &mount.image else {
+        if mount.image_sub_path.is_empty() {
+            return Ok(());
+        }
+        return refuse("image_sub_path", "is a path in an image; name the image");
+    };
+    if image.image.is_empty() {
+        return refuse("image.image", "must name an image that was pulled");
+    }
+    if !mount.host_path.is_empty() {
+        return refuse("host_path", "must be empty, as the mount is of an image");
+    }
+    if !mount.readonly {
+        return refuse("readonly", "must be set: an image can't be written to");
+    }
+    if mount.propagation != i32::from(MountPropagation::PropagationPrivate) {
+        let what = "must be PROPAGATION_PRIVATE: nothing is mounted in an image";
+        return refuse("propagation", what);
+    }
+    let sub_path = Path::new(&mount.image_sub_path);
+    if mount.image_sub_path.contains('\0') {
+        return refuse("image_sub_path", "holds a NUL byte");
+    }
+    // Inside the image's root a step up leads nowhere harmful, but means a mistake.
+    let outward = |part| matches!(part, std::path::Component::ParentDir);
+    if sub_path.is_absolute() || sub_path.components().any(outward) {
+        let what = format!(
+            "{} must be a relative path without \"..\"",
+            quoted(&mount.image_sub_path)
+        );
+        return refuse("image_sub_path", &what);
+    }
+    Ok(())
+}
+
 /// Where a requested mount goes.
 fn place(field: &str, request: &cri::Mount, source: &MountSource) -> Result<PathBuf> {
-    unsupported(field, request)?;
     let field = format!("{field}.container_path");
     paths::absolute(&field, &request.container_path)?;
     let place = paths::clean(&request.container_path);
@@ -560,6 +614,68 @@ mod tests {
         case.config.mounts[0].readonly = true;
         case.host.recursive_read_only = false;
         assert_eq!(case.bad(), (SpecErrorKind::FailedPrecondition, field));
+    }
+
+    fn image(case: &mut Case) -> &mut cri::Mount {
+        let mount = case.mount("/tools", "");
+        mount.readonly = true;
+        mount.image = Some(cri::ImageSpec {
+            image: "registry.test/tools:1".into(),
+            ..Default::default()
+        });
+        mount
+    }
+
+    #[test]
+    fn an_image_is_bound_from_where_the_creator_mounts_it() {
+        let mut case = Case::new();
+        case.mount("/data", "/1");
+        image(&mut case).image_sub_path = "bin/x".into();
+        let plan = case.good();
+        let at = "/run/slipway/pods/p1/containers/c1/images/1";
+        let found = find(&plan.spec, "/tools");
+        assert_eq!(found.source().as_deref(), Some(Path::new(at)));
+        assert!(has(&plan.spec, "/tools", "ro") && !has(&plan.spec, "/tools", "noexec"));
+        let volume = &plan.create.image_volumes[0];
+        assert_eq!(
+            (volume.at.as_str(), volume.sub_path.as_str()),
+            (at, "bin/x")
+        );
+    }
+
+    #[test]
+    fn bad_mounts_of_images() {
+        type Bend = fn(&mut cri::Mount);
+        let cases: [(&str, Bend); 9] = [
+            ("readonly", |m| m.readonly = false),
+            ("host_path", |m| m.host_path = "/y".into()),
+            ("propagation", |m| m.propagation = 2),
+            ("image_sub_path", |m| m.image_sub_path = "/bin".into()),
+            ("image_sub_path", |m| m.image_sub_path = "../x".into()),
+            ("image_sub_path", |m| m.image_sub_path = "a/../../x".into()),
+            ("image_sub_path", |m| m.image_sub_path = "a\0".into()),
+            ("image.image", |m| m.image = Some(Default::default())),
+            ("image_sub_path", |m| {
+                m.image = None;
+                m.image_sub_path = "a".into();
+            }),
+        ];
+        for (field, bend) in cases {
+            let mut case = Case::new();
+            bend(image(&mut case));
+            let found = case.plan();
+            let field = format!("mounts[0].{field}");
+            // Without an image the host's path is looked at first, by the survey.
+            let mount = &case.config.mounts[0];
+            let error = found
+                .err()
+                .or_else(|| super::image_volume("mounts[0]", mount).err());
+            let error = error.expect(&field);
+            assert_eq!(
+                (error.kind(), error.field()),
+                (SpecErrorKind::Invalid, &*field)
+            );
+        }
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct SpecOptions {
     pub seccomp_profile: Option<PathBuf>,
     /// Where Localhost profiles with a relative name are looked up.
     pub seccomp_dir: PathBuf,
+    /// Whether a privileged container has only the devices that it asks for.
+    pub privileged_without_host_devices: bool,
 }
 
 impl Default for SpecOptions {
@@ -62,6 +64,7 @@ impl Default for SpecOptions {
             apparmor_profile: "slipway-default".to_owned(),
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
+            privileged_without_host_devices: false,
         }
     }
 }

@@ -28,8 +28,8 @@ pub struct Sources {
     pub seccomp: SeccompChoice,
 }
 
-/// The source of a bind mount.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The source of a bind mount; that of an image's says nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MountSource {
     /// The path without symbolic links.
     pub path: PathBuf,
@@ -80,7 +80,8 @@ const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 /// # Errors
 /// [`SpecError`] for a source, device or profile that isn't there or isn't what it should be.
 pub fn survey(config: &cri::ContainerConfig, options: &SpecOptions) -> Result<Sources> {
-    let privileged = security(config).is_some_and(|s| s.privileged);
+    let all =
+        security(config).is_some_and(|s| s.privileged) && !options.privileged_without_host_devices;
     let mountinfo = if config.mounts.iter().any(|m| m.propagation != 0) {
         // Mount points need not be UTF-8.
         let text = fs::read("/proc/self/mountinfo").map_err(|e| {
@@ -107,7 +108,7 @@ pub fn survey(config: &cri::ContainerConfig, options: &SpecOptions) -> Result<So
         )?);
     }
     let mut all_devices = Vec::new();
-    if privileged {
+    if all {
         walk(Path::new("/dev"), Path::new(""), 0, &mut all_devices)
             .map_err(|e| SpecError::precondition("privileged", format!("can't list /dev: {e}")))?;
     }
@@ -134,7 +135,10 @@ fn mount_source(
     options: &SpecOptions,
     mountinfo: &str,
 ) -> Result<MountSource> {
-    crate::mounts::unsupported(field, mount)?;
+    crate::mounts::image_volume(field, mount)?;
+    if mount.image.is_some() {
+        return Ok(MountSource::default());
+    }
     let field = format!("{field}.host_path");
     paths::absolute(&field, &mount.host_path)?;
     let asked = Path::new(&mount.host_path);

@@ -266,27 +266,6 @@ fn annotations_of_the_request_do_not_reach_the_runtime() {
 }
 
 #[test]
-fn what_is_for_later_is_refused() {
-    type Bend = fn(&mut Case);
-    let cases: [(&str, Bend); 3] = [
-        ("CDI_devices", |c| {
-            c.config.cdi_devices.push(cri::CdiDevice::default())
-        }),
-        ("mounts[0].image", |c| {
-            c.mount("/x", "/y").image = Some(cri::ImageSpec::default())
-        }),
-        ("mounts[0].image", |c| {
-            c.mount("/x", "/y").image_sub_path = "a".into()
-        }),
-    ];
-    for (field, bend) in cases {
-        let mut case = Case::new();
-        bend(&mut case);
-        assert_eq!(case.bad(), (SpecErrorKind::Unsupported, field.to_owned()));
-    }
-}
-
-#[test]
 fn privileged() {
     let mut case = Case::new();
     case.security().privileged = true;
