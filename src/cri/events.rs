@@ -35,9 +35,11 @@ fn event(happening: &Happening) -> cri::ContainerEventResponse {
         container_event_type: kind as i32,
         created_at: happening.at,
         pod_sandbox_status: Some(pod_status(&happening.pod, happening.stage)),
-        containers_statuses: containers
-            .map(|(container, status)| container_status(container, status.clone()))
-            .collect(),
+        containers_statuses: newest_first(
+            containers
+                .map(|(container, status)| container_status(container, status.clone()))
+                .collect(),
+        ),
     }
 }
 

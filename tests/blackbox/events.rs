@@ -96,6 +96,32 @@ async fn everybody_sees_the_whole_life_in_order(env: Env) -> Result<()> {
     Ok(())
 }
 
+async fn the_newest_container_is_the_first(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let mut stream = subscribe(&daemon).await?;
+    // Enough that another order, by id say, does not give this one by chance.
+    let mut made = Vec::new();
+    for _ in 0..5 {
+        made.insert(0, pod.run(&["true"], |_| {}).await?.id);
+        let mut last = None;
+        for _ in 0..3 {
+            last = Some(next(&mut stream).await?);
+        }
+        let told = last.context("no event")?.containers_statuses;
+        assert_eq!(Vec::from_iter(told.into_iter().map(|s| s.id)), made);
+    }
+    let mut runtime = daemon.runtime.clone();
+    let request = cri::PodSandboxStatusRequest {
+        pod_sandbox_id: pod.id.clone(),
+        verbose: false,
+    };
+    let told = runtime.pod_sandbox_status(request).await?.into_inner();
+    let told = told.containers_statuses.into_iter().map(|s| s.id);
+    assert_eq!(Vec::from_iter(told), made);
+    Ok(())
+}
+
 async fn lives_too_short_to_see(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
