@@ -5,7 +5,7 @@ use slipway_proto::cri;
 use tonic::Status;
 
 use super::containers::container_status;
-use super::pods::pod_status;
+use super::pods::{newest_first, pod_status};
 use super::stream::Batches;
 use crate::pod::Node;
 use crate::pod::feed::{End, Happening, Kind};

@@ -11,6 +11,7 @@ use crate::harness::*;
 
 tests![
     everybody_sees_the_whole_life_in_order,
+    the_newest_container_is_the_first,
     lives_too_short_to_see,
     a_start_that_fails,
     a_keeper_that_dies,
@@ -111,13 +112,16 @@ async fn the_newest_container_is_the_first(env: Env) -> Result<()> {
         let told = last.context("no event")?.containers_statuses;
         assert_eq!(Vec::from_iter(told.into_iter().map(|s| s.id)), made);
     }
-    let mut runtime = daemon.runtime.clone();
     let request = cri::PodSandboxStatusRequest {
         pod_sandbox_id: pod.id.clone(),
         verbose: false,
     };
-    let told = runtime.pod_sandbox_status(request).await?.into_inner();
-    let told = told.containers_statuses.into_iter().map(|s| s.id);
+    let told = daemon.runtime().pod_sandbox_status(request).await?;
+    let told = told
+        .into_inner()
+        .containers_statuses
+        .into_iter()
+        .map(|s| s.id);
     assert_eq!(Vec::from_iter(told), made);
     Ok(())
 }
