@@ -5,7 +5,7 @@ use slipway_proto::cri;
 use tonic::Status;
 
 use super::containers::container_status;
-use super::pods::pod_status;
+use super::pods::{newest_first, pod_status};
 use super::stream::Batches;
 use crate::pod::Node;
 use crate::pod::feed::{End, Happening, Kind};
@@ -35,9 +35,11 @@ fn event(happening: &Happening) -> cri::ContainerEventResponse {
         container_event_type: kind as i32,
         created_at: happening.at,
         pod_sandbox_status: Some(pod_status(&happening.pod, happening.stage)),
-        containers_statuses: containers
-            .map(|(container, status)| container_status(container, status.clone()))
-            .collect(),
+        containers_statuses: newest_first(
+            containers
+                .map(|(container, status)| container_status(container, status.clone()))
+                .collect(),
+        ),
     }
 }
 

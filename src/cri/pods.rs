@@ -106,13 +106,20 @@ pub async fn status(
         status: Some(pod_status(&pod, pod.stage())),
         info,
         // For the evented PLEG, which puts them beside the events.
-        containers_statuses: node
-            .containers_of_pod(&pod)
-            .iter()
-            .map(|c| container_status(c, c.status()))
-            .collect(),
+        containers_statuses: newest_first(
+            node.containers_of_pod(&pod)
+                .iter()
+                .map(|c| container_status(c, c.status()))
+                .collect(),
+        ),
         timestamp: now(),
     })
+}
+
+/// With the evented PLEG, the kubelet takes the first status of a name for the present one, and does not sort.
+pub fn newest_first(mut statuses: Vec<cri::ContainerStatus>) -> Vec<cri::ContainerStatus> {
+    statuses.sort_by_key(|status| std::cmp::Reverse(status.created_at));
+    statuses
 }
 
 /// A pod's status on the wire.

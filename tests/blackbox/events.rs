@@ -11,6 +11,7 @@ use crate::harness::*;
 
 tests![
     everybody_sees_the_whole_life_in_order,
+    the_newest_container_is_the_first,
     lives_too_short_to_see,
     a_start_that_fails,
     a_keeper_that_dies,
@@ -93,6 +94,35 @@ async fn everybody_sees_the_whole_life_in_order(env: Env) -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+async fn the_newest_container_is_the_first(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let mut stream = subscribe(&daemon).await?;
+    // Enough that another order, by id say, does not give this one by chance.
+    let mut made = Vec::new();
+    for _ in 0..5 {
+        made.insert(0, pod.run(&["true"], |_| {}).await?.id);
+        let mut last = None;
+        for _ in 0..3 {
+            last = Some(next(&mut stream).await?);
+        }
+        let told = last.context("no event")?.containers_statuses;
+        assert_eq!(Vec::from_iter(told.into_iter().map(|s| s.id)), made);
+    }
+    let request = cri::PodSandboxStatusRequest {
+        pod_sandbox_id: pod.id.clone(),
+        verbose: false,
+    };
+    let told = daemon.runtime().pod_sandbox_status(request).await?;
+    let told = told
+        .into_inner()
+        .containers_statuses
+        .into_iter()
+        .map(|s| s.id);
+    assert_eq!(Vec::from_iter(told), made);
     Ok(())
 }
 
