@@ -19,6 +19,7 @@ tests![
     adjustments_take_effect,
     tuning_takes_effect,
     interfaces_move_in,
+    cdi_devices_are_injected,
     what_cannot_be_adjusted,
     hooks_run,
     plugins_in_conflict,
@@ -405,6 +406,30 @@ async fn interfaces_move_in(env: Env) -> Result<()> {
     let inside = container.exec_output(&["ls", "/sys/class/net"]).await?;
     assert!(inside.contains("data0"), "{inside}");
     assert!(!std::path::Path::new("/sys/class/net").join(&name).exists());
+    Ok(())
+}
+
+async fn cdi_devices_are_injected(env: Env) -> Result<()> {
+    let dir = env.dir("cdi")?;
+    let file = r#"{"cdiVersion":"0.6.0","kind":"vendor.com/gpu","devices":[{"name":"0","containerEdits":{
+        "env":["GPU=0"],"deviceNodes":[{"path":"/dev/gpu0","hostPath":"/dev/null"}]}}]}"#;
+    std::fs::write(dir.join("gpu.json"), file)?;
+    let daemon = env
+        .daemon_with(|s| s.set("pod.cdi_dirs", &format!("[{dir:?}]")))
+        .await?;
+    daemon.pull("test").await?;
+    let device = api::CdiDevice {
+        name: "vendor.com/gpu=0".into(),
+    };
+    let adjust = api::ContainerAdjustment {
+        cdi_devices: vec![device],
+        ..Default::default()
+    };
+    let _plugin = Plugin::join(&daemon, "10-cdi", adjusting(adjust)).await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let script = "echo $GPU; stat -c %t:%T /dev/gpu0";
+    let text = pod.output(&["sh", "-c", script], |_| {}).await?;
+    assert_eq!(text, "0\n1:3\n");
     Ok(())
 }
 

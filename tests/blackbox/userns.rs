@@ -17,6 +17,7 @@ tests![
     owners_of_what_a_container_sees,
     the_root_file_system_is_not_chowned,
     volumes,
+    images_as_volumes,
     volumes_of_other_mappings,
     a_file_system_without_idmapped_mounts,
     users_and_groups,
@@ -416,6 +417,48 @@ async fn volumes(env: Env) -> Result<()> {
             container.exec(&["sh", "-c", script]).await?.code,
             0,
             "{script}"
+        );
+    }
+    Ok(())
+}
+
+async fn images_as_volumes(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    daemon.pull("schema2").await?;
+    let pod = daemon.pod(mapped).await?;
+    // The container's own image, whose layers are mapped already; another one; the same once more, in part.
+    let volumes = [
+        ("/own", "test", ""),
+        ("/other", "schema2", ""),
+        ("/part", "schema2", "etc"),
+    ];
+    let container = pod
+        .run(&["sleep", "1000"], |c| {
+            let mount = |(place, name, sub_path): (&str, &str, &str)| cri::Mount {
+                container_path: place.into(),
+                readonly: true,
+                image: config::of_image(name),
+                image_sub_path: sub_path.into(),
+                uid_mappings: vec![ids_at(HOST_ID)],
+                gid_mappings: vec![ids_at(HOST_ID)],
+                ..Default::default()
+            };
+            c.mounts = volumes.map(mount).to_vec();
+        })
+        .await?;
+    for file in [
+        "/own/etc/probe-image",
+        "/other/etc/probe-image",
+        "/part/probe-image",
+    ] {
+        let owner = container
+            .exec_output(&["stat", "-c", "%u:%g", file])
+            .await?;
+        assert_eq!(owner, "0:0", "{file}");
+        let touched = container.exec(&["touch", file]).await?;
+        assert!(
+            touched.stderr.contains("Read-only file system"),
+            "{touched:?}"
         );
     }
     Ok(())
