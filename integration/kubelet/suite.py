@@ -78,6 +78,7 @@ def main(arguments):
             os.unlink(os.path.join(node.manifests, name))
         # The kubelet removes dead sandboxes once a minute.
         one("nothing_is_left", lambda: wait("nothing is left", lambda: leftovers(node), 150, 1))
+        one("the_kubelet_and_the_daemon_are_alive", lambda: node.alive(node.kubelet, "kubelet") and node.alive(node.slipway, "slipway"))
         one("no_error_in_the_log", lambda: complaints(node))
     except (Failed, OSError, RuntimeError) as e:
         failed += 1

@@ -220,7 +220,8 @@ fn psi(pressure: &Pressure) -> cri::PsiStats {
     }
 }
 
-/// The interface of the pod's first network is its default one.
+/// The interface of the pod's first network is its default one. None without any interface: the kubelet (1.36)
+/// reads through the default one unchecked, and dies of one that is not there.
 fn network(interfaces: &[Interface]) -> Option<cri::NetworkUsage> {
     let usage = |interface: &Interface| cri::NetworkInterfaceUsage {
         name: interface.name.clone(),
@@ -232,13 +233,14 @@ fn network(interfaces: &[Interface]) -> Option<cri::NetworkUsage> {
     let default = interfaces
         .iter()
         .position(|i| i.name == DEFAULT_INTERFACE)
-        .or((!interfaces.is_empty()).then_some(0));
+        .unwrap_or(0);
+    let default_interface = Some(usage(interfaces.get(default)?));
     let others = interfaces.iter().enumerate();
     Some(cri::NetworkUsage {
         timestamp: slipway_observe::now(),
-        default_interface: default.and_then(|at| interfaces.get(at)).map(usage),
+        default_interface,
         interfaces: others
-            .filter(|(at, _)| Some(*at) != default)
+            .filter(|(at, _)| *at != default)
             .map(|(_, interface)| usage(interface))
             .collect(),
     })
@@ -264,7 +266,7 @@ mod tests {
         let own = str::to_owned;
         assert_eq!(split(&["net1", "eth0"]), (own("eth0"), vec![own("net1")]));
         assert_eq!(split(&["a", "b"]), (own("a"), vec![own("b")]));
-        assert_eq!(split(&[]), (String::new(), vec![]));
+        assert_eq!(network(&[]), None);
     }
 
     #[test]

@@ -304,6 +304,17 @@ async fn a_pod_on_a_network_is_measured(env: Env) -> Result<()> {
     assert!(value(after.tx_bytes) >= value(before.tx_bytes) + 3 * 84);
     assert!(value(after.rx_bytes) >= value(before.rx_bytes) + 3 * 84);
     assert!(network.interfaces.is_empty(), "no loopback");
+    let admin = pod
+        .run(&["ip", "link", "delete", "eth0"], |c| {
+            container_security(c).capabilities = Some(cri::Capability {
+                add_capabilities: vec!["NET_ADMIN".into()],
+                ..cri::Capability::default()
+            });
+        })
+        .await?;
+    assert_eq!(admin.exited().await?.exit_code, 0);
+    // A kubelet reads through a default interface unchecked.
+    assert_eq!(ask().await?.linux.unwrap().network, None);
     Ok(())
 }
 
