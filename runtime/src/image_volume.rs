@@ -30,7 +30,7 @@ pub enum ImageVolumeError {
         container_path: String,
         /// The cause.
         #[source]
-        source: RootfsError,
+        source: Box<RootfsError>,
     },
     /// The directory in the image.
     #[error(
@@ -122,7 +122,7 @@ pub fn mount_all(
         let root = root.map_err(|source| ImageVolumeError::Image {
             image: volume.image.clone(),
             container_path: volume.container_path.clone(),
-            source,
+            source: Box::new(source),
         })?;
         if volume.sub_path.is_empty() {
             continue;
