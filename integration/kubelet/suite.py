@@ -53,7 +53,7 @@ def main(arguments):
         began = time.monotonic()
         try:
             do()
-        except (Failed, OSError, KeyError, IndexError, ValueError, RuntimeError) as e:
+        except Exception as e:  # a test that stumbles over an answer has failed, and the others go on
             failed += 1
             told = str(e) if isinstance(e, Failed) else traceback.format_exc()
             print(f"failed  kubelet::{name} ({time.monotonic() - began:.1f} s)\n{told}\nFAILED  kubelet::{name}", flush=True)
