@@ -237,10 +237,13 @@ async fn the_namespaces_belong_to_the_pod(env: Env) -> Result<()> {
             add_capabilities: vec!["SYS_ADMIN".into(), "NET_ADMIN".into()],
             ..Default::default()
         });
-        container_security(c).seccomp = Some(cri::SecurityProfile {
+        let unconfined = Some(cri::SecurityProfile {
             profile_type: cri::security_profile::ProfileType::Unconfined.into(),
             ..Default::default()
         });
+        // AppArmor's default profile has no mounts, whoever owns the namespace.
+        container_security(c).apparmor.clone_from(&unconfined);
+        container_security(c).seccomp = unconfined;
     };
     let container = pod.run(&["sleep", "1000"], able).await?;
     for script in [
