@@ -7,7 +7,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -295,7 +295,12 @@ fn answer(request: ZygoteRequest, fds: Vec<OwnedFd>) -> ZygoteResponse {
             // Descriptor 0 was the zygote's socket: held open here, its end would never be seen.
             redirect_to_null(0);
             name_process(&spawn.pod_id);
-            let birth = birth.map(|(birth, _)| birth).unwrap_or_default();
+            // Its cgroup's descriptor was closed with the others: to close it once more might hit another's.
+            let birth = birth.map(|(birth, cgroup)| {
+                let _ = cgroup.into_raw_fd();
+                birth
+            });
+            let birth = birth.unwrap_or_default();
             keeper::main(&spawn.pod_id, Path::new(&spawn.pod_dir), listener, birth)
         }
     }
