@@ -6,13 +6,12 @@ use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use tonic::Code;
 
 use super::memory::listener;
 use super::pods::{Bencher, Pod, Timed};
 use super::report::{Group, TargetResult};
 use crate::connection::Cri;
-use crate::error::ClientError;
+use crate::error::{ClientError, report};
 
 /// Pods started at once.
 const BATCH: usize = 8;
@@ -126,7 +125,13 @@ async fn ask(
                 let began = Instant::now();
                 match call(&benchers[index].0.cri).await {
                     Ok(()) => times.push((name, began.elapsed())),
-                    Err(error) if error.code() == Some(Code::Unimplemented) => {
+                    // In the warm-up: the runtime has no such call, or can't answer it here.
+                    Err(error) if round == 0 => {
+                        let target = &benchers[index].0.name;
+                        eprintln!(
+                            "slipway: {target} is not asked for {name}: {}",
+                            report(&error)
+                        );
                         missing.insert((index, name));
                     }
                     Err(error) => return Err(error),
