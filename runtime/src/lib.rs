@@ -28,7 +28,7 @@ mod limits_v2;
 pub mod log;
 pub mod loopback;
 mod mapped;
-mod mount_table;
+pub mod mount_table;
 mod own_dev;
 pub mod placement;
 mod places;

@@ -42,22 +42,25 @@ fn line(line: &[u8]) -> Option<Mounted> {
     })
 }
 
-/// Blanks and the like are octal there.
+/// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
-    while let Some((first, after)) = rest.split_first() {
-        let octal = after
+    while let Some((first, tail)) = rest.split_first() {
+        let octal = tail
             .get(..3)
-            .and_then(|digits| std::str::from_utf8(digits).ok());
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if *first == b'\\' => {
-                out.push(byte);
-                rest = after.get(3..).unwrap_or_default();
+            .filter(|d| *first == b'\\' && d.iter().all(|c| (b'0'..b'8').contains(c)));
+        match octal {
+            Some(d) => {
+                out.push(
+                    d.iter()
+                        .fold(0u8, |n, c| n.wrapping_mul(8).wrapping_add(c - b'0')),
+                );
+                rest = &tail[3..];
             }
-            _ => {
+            None => {
                 out.push(*first);
-                rest = after;
+                rest = tail;
             }
         }
     }
@@ -67,6 +70,12 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        assert_eq!(unescape(br"/a\040b\134c"), b"/a b\\c");
+        assert_eq!(unescape(br"/a\04"), br"/a\04");
+    }
 
     #[test]
     fn lines_are_read_with_their_optional_fields_and_escapes() {

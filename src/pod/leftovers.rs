@@ -9,6 +9,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use slipway_runtime::cgroup::{self, Hierarchies};
+use slipway_runtime::mount_table;
 use slipway_runtime::removal;
 
 /// Kills every process in the cgroup (absolute path in each hierarchy) and below, then removes it. Blocks
@@ -144,39 +145,8 @@ pub fn remove_tree(dir: &Path) -> Vec<String> {
 
 /// Mount points of this process's mount namespace, in mounting order.
 fn mounts() -> Vec<PathBuf> {
-    use std::os::unix::ffi::OsStringExt as _;
-    let text = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    text.split(|b| *b == b'\n')
-        .filter_map(|line| {
-            let point = unescape(line.split(|b| *b == b' ').nth(4)?);
-            Some(std::ffi::OsString::from_vec(point).into())
-        })
-        .collect()
-}
-
-/// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, tail)) = rest.split_first() {
-        let octal = tail
-            .get(..3)
-            .filter(|d| *first == b'\\' && d.iter().all(|c| (b'0'..b'8').contains(c)));
-        match octal {
-            Some(d) => {
-                out.push(
-                    d.iter()
-                        .fold(0u8, |n, c| n.wrapping_mul(8).wrapping_add(c - b'0')),
-                );
-                rest = &tail[3..];
-            }
-            None => {
-                out.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    out
+    let table = mount_table::read(Path::new("/proc/self/mountinfo")).unwrap_or_default();
+    table.into_iter().map(|mount| mount.place).collect()
 }
 
 #[cfg(test)]
@@ -184,9 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_points_are_unescaped() {
-        assert_eq!(unescape(br"/a\040b\134c"), b"/a b\\c");
-        assert_eq!(unescape(br"/a\04"), br"/a\04");
+    fn mount_points_are_told_from_directories() {
         assert!(is_mount_point(Path::new("/proc")));
         assert!(!is_mount_point(Path::new("/proc/self")));
     }

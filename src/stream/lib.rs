@@ -10,9 +10,9 @@
 //! # use slipway_stream::*;
 //! # struct Runtime;
 //! # impl Backend for Runtime {
-//! #     async fn exec(&self, _: ExecRequest, _: SessionIo) -> Result<ExitStatus, StreamError> { todo!() }
-//! #     async fn attach(&self, _: AttachRequest, _: SessionIo) -> Result<(), StreamError> { todo!() }
-//! #     async fn port_forward(&self, _: &str, _: u16) -> Result<PortStream, StreamError> { todo!() }
+//! #     async fn exec(&self, _: ExecRequest, _: SessionIo) -> Result<ExitStatus, StreamError> { Err(StreamError::Failed("no runtime".into())) }
+//! #     async fn attach(&self, _: AttachRequest, _: SessionIo) -> Result<(), StreamError> { Err(StreamError::Failed("no runtime".into())) }
+//! #     async fn port_forward(&self, _: &str, _: u16) -> Result<PortStream, StreamError> { Err(StreamError::Failed("no runtime".into())) }
 //! # }
 //! # async fn example(shutdown: tokio_util::sync::CancellationToken) -> Result<(), StreamError> {
 //! let server = StreamServer::new(Config::default(), Runtime).await?;

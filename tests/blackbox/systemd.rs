@@ -184,19 +184,6 @@ async fn limits_are_systemds_too(env: Env) -> Result<()> {
     Ok(())
 }
 
-async fn update(
-    container: &Container,
-    linux: cri::LinuxContainerResources,
-) -> Result<(), tonic::Status> {
-    let request = cri::UpdateContainerResourcesRequest {
-        container_id: container.id.clone(),
-        linux: Some(linux),
-        ..Default::default()
-    };
-    let mut client = container.daemon.runtime();
-    client.update_container_resources(request).await.map(drop)
-}
-
 fn in_force(scope: &Path, files: &[(&str, &str)]) -> Result<()> {
     for (file, value) in files {
         assert_eq!(read(scope.join(file))?, *value, "{file}");
@@ -232,7 +219,7 @@ async fn new_limits_are_systemds_too(env: Env) -> Result<()> {
         .into(),
         ..Default::default()
     };
-    update(&container, change).await?;
+    container.update(change).await?;
     let new = [
         ("memory.max", "134217728"),
         ("memory.high", "100663296"),
@@ -295,7 +282,7 @@ async fn new_limits_are_systemds_too(env: Env) -> Result<()> {
         unified: [("memory.high".to_owned(), "max".to_owned())].into(),
         ..Default::default()
     };
-    update(&container, change).await?;
+    container.update(change).await?;
     systemctl(&["daemon-reload"]).await?;
     in_force(
         &scope,
@@ -342,7 +329,7 @@ async fn refused_limits_are_not_systemds(env: Env) -> Result<()> {
         ..Default::default()
     };
     refused(
-        update(&container, change).await,
+        container.update(change).await,
         Code::InvalidArgument,
         &["cpuset.cpus"],
     );

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tonic::{Code, Status};
+use tonic::Code;
 
 use crate::harness::*;
 
@@ -22,16 +22,6 @@ type Resources = cri::LinuxContainerResources;
 
 fn version_two() -> bool {
     std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
-}
-
-async fn update(container: &Container, linux: Resources) -> Result<(), Status> {
-    let request = cri::UpdateContainerResourcesRequest {
-        container_id: container.id.clone(),
-        linux: Some(linux),
-        ..Default::default()
-    };
-    let mut client = container.daemon.runtime();
-    client.update_container_resources(request).await.map(drop)
 }
 
 async fn told(container: &Container) -> Result<Resources> {
@@ -102,7 +92,7 @@ async fn limits_change_and_stay(env: Env) -> Result<()> {
             (32 * MIB, 5_000, 10_000),
             (48 * MIB, 20_000, 200_000),
         ] {
-            update(container, change(memory, quota, period)).await?;
+            container.update(change(memory, quota, period)).await?;
             assert_eq!(in_force(container)?, words(memory, quota, period, 512));
         }
         // There was no swap, and there is none.
@@ -137,7 +127,7 @@ async fn limits_change_and_stay(env: Env) -> Result<()> {
         }
     }
     // And from there on.
-    update(&running, change(96 * MIB, 0, 0)).await?;
+    running.update(change(96 * MIB, 0, 0)).await?;
     assert_eq!(in_force(&running)?, words(96 * MIB, 20_000, 200_000, 512));
     Ok(())
 }
@@ -148,13 +138,13 @@ async fn only_what_is_named_changes(env: Env) -> Result<()> {
     let pod = daemon.pod(|_| {}).await?;
     let container = limited(&pod, &["sleep", "1000"], true).await?;
     let before = told(&container).await?;
-    update(&container, Resources::default()).await?;
+    container.update(Resources::default()).await?;
     assert_eq!(told(&container).await?, before);
     let quota = Resources {
         cpu_quota: 30_000,
         ..Default::default()
     };
-    update(&container, quota).await?;
+    container.update(quota).await?;
     assert_eq!(
         in_force(&container)?,
         words(64 * MIB, 30_000, 100_000, 1024)
@@ -164,7 +154,7 @@ async fn only_what_is_named_changes(env: Env) -> Result<()> {
         cpuset_cpus: "0".into(),
         ..Default::default()
     };
-    update(&container, unlimited).await?;
+    container.update(unlimited).await?;
     assert_eq!(container.cgroup_file("cpuset.cpus")?, "0");
     assert_eq!(container.exec_output(&["nproc"]).await?, "1");
     let quota = in_force(&container)?[1].clone();
@@ -192,7 +182,7 @@ async fn less_memory_than_is_in_use(env: Env) -> Result<()> {
     };
     let limit = (6 * MIB).to_string();
     refused(
-        update(&container, change).await,
+        container.update(change).await,
         Code::FailedPrecondition,
         &[&container.id, &limit],
     );
@@ -218,7 +208,7 @@ async fn all_or_nothing(env: Env) -> Result<()> {
         cpuset_cpus: "4000".into(),
         ..Default::default()
     };
-    let refused = update(&container, bad).await.unwrap_err();
+    let refused = container.update(bad).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
     assert!(refused.message().contains("cpuset.cpus"), "{refused}");
     assert_eq!((in_force(&container)?, told(&container).await?), before);
@@ -234,7 +224,7 @@ async fn what_cannot_be_updated(env: Env) -> Result<()> {
         ..Default::default()
     };
     refused(
-        update(&container, quota(-7)).await,
+        container.update(quota(-7)).await,
         Code::InvalidArgument,
         &["cpu_quota", "-7"],
     );
@@ -243,19 +233,19 @@ async fn what_cannot_be_updated(env: Env) -> Result<()> {
         ..Default::default()
     };
     refused(
-        update(&container, swap).await,
+        container.update(swap).await,
         Code::InvalidArgument,
         &["memory_swap_limit_in_bytes"],
     );
     container.stop(0).await?;
     refused(
-        update(&container, quota(10_000)).await,
+        container.update(quota(10_000)).await,
         Code::FailedPrecondition,
         &[&container.id, "exited"],
     );
     container.remove().await?;
     refused(
-        update(&container, quota(10_000)).await,
+        container.update(quota(10_000)).await,
         Code::NotFound,
         &[&container.id],
     );

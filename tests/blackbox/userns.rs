@@ -774,13 +774,13 @@ async fn a_working_directory_and_a_read_only_root(env: Env) -> Result<()> {
     let pod = daemon.pod(mapped).await?;
     let dir = env.dir("volume")?;
     let change = |c: &mut cri::ContainerConfig| {
-        c.working_dir = "/work/src".into();
+        c.working_dir = "/code/src".into();
         container_security(c).readonly_rootfs = true;
-        c.mounts = vec![bind_mapped(&dir, "/work", HOST_ID)];
+        c.mounts = vec![bind_mapped(&dir, "/code", HOST_ID)];
     };
     let script = "pwd; stat -c %u .; touch x && ! touch /x 2>/dev/null && echo fine";
     let text = pod.output(&["sh", "-c", script], change).await?;
-    assert_eq!(text, "/work/src\n0\nfine\n");
+    assert_eq!(text, "/code/src\n0\nfine\n");
     assert_eq!(std::fs::metadata(dir.join("src/x"))?.uid(), 0);
     let made = pod
         .output(&["stat", "-c", "%u", "."], |c| {

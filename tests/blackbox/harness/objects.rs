@@ -307,6 +307,17 @@ impl Container {
         Ok(exec.stdout.trim_end_matches('\n').to_owned())
     }
 
+    /// Asks for new limits.
+    pub async fn update(&self, linux: cri::LinuxContainerResources) -> Result<(), Status> {
+        let request = cri::UpdateContainerResourcesRequest {
+            container_id: self.id.clone(),
+            linux: Some(linux),
+            ..Default::default()
+        };
+        let mut client = self.daemon.runtime();
+        client.update_container_resources(request).await.map(drop)
+    }
+
     /// ReopenContainerLog.
     pub async fn reopen_log(&self) -> Result<(), Status> {
         let request = cri::ReopenContainerLogRequest {
