@@ -149,7 +149,8 @@ fn placement(config: &Config, host: &HostFacts) -> Placement {
 /// When it can't start, or its server fails.
 pub fn serve(settings: &Settings, keepers: Keepers) -> anyhow::Result<()> {
     let (mut config, files) = settings.load()?;
-    fits_host(&config, &HostFacts::detect())?;
+    let host = HostFacts::detect();
+    fits_host(&config, &host)?;
     let level = logging::start(config.log.format, config.log.level);
     // Files have the modes that are asked for, whoever started us.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
@@ -167,7 +168,7 @@ pub fn serve(settings: &Settings, keepers: Keepers) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("can't start the event loop")?;
-    let result = runtime.block_on(run(settings, config, keepers, level));
+    let result = runtime.block_on(run(settings, config, host, keepers, level));
     runtime.shutdown_timeout(CUT_OFF);
     drop(run_root);
     result
@@ -176,6 +177,7 @@ pub fn serve(settings: &Settings, keepers: Keepers) -> anyhow::Result<()> {
 async fn run(
     settings: &Settings,
     config: Config,
+    host: HostFacts,
     keepers: Keepers,
     level: Level,
 ) -> anyhow::Result<()> {
@@ -184,10 +186,7 @@ async fn run(
     let mut interrupt = signal(SignalKind::interrupt()).context("can't handle SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("can't handle SIGHUP")?;
 
-    if let Err(error) = keepers
-        .place(placement(&config, &HostFacts::detect()))
-        .await
-    {
+    if let Err(error) = keepers.place(placement(&config, &host)).await {
         // Nothing that pods need depends on it.
         tracing::warn!(
             error = crate::pod::chain(&error),
@@ -203,7 +202,7 @@ async fn run(
     let cni = Cni::new(cni_config(&config));
     let listen = config.listen.clone();
     let max_message = usize::try_from(config.limits.max_message.bytes()).unwrap_or(usize::MAX);
-    let node = Node::new(config, keepers, images, cni);
+    let node = Node::new(config, host, keepers, images, cni);
     let found = node
         .recover()
         .await

@@ -309,16 +309,9 @@ pub fn mount_setattr(
     namespace: Option<BorrowedFd<'_>>,
     recursive: bool,
 ) -> io::Result<()> {
-    #[repr(C)]
-    struct MountAttr {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        userns_fd: u64,
-    }
-    let attr = MountAttr {
-        set,
-        clear: 0,
+    let attr = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
         propagation: 0,
         userns_fd: namespace.map_or(0, |fd| u64::from(fd.as_raw_fd().cast_unsigned())),
     };
@@ -334,7 +327,7 @@ pub fn mount_setattr(
             c"".as_ptr(),
             flags,
             &raw const attr,
-            std::mem::size_of::<MountAttr>(),
+            std::mem::size_of::<libc::mount_attr>(),
         )
     };
     match result {

@@ -139,16 +139,9 @@ pub(crate) fn mount_setattr(
     path: &CStr,
     change: MountChange<'_>,
 ) -> io::Result<()> {
-    #[repr(C)]
-    struct MountAttr {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        userns_fd: u64,
-    }
-    let attr = MountAttr {
-        set: change.set,
-        clear: 0,
+    let attr = libc::mount_attr {
+        attr_set: change.set,
+        attr_clr: 0,
         propagation: 0,
         userns_fd: change
             .user_namespace
@@ -162,7 +155,7 @@ pub(crate) fn mount_setattr(
             path.as_ptr(),
             change.at,
             &raw const attr,
-            std::mem::size_of::<MountAttr>(),
+            std::mem::size_of::<libc::mount_attr>(),
         )
     };
     checked(result)

@@ -82,10 +82,15 @@ pub struct Node {
 
 impl Node {
     /// A node without pods; `recover` finds those of an earlier daemon.
-    pub fn new(config: Config, keepers: Keepers, images: ImageStore, cni: Cni) -> Arc<Self> {
+    pub fn new(
+        config: Config,
+        mut host: HostFacts,
+        keepers: Keepers,
+        images: ImageStore,
+        cni: Cni,
+    ) -> Arc<Self> {
         let features = Features::detect(&config.state_root);
         let tasks = TaskTracker::new();
-        let mut host = HostFacts::detect();
         if !config.pod.selinux {
             host.selinux = None;
         }
