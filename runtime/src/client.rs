@@ -543,6 +543,11 @@ impl Keeper {
             }
             .await
             .map_err(|source| self.gone(source))?;
+            if let Some(Answer::Warned(warned)) = &answer.result {
+                for warning in &warned.warnings {
+                    tracing::warn!(pod = self.pod_id, call = name, warning);
+                }
+            }
             match answer.error {
                 Some(error) => Err(ClientError::Keeper {
                     kind: error.kind(),

@@ -2,9 +2,11 @@
 //! calls libcontainer, so that a slow mount or a crash in there never stops the keeper.
 
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -16,16 +18,19 @@ use libcontainer::workload::{
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxNamespaceType, PosixRlimit, Process, Spec, UserBuilder};
+use oci_spec::runtime::{
+    ContainerState, Hook, LinuxNamespaceType, PosixRlimit, Process, Spec, State, UserBuilder,
+};
 use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 use slipway_seccomp::Filter;
 use slipway_systemd::SystemdError;
 
 use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
-use crate::confine::{Confinement, chain};
+use crate::confine::{Confinement, SETUP_FAILED, chain};
 use crate::detach::Kept;
 use crate::hook_output::Complaints;
+use crate::hooks::{self, HookError};
 use crate::ids::IdMaps;
 use crate::image_volume::{self, ImageVolumeError};
 use crate::labels::Label;
@@ -204,6 +209,10 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let target = dir.join("rootfs");
     // As it was asked for, for people to look at; what libcontainer gets says less.
     write_private(&dir.join(SPEC_FILE), &create.spec)?;
+    hooks::leave_poststop(&spec, &create.id, dir).map_err(|source| CreateError::Bundle {
+        path: dir.to_owned(),
+        source,
+    })?;
     let in_cgroup = |step| {
         move |source| CreateError::Cgroup {
             step,
@@ -278,6 +287,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     set_oom_score(create.oom_score_adj);
 
     let args = process_args(&spec)?;
+    let start_hooks = StartHooks::take(&mut spec, create, dir);
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
     let label = labels::take(&mut spec);
     let pod = users.as_ref().map(|u| (&u.ids, u.namespace.as_fd()));
@@ -322,8 +332,16 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
             null(true)?,
         ),
     };
+    // What hooks complain of, which would go nowhere otherwise.
+    let complaints = spec.hooks().as_ref().and_then(|_| Complaints::collect());
+    let (mut stderr, mut own_stderr) = (stderr, None);
+    if let Some(shared) = complaints.as_ref().and_then(Complaints::share) {
+        own_stderr = Some(Rc::new(std::mem::replace(&mut stderr, shared)));
+    }
     let executor = Enter {
         confinement,
+        start_hooks,
+        own_stderr,
         args,
         view,
         own_dev,
@@ -333,8 +351,6 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         start_pipe: start_pipe.as_raw_fd(),
     };
     let user = executor.confinement.user().clone();
-    // What hooks complain of, which would go nowhere otherwise.
-    let complaints = spec.hooks().as_ref().and_then(|_| Complaints::collect());
     let failed = |message: String| {
         let said = complaints.as_ref().map(Complaints::text);
         CreateError::Libcontainer(message + &said.unwrap_or_default())
@@ -543,10 +559,60 @@ pub fn set_oom_score(wanted: i32) {
     let _ = fs::write("/proc/self/oom_score_adj", wanted.to_string());
 }
 
+/// The `startContainer` hooks, which the init runs in the container's root when it may go.
+#[derive(Clone)]
+struct StartHooks {
+    list: Vec<Hook>,
+    state: State,
+    env: Vec<OsString>,
+}
+
+impl StartHooks {
+    /// Takes them out of the spec: libcontainer would drop what they complain of, and take their failure for a
+    /// start.
+    fn take(spec: &mut Spec, create: &CreateContainer, dir: &Path) -> Option<Self> {
+        let hooks = spec.hooks_mut().as_mut()?;
+        let list = hooks.start_container_mut().take()?;
+        #[allow(deprecated)]
+        let others = [
+            hooks.prestart(),
+            hooks.create_runtime(),
+            hooks.create_container(),
+        ];
+        if others
+            .iter()
+            .all(|list| list.iter().flatten().next().is_none())
+        {
+            spec.set_hooks(None);
+        }
+        let env = create.env.iter().cloned().map(OsString::from_vec);
+        Some(Self {
+            list,
+            state: hooks::state(spec, &create.id, dir, ContainerState::Created, 0),
+            env: env.collect(),
+        })
+    }
+
+    fn run(&self) -> Result<(), HookError> {
+        let mut state = self.state.clone();
+        state.set_pid(Some(std::process::id().cast_signed()));
+        let hooks = hooks::Hooks {
+            when: "startContainer",
+            list: &self.list,
+            state: &state,
+            env: &self.env,
+        };
+        hooks.run()
+    }
+}
+
 /// What the container's init does when StartContainer lets it go.
 #[derive(Clone)]
 struct Enter {
     confinement: Confinement,
+    start_hooks: Option<StartHooks>,
+    /// The container's standard error, while that of its hooks is in its place.
+    own_stderr: Option<Rc<OwnedFd>>,
     args: Vec<Vec<u8>>,
     view: Option<View>,
     own_dev: Option<OwnDev>,
@@ -560,6 +626,10 @@ struct Enter {
 
 impl Executor for Enter {
     fn exec(&self, _spec: &Spec) -> Result<(), ExecutorError> {
+        if let Some(Err(error)) = self.start_hooks.as_ref().map(StartHooks::run) {
+            report(self.start_pipe, SETUP_FAILED, &chain(&error));
+            sys::exit_now(SETUP_FAILED)
+        }
         let error = self.confinement.enter(&self.args);
         report(self.start_pipe, error.exit_code(), &error.chain());
         sys::exit_now(error.exit_code())
@@ -573,6 +643,10 @@ impl Executor for Enter {
                 ExecutorValidationError::ArgValidationError(format!("can't {step}: {e}"))
             }
         };
+        if let Some(stderr) = &self.own_stderr {
+            sys::dup_to(stderr, libc::STDERR_FILENO)
+                .map_err(failed("open the container's standard error"))?;
+        }
         let view = self.view.as_ref().map_or(Ok(()), View::show);
         view.map_err(failed("mount the container's view of its cgroups"))?;
         let own_dev = self.own_dev.as_ref().map_or(Ok(()), OwnDev::cover);

@@ -1,17 +1,15 @@
 //! What OCI hooks write to their standard error, kept for the message of a failure.
 //!
-//! libcontainer lets hooks inherit this process's. Those that the container's init runs (`createContainer`,
-//! `startContainer`) have the container's, so they speak in its log.
+//! libcontainer lets hooks inherit that of who runs them: the creator `prestart` and `createRuntime`, the container's
+//! init `createContainer`. So both have this file there, and the init changes it for the container's own when it
+//! is through with them.
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use crate::sys;
-
-/// How much of it a message quotes, in bytes.
-const LONGEST: u64 = 2048;
+use crate::{hooks, sys};
 
 /// A file in memory that is this process's standard error from now on.
 pub struct Complaints(File);
@@ -30,15 +28,13 @@ impl Complaints {
 
     /// The end of a message: what was said, or nothing.
     pub fn text(&self) -> String {
-        let mut file = &self.0;
-        let mut bytes = Vec::new();
-        let read = file
-            .rewind()
-            .and_then(|()| file.take(LONGEST).read_to_end(&mut bytes));
-        let said = String::from_utf8_lossy(&bytes);
-        match (read, said.trim()) {
-            (Ok(_), said) if !said.is_empty() => format!("; the hook said: {said}"),
-            _ => String::new(),
-        }
+        self.0
+            .try_clone()
+            .map_or_else(|_| String::new(), |mut file| hooks::said(&mut file))
+    }
+
+    /// One more descriptor of the same file: for the container's init, whose `createContainer` hooks inherit it.
+    pub fn share(&self) -> Option<OwnedFd> {
+        self.0.try_clone().map(OwnedFd::from).ok()
     }
 }

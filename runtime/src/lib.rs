@@ -19,6 +19,7 @@ mod detach;
 mod device_filter;
 mod freezer;
 mod hook_output;
+pub mod hooks;
 mod ids;
 mod image_volume;
 mod keeper;

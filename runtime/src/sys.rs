@@ -3,7 +3,7 @@
 //!
 //! Invariant of the whole module: the calling process is single-threaded (zygote, keeper, or something one
 //! of them forked), so a forked child may allocate and run ordinary Rust code, and process-wide state may
-//! be changed without a race.
+//! be changed without a race. [`die_with_parent`] alone may be called anywhere.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -118,6 +118,15 @@ pub fn die_with(parent: i32) -> io::Result<()> {
         // 0: the parent is in a PID namespace outside of ours.
         now if now == parent || now == 0 => Ok(()),
         _ => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
+/// The same for a program that is to be started: it is killed when the thread that starts it ends.
+pub fn die_with_parent(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: between fork and execve only a system call is made, which allocates nothing and takes no lock.
+    unsafe {
+        command.pre_exec(|| prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as u64));
     }
 }
 

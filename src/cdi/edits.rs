@@ -279,12 +279,6 @@ fn intel_rdt(rdt: &IntelRdt) -> LinuxIntelRdt {
 
 fn add_hook(spec: &mut Spec, hook: &CdiHook) -> Result<(), String> {
     let path = hook.path.display();
-    if matches!(hook.hook_name.as_str(), "poststart" | "poststop") {
-        return Err(format!(
-            "its {} hook {path} can't be run: hooks after the start are not there yet in this version",
-            hook.hook_name
-        ));
-    }
     // In the container's root, a startContainer hook's; looked up when it runs.
     if hook.hook_name != "startContainer"
         && let Err(e) = fs::metadata(&hook.path)
@@ -324,6 +318,8 @@ fn place(
         "prestart" => drop(hooks.set_prestart(with(hooks.prestart()))),
         "createRuntime" => drop(hooks.set_create_runtime(with(hooks.create_runtime()))),
         "createContainer" => drop(hooks.set_create_container(with(hooks.create_container()))),
+        "poststart" => drop(hooks.set_poststart(with(hooks.poststart()))),
+        "poststop" => drop(hooks.set_poststop(with(hooks.poststop()))),
         _ => drop(hooks.set_start_container(with(hooks.start_container()))),
     }
 }
@@ -411,7 +407,7 @@ mod tests {
                 "/no/such",
             ),
             (
-                r#"{"hooks":[{"hookName":"poststop","path":"/bin/sh"}]}"#,
+                r#"{"hooks":[{"hookName":"poststop","path":"/no/hook"}]}"#,
                 "poststop",
             ),
         ] {

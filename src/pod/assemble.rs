@@ -14,6 +14,7 @@ use slipway_spec::{
 
 use super::error::{PodError, file};
 use super::files::{HOSTNAME, HOSTS, RESOLV_CONF};
+use super::names::title;
 use super::node::Node;
 use super::relabel;
 use super::sandbox::Pod;
@@ -60,7 +61,7 @@ pub fn container(
     image: &Arc<Image>,
 ) -> Result<Assembled, PodError> {
     let failed = |source| PodError::Spec {
-        what: format!("container {id}"),
+        what: title(config),
         source,
     };
     let config_now = node.config();
@@ -97,7 +98,7 @@ pub fn container(
     for warning in &plan.warnings {
         tracing::warn!(pod = pod.id(), container = id, warning);
     }
-    super::cdi::inject(&node.cdi(), id, config, &mut plan)?;
+    super::cdi::inject(&node.cdi(), config, &mut plan)?;
     slipway_spec::check_labels(&plan).map_err(failed)?;
     let linux = plan.spec.linux().as_ref();
     if let Some(label) = linux.and_then(|l| l.mount_label().as_ref()) {
@@ -106,7 +107,7 @@ pub fn container(
         }
     }
     let mut create = plan.create.clone();
-    create.seccomp = seccomp(node, id, &plan)?;
+    create.seccomp = seccomp(node, config, &plan)?;
     let cgroup = linux.and_then(|l| l.cgroups_path().as_ref());
     let cgroup = cgroup
         .map(|path| path.to_string_lossy().into_owned())
@@ -125,6 +126,7 @@ pub fn container(
 pub fn adjusted(
     node: &Node,
     id: &str,
+    config: &cri::ContainerConfig,
     mut ready: Assembled,
     wish: &slipway_nri::api::ContainerAdjustment,
 ) -> Result<Assembled, PodError> {
@@ -133,24 +135,29 @@ pub fn adjusted(
     }
     let warned = ready.plan.warnings.len();
     slipway_spec::adjust(&mut ready.plan, wish, &node.host).map_err(|source| PodError::Spec {
-        what: format!("what NRI plugins want of container {id}"),
+        what: format!("what NRI plugins want of {}", title(config)),
         source,
     })?;
     if !wish.cdi_devices.is_empty() {
         let names: Vec<_> = wish.cdi_devices.iter().map(|d| d.name.clone()).collect();
         let plan = &mut ready.plan;
         // It reads files, and this is one of the runtime's threads.
-        tokio::task::block_in_place(|| super::cdi::inject_named(&node.cdi(), id, &names, plan))?;
+        let inject = || super::cdi::inject_named(&node.cdi(), config, &names, plan);
+        tokio::task::block_in_place(inject)?;
     }
     for warning in ready.plan.warnings.iter().skip(warned) {
         tracing::warn!(container = id, warning);
     }
     ready.create = ready.plan.create.clone();
-    ready.create.seccomp = seccomp(node, id, &ready.plan)?;
+    ready.create.seccomp = seccomp(node, config, &ready.plan)?;
     Ok(ready)
 }
 
-fn seccomp(node: &Node, id: &str, plan: &ContainerPlan) -> Result<Vec<u8>, PodError> {
+fn seccomp(
+    node: &Node,
+    config: &cri::ContainerConfig,
+    plan: &ContainerPlan,
+) -> Result<Vec<u8>, PodError> {
     let (source, profile) = match &plan.seccomp {
         SeccompChoice::Unconfined => return Ok(Vec::new()),
         SeccompChoice::RuntimeDefault => (Source::RuntimeDefault, "RuntimeDefault".to_owned()),
@@ -162,7 +169,7 @@ fn seccomp(node: &Node, id: &str, plan: &ContainerPlan) -> Result<Vec<u8>, PodEr
         .seccomp
         .get(source, &plan.bounding)
         .map_err(|source| PodError::Seccomp {
-            id: id.to_owned(),
+            container: title(config),
             profile,
             source,
         })?;

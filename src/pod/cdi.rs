@@ -5,6 +5,7 @@ use slipway_proto::cri;
 use slipway_spec::ContainerPlan;
 
 use super::error::PodError;
+use super::names::title;
 
 /// Adds to a container's plan what its CDI devices need. Without any this does nothing and looks at nothing.
 ///
@@ -12,12 +13,11 @@ use super::error::PodError;
 /// [`PodError::Cdi`] and [`PodError::CdiEdits`], which name the device.
 pub fn inject(
     cdi: &Cdi,
-    id: &str,
     config: &cri::ContainerConfig,
     plan: &mut ContainerPlan,
 ) -> Result<(), PodError> {
     let failed = |source| PodError::Cdi {
-        id: id.to_owned(),
+        container: title(config),
         source,
     };
     let mut names: Vec<String> = config.cdi_devices.iter().map(|d| d.name.clone()).collect();
@@ -28,7 +28,7 @@ pub fn inject(
             names.push(name);
         }
     }
-    inject_named(cdi, id, &names, plan)
+    inject_named(cdi, config, &names, plan)
 }
 
 /// Adds to a container's plan what these CDI devices need.
@@ -37,7 +37,7 @@ pub fn inject(
 /// As [`inject`].
 pub fn inject_named(
     cdi: &Cdi,
-    id: &str,
+    config: &cri::ContainerConfig,
     names: &[String],
     plan: &mut ContainerPlan,
 ) -> Result<(), PodError> {
@@ -45,16 +45,16 @@ pub fn inject_named(
         return Ok(());
     }
     let edits = cdi.resolve(names).map_err(|source| PodError::Cdi {
-        id: id.to_owned(),
+        container: title(config),
         source,
     })?;
     edits
         .apply(&mut plan.spec)
         .map_err(|source| PodError::CdiEdits {
-            id: id.to_owned(),
+            container: title(config),
             source,
         })?;
-    carry_over(plan).map_err(|e| PodError::Invalid(format!("container {id}: {e}")))
+    carry_over(plan).map_err(|e| PodError::Invalid(format!("{}: {e}", title(config))))
 }
 
 /// Makes the keeper's call say what a changed specification says: variables and groups stand in both.

@@ -71,6 +71,16 @@ impl Container {
         &self.record.id
     }
 
+    /// How long its hooks after the start may take; zero: it has none.
+    pub fn poststart(&self) -> Duration {
+        Duration::from_millis(self.record.poststart_ms)
+    }
+
+    /// How long its hooks after the end may take; zero: it has none.
+    pub fn poststop(&self) -> Duration {
+        Duration::from_millis(self.record.poststop_ms)
+    }
+
     /// Its identity as the kubelet gave it.
     pub fn metadata(&self) -> cri::ContainerMetadata {
         self.record.config.metadata.clone().unwrap_or_default()

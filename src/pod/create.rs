@@ -2,9 +2,11 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use slipway_image::{Image, ImageLease};
 use slipway_proto::{cri, keeper};
+use slipway_runtime::hooks;
 
 use super::assemble::{self, Assembled};
 use super::container::Container;
@@ -12,7 +14,7 @@ use super::error::{PodError, chain, file};
 use super::events;
 use super::leftovers;
 use super::lifecycle::not_ready;
-use super::names::container_name;
+use super::names::{container_name, title};
 use super::node::{Node, new_id, now};
 use super::phases::{Phases, Trace, describe};
 use super::record::{self, ContainerRecord, PodRecord};
@@ -118,6 +120,13 @@ impl Node {
                 Ok(id)
             }
             Err(error) => {
+                // The answer names no id: it is another one each time that the kubelet tries.
+                tracing::debug!(
+                    pod = pod.id(),
+                    container = id,
+                    error = error.chain(),
+                    "container undone"
+                );
                 self.undo_container(&pod, &id, &cell).await;
                 self.untell_create(said.as_ref()).await;
                 Err(error)
@@ -143,7 +152,7 @@ impl Node {
     ) -> Result<Assembled, PodError> {
         let timeout = self.config().limits.create_timeout;
         let (node, pod, image) = (self.clone(), pod.clone(), image.clone());
-        let (own_id, config) = (id.to_owned(), config.clone());
+        let (called, own_id, config) = (title(config), id.to_owned(), config.clone());
         let work = tokio::task::spawn_blocking(move || {
             assemble::container(&node, &pod, &own_id, &config, &image)
         });
@@ -153,7 +162,7 @@ impl Node {
                 what: "assembling the container",
             }),
             Err(_) => Err(PodError::Hung {
-                id: id.to_owned(),
+                container: called,
                 timeout,
             }),
         }
@@ -201,6 +210,9 @@ impl Node {
         for (image, lease) in images.zip(&volumes) {
             image.image_ref.clone_from(&lease.image().id);
         }
+        let hooks = plan.spec.hooks().as_ref();
+        let poststart = hooks::patience(hooks.and_then(|h| h.poststart().as_ref()));
+        let poststop = hooks::patience(hooks.and_then(|h| h.poststop().as_ref()));
         let timeout = self.config().limits.create_timeout;
         let made = pod
             .keeper
@@ -208,7 +220,7 @@ impl Node {
             .await
             .map_err(|source| PodError::Keeper {
                 action: "create",
-                what: format!("container {id}"),
+                what: title(&config),
                 source,
             })?;
         phases.mark("create");
@@ -238,6 +250,8 @@ impl Node {
             cgroup,
             mounts: plan.mounts,
             volume_images: volumes.iter().map(|v| v.image().id.clone()).collect(),
+            poststart_ms: milliseconds(poststart),
+            poststop_ms: milliseconds(poststop),
             resources: plan.resources,
             phases: phases.laps().to_vec(),
             config,
@@ -302,6 +316,10 @@ fn image_name(asked: &cri::ImageSpec, image: &Image) -> String {
         Some(name) if by_id => name.clone(),
         _ => asked.image.clone(),
     }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The image's layers for an overlay, topmost first (images are described base first). The kernel refuses a

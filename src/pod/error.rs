@@ -135,7 +135,7 @@ pub enum PodError {
     Keeper {
         /// The verb.
         action: &'static str,
-        /// Pod or container, with its id.
+        /// Pod or container, with its id; what is tried again and again under new ids, with its name.
         what: String,
         /// The cause.
         #[source]
@@ -176,10 +176,10 @@ pub enum PodError {
     #[error("the DNS settings of the pod can't be used")]
     Dns(#[source] slipway_network::DnsError),
     /// The seccomp profile.
-    #[error("the seccomp profile {profile} of container {id} can't be used")]
+    #[error("the seccomp profile {profile} of {container} can't be used")]
     Seccomp {
-        /// The container.
-        id: String,
+        /// The container, by its name.
+        container: String,
         /// Its name or path.
         profile: String,
         /// The cause.
@@ -187,19 +187,19 @@ pub enum PodError {
         source: slipway_seccomp::SeccompError,
     },
     /// A CDI device that is not known.
-    #[error("container {id} can't have its CDI devices")]
+    #[error("{container} can't have its CDI devices")]
     Cdi {
-        /// The container.
-        id: String,
+        /// The container, by its name.
+        container: String,
         /// The cause.
         #[source]
         source: slipway_cdi::CdiError,
     },
     /// A CDI device that this host does not have.
-    #[error("container {id} can't have its CDI devices")]
+    #[error("{container} can't have its CDI devices")]
     CdiEdits {
-        /// The container.
-        id: String,
+        /// The container, by its name.
+        container: String,
         /// The cause.
         #[source]
         source: slipway_cdi::EditsError,
@@ -235,11 +235,11 @@ pub enum PodError {
     },
     /// The host did not answer while a container was being assembled.
     #[error(
-        "container {id} could not be assembled within {timeout:?}; a mount's source may be on a file system that does not answer"
+        "{container} could not be assembled within {timeout:?}; a mount's source may be on a file system that does not answer"
     )]
     Hung {
-        /// The container.
-        id: String,
+        /// The container, by its name.
+        container: String,
         /// The limit.
         timeout: Duration,
     },

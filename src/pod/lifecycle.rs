@@ -7,12 +7,14 @@ use std::time::Duration;
 use slipway_nri::api::Event;
 use slipway_proto::keeper::ErrorKind;
 use slipway_runtime::client::ClientError;
+use slipway_runtime::hooks;
 
 use super::container::Container;
 use super::error::{PodError, chain, file};
 use super::events;
 use super::feed::Kind;
 use super::leftovers;
+use super::names::title;
 use super::node::{Node, now};
 use super::phases::{Phases, Trace, describe};
 use super::sandbox::Pod;
@@ -76,7 +78,7 @@ impl Node {
         let limits = self.config().limits.clone();
         let result = container
             .keeper
-            .start(container.id(), limits.start_timeout)
+            .start(container.id(), limits.start_timeout + container.poststart())
             .await;
         phases.mark("start");
         match result {
@@ -107,7 +109,8 @@ impl Node {
                     .await;
                 Err(PodError::Keeper {
                     action: "start",
-                    what: format!("container {}", container.id()),
+                    // The same after each restart: the kubelet tells events apart by their text.
+                    what: title(&container.record.config),
                     source,
                 })
             }
@@ -225,7 +228,7 @@ impl Node {
         }
         let deleted = container
             .keeper
-            .delete(id, self.config().limits.delete_timeout)
+            .delete(id, self.delete_timeout(container))
             .await;
         match &deleted {
             Ok(()) if container.exited_within(EVENT_LAG).await => return Ok(()),
@@ -294,7 +297,7 @@ impl Node {
         if pod.stage() != PodStage::Stopped {
             match container
                 .keeper
-                .delete(id, self.config().limits.delete_timeout)
+                .delete(id, self.delete_timeout(container))
                 .await
             {
                 Ok(()) => {}
@@ -316,6 +319,7 @@ impl Node {
                 }
             }
         }
+        self.poststop(container).await;
         self.tell_stopped(container).await;
         let turn = self.turn().await;
         if let Some(turn) = &turn {
@@ -338,6 +342,23 @@ impl Node {
         pod.happened(Kind::Deleted, id);
         tracing::info!(pod = pod.id(), container = id, "container removed");
         Ok(())
+    }
+
+    /// How long the keeper may take to delete a container.
+    fn delete_timeout(&self, container: &Container) -> Duration {
+        self.config().limits.delete_timeout + container.poststop()
+    }
+
+    /// Runs the hooks that come after a container's end, unless its keeper has done so.
+    async fn poststop(&self, container: &Arc<Container>) {
+        if container.poststop().is_zero() {
+            return;
+        }
+        let dir = container.dir.clone();
+        let run = tokio::task::spawn_blocking(move || hooks::run_poststop(&dir));
+        for warning in run.await.unwrap_or_else(|e| vec![e.to_string()]) {
+            tracing::warn!(container = container.id(), warning);
+        }
     }
 
     /// Removes a directory that nobody knows any more, off everybody's path. What fails is tried again at

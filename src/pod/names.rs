@@ -8,6 +8,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use slipway_proto::cri;
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
@@ -170,6 +171,13 @@ pub fn pod_name(name: &str, namespace: &str, uid: &str, attempt: u32) -> String 
 /// A container's full name: unique in its pod.
 pub fn container_name(pod_id: &str, name: &str, attempt: u32) -> String {
     format!("{pod_id}_{name}_{attempt}")
+}
+
+/// What a container is called in the messages of what is tried again and again: ids are new each time, and the kubelet
+/// takes a new text for a new event.
+pub fn title(config: &cri::ContainerConfig) -> String {
+    let name = config.metadata.as_ref().map_or("", |m| &m.name);
+    format!("container {name:?}")
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::assemble::{self, Assembled};
 use super::container::Container;
 use super::error::PodError;
+use super::names::title;
 use super::node::Node;
 use super::record::PodRecord;
 use super::sandbox::{Pod, Sizes};
@@ -178,9 +179,9 @@ impl Node {
             }) => {
                 self.apply(update).await;
                 self.evict(evict);
-                assemble::adjusted(self, id, ready, &adjust)
+                assemble::adjusted(self, id, config, ready, &adjust)
             }
-            Err(error) => Err(failed(format!("create container {id}"))(error)),
+            Err(error) => Err(failed(format!("create {}", title(config)))(error)),
         };
         match adjusted {
             Ok(ready) => Ok((ready, Some(said))),
@@ -220,7 +221,10 @@ impl Node {
             return Ok(());
         };
         let told = turn.notify(event, &pod, Some(&described)).await;
-        told.map_err(failed(format!("go on with container {}", container.id())))
+        told.map_err(failed(format!(
+            "go on with {}",
+            title(&container.record.config)
+        )))
     }
 
     /// Tells of something about a container that has happened: a refusal is only logged.

@@ -111,11 +111,22 @@ pub struct ContainerRecord {
     /// Ids of the images that it has as volumes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volume_images: Vec<String>,
+    /// Milliseconds that its `poststart` hooks may take together; 0: it has none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub poststart_ms: u64,
+    /// The same of its `poststop` hooks.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub poststop_ms: u64,
     /// What limits are in force.
     #[serde(with = "proto_base64")]
     pub resources: cri::LinuxContainerResources,
     /// Where the time of its creation went.
     pub phases: Vec<Phase>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature.
+fn is_zero(value: &u64) -> bool {
+    *value == 0
 }
 
 impl PodRecord {
@@ -266,6 +277,8 @@ mod tests {
                 ..Default::default()
             }],
             volume_images: vec!["sha256:3".into()],
+            poststart_ms: 0,
+            poststop_ms: 0,
             resources: cri::LinuxContainerResources {
                 cpu_shares: 3,
                 ..Default::default()

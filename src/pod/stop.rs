@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use slipway_nri::api::Event;
@@ -107,7 +108,11 @@ impl Node {
 
     /// Ends the keeper with all namespaces; bypasses it when it does not obey.
     async fn end_keeper(&self, pod: &Arc<Pod>) -> Result<(), PodError> {
-        let teardown = pod.keeper.teardown(self.config().limits.delete_timeout);
+        let containers = self.containers_of(pod.id());
+        let hooks: Duration = containers.iter().map(|c| c.poststop()).sum();
+        let teardown = pod
+            .keeper
+            .teardown(self.config().limits.delete_timeout + hooks);
         let obeyed = teardown.await;
         if let Err(e) = &obeyed {
             tracing::error!(

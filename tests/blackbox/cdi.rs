@@ -12,6 +12,10 @@ tests![
     files_are_read_again,
     hooks_are_run_with_the_state,
     a_failing_hook_is_told,
+    hooks_around_the_life_of_a_container,
+    hooks_that_fail_after_the_start,
+    a_slow_hook_stops_nobody_else,
+    hooks_after_the_end_of_a_keeper,
     bad_cdi_requests_are_refused,
     privileged_without_host_devices,
 ];
@@ -168,6 +172,181 @@ async fn a_failing_hook_is_told(env: Env) -> Result<()> {
         Code::Internal,
         &["hook", "timeout"],
     );
+    // Those that the container's own init runs.
+    let other =
+        |name: &str| hook("echo $0 has no driver >&2; exit 4").replace("createRuntime", name);
+    std::fs::write(low.join("gpu.json"), other("createContainer"))?;
+    let made = pod.try_create(gpu).await;
+    refused(made, Code::Internal, &["hook", "4", "has no driver"]);
+    std::fs::write(low.join("gpu.json"), other("startContainer"))?;
+    let container = pod.create(&["echo", "never"], gpu).await?;
+    let started = container.start().await;
+    refused(
+        started,
+        Code::FailedPrecondition,
+        &["startContainer", "/bin/sh", "4", "has no driver"],
+    );
+    let status = container.exited().await?;
+    assert_eq!(
+        (status.exit_code, status.reason.as_str()),
+        (128, "ContainerCannotRun")
+    );
+    assert_eq!(container.stdout()?, "");
+    // A hook that succeeds leaves the container's own standard error in its place.
+    let fine = hook("echo whispered >&2").replace("createRuntime", "createContainer");
+    std::fs::write(low.join("gpu.json"), fine)?;
+    let container = pod.run(&["sh", "-c", "echo mine >&2"], gpu).await?;
+    container.exited().await?;
+    assert_eq!(container.stderr()?, "mine\n");
+    Ok(())
+}
+
+/// Hooks that write their state to files in `out`, called like them.
+fn noting(out: &std::path::Path, names: &[&str], then: &str) -> String {
+    let hook = |name: &&str| {
+        let script = format!(
+            "cat >{0}/{name}.new; mv {0}/{name}.new {0}/{name}; {then}",
+            out.display()
+        );
+        format!(
+            r#"{{"hookName":"{name}","path":"/bin/sh","args":["sh","-c",{script:?}],"env":["PATH=/bin:/usr/bin"],"timeout":20}}"#
+        )
+    };
+    let hooks: Vec<_> = names.iter().map(hook).collect();
+    file(&format!(r#"{{"hooks":[{}]}}"#, hooks.join(",")))
+}
+
+const LATE: [&str; 2] = ["poststart", "poststop"];
+
+async fn hooks_around_the_life_of_a_container(env: Env) -> Result<()> {
+    let (daemon, [low, _]) = daemon(&env).await?;
+    let out = env.dir("hooks")?;
+    let state = |name: &str| -> Result<serde_json::Value> {
+        Ok(serde_json::from_str(&read(out.join(name))?)?)
+    };
+    std::fs::write(low.join("gpu.json"), noting(&out, &LATE, "true"))?;
+    let pod = daemon.pod(|_| {}).await?;
+    let container = pod.create(&["sleep", "1000"], gpu).await?;
+    assert!(!out.join("poststart").exists());
+    container.start().await?;
+    let told = state("poststart")?;
+    assert_eq!(
+        (&told["status"], &told["id"]),
+        (&"running".into(), &container.id.as_str().into())
+    );
+    assert_eq!(told["pid"], container.pid()?);
+    container.stop(0).await?;
+    assert!(!out.join("poststop").exists(), "it is not deleted yet");
+    // Over a restart of the daemon, too.
+    daemon.kill(nix::sys::signal::Signal::SIGKILL).await?;
+    daemon.launch().await?;
+    container.remove().await?;
+    let told = state("poststop")?;
+    assert_eq!(
+        (&told["status"], &told["id"]),
+        (&"stopped".into(), &container.id.as_str().into())
+    );
+    assert!(told.get("pid").is_none(), "{told}");
+    std::fs::remove_file(out.join("poststop"))?;
+    // With its pod; and once.
+    pod.run(&["sleep", "1000"], gpu).await?;
+    pod.stop().await?;
+    assert_eq!(state("poststop")?["status"], "stopped");
+    std::fs::remove_file(out.join("poststop"))?;
+    pod.remove().await?;
+    assert!(!out.join("poststop").exists(), "it ran twice");
+    // After a create that failed.
+    let pod = daemon.pod(|_| {}).await?;
+    let text = noting(&out, &["poststop"], "true").replace(
+        "\"hooks\":[",
+        r#""hooks":[{"hookName":"createRuntime","path":"/bin/false"},"#,
+    );
+    std::fs::write(low.join("gpu.json"), text)?;
+    refused(pod.try_create(gpu).await, Code::Internal, &["hook"]);
+    assert_eq!(state("poststop")?["status"], "stopped");
+    Ok(())
+}
+
+async fn hooks_that_fail_after_the_start(env: Env) -> Result<()> {
+    let (daemon, [low, _]) = daemon(&env).await?;
+    let out = env.dir("hooks")?;
+    let text = noting(&out, &LATE, "echo lost the device >&2; exit 5");
+    std::fs::write(low.join("gpu.json"), text)?;
+    let pod = daemon.pod(|_| {}).await?;
+    // A warning, as the specification has it.
+    let container = pod.run(&["sleep", "1000"], gpu).await?;
+    let words = ["poststart", "exited with 5", "lost the device"];
+    daemon.logged(0, &words).await?;
+    assert_eq!(container.exec_output(&["echo", "well"]).await?, "well");
+    container.remove().await?;
+    daemon
+        .logged(0, &["poststop", "exited with 5", "lost the device"])
+        .await?;
+    let hang = noting(&out, &LATE, "exec sleep 1000").replace("\"timeout\":20", "\"timeout\":1");
+    std::fs::write(low.join("gpu.json"), hang)?;
+    let container = pod.run(&["sleep", "1000"], gpu).await?;
+    daemon.logged(0, &["poststart", "within 1s"]).await?;
+    container.remove().await?;
+    daemon.logged(0, &["poststop", "within 1s"]).await?;
+    Ok(())
+}
+
+async fn a_slow_hook_stops_nobody_else(env: Env) -> Result<()> {
+    let (daemon, [low, _]) = daemon(&env).await?;
+    let out = env.dir("hooks")?;
+    let wait = format!("until [ -e {}/go ]; do sleep 0.05; done", out.display());
+    std::fs::write(low.join("gpu.json"), noting(&out, &LATE, &wait))?;
+    let pod = daemon.pod(|_| {}).await?;
+    let other = pod
+        .run(&["sh", "-c", "while sleep 0.1; do echo tick; done"], |_| {})
+        .await?;
+    let slow = pod.create(&["sleep", "1000"], gpu).await?;
+    let ticks = || -> Result<usize> { Ok(other.stdout()?.len()) };
+    for (name, call) in [("poststart", true), ("poststop", false)] {
+        let container = slow.clone();
+        let task = tokio::spawn(async move {
+            match call {
+                true => container.start().await,
+                false => container.remove().await,
+            }
+        });
+        eventually("the hook", seconds(10), || async {
+            Ok(out.join(name).exists().then_some(()))
+        })
+        .await?;
+        let before = ticks()?;
+        eventually("output of another container", seconds(10), || async {
+            Ok((ticks()? > before + 10).then_some(()))
+        })
+        .await?;
+        assert_eq!(other.exec_output(&["echo", "well"]).await?, "well");
+        assert!(
+            !task.is_finished(),
+            "{name}: the call must wait for its hooks"
+        );
+        std::fs::write(out.join("go"), "")?;
+        task.await??;
+        std::fs::remove_file(out.join("go"))?;
+    }
+    Ok(())
+}
+
+async fn hooks_after_the_end_of_a_keeper(env: Env) -> Result<()> {
+    let (daemon, [low, _]) = daemon(&env).await?;
+    let out = env.dir("hooks")?;
+    std::fs::write(low.join("gpu.json"), noting(&out, &LATE, "true"))?;
+    let pod = daemon.pod(|_| {}).await?;
+    let container = pod.run(&["sleep", "1000"], gpu).await?;
+    let (keeper, _) = container.keeper()?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(keeper),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    container.exited().await?;
+    assert!(!out.join("poststop").exists());
+    pod.stop().await?;
+    pod.remove().await?;
+    assert!(read(out.join("poststop"))?.contains(&container.id));
     Ok(())
 }
 

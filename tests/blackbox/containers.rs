@@ -18,6 +18,7 @@ tests![
     an_image_without_layers,
     what_later_issues_bring_is_refused,
     no_command_is_refused,
+    the_next_attempt_fails_with_the_same_words,
     absent_images_are_refused,
     log_paths_do_not_climb_out,
     status_tells_about_the_container,
@@ -604,6 +605,54 @@ async fn lists_are_filtered(env: Env) -> Result<()> {
         assert_eq!(
             listed(cri::ContainerFilter { state, ..filter() }).await?,
             sorted(&[wanted])
+        );
+    }
+    Ok(())
+}
+
+/// The kubelet takes each new text for a new event.
+async fn the_next_attempt_fails_with_the_same_words(env: Env) -> Result<()> {
+    type Change = fn(&mut cri::ContainerConfig);
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let attempt = async |number: u32, change: Change| -> Result<(String, String)> {
+        let mut config = config::container(&daemon, &pod.config, &["no-such-command"]);
+        config.metadata.get_or_insert_default().name = "web".into();
+        config.metadata.get_or_insert_default().attempt = number;
+        change(&mut config);
+        let container = match pod.create_exactly(config).await {
+            Err(status) => return Ok((String::new(), status.message().to_owned())),
+            Ok(container) => container,
+        };
+        let status = container.start().await.expect_err("it started");
+        Ok((
+            container.exited().await?.message,
+            status.message().to_owned(),
+        ))
+    };
+    let cases: [(Change, &str); 5] = [
+        (|_| {}, "no-such-command"),
+        (|c| c.command = vec!["/etc".into()], "/etc"),
+        (|c| c.working_dir = "/etc/passwd/x".into(), "/etc/passwd"),
+        (
+            |c| container_security(c).run_as_username = "nobody-here".into(),
+            "nobody-here",
+        ),
+        (
+            |c| {
+                c.cdi_devices = vec![cri::CdiDevice {
+                    name: "vendor.com/gpu=0".into(),
+                }]
+            },
+            "vendor.com/gpu=0",
+        ),
+    ];
+    for (change, word) in cases {
+        let first = attempt(0, change).await?;
+        assert_eq!(first, attempt(1, change).await?);
+        assert!(
+            first.1.contains(word) && first.1.contains("\"web\""),
+            "{first:?}"
         );
     }
     Ok(())

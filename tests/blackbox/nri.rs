@@ -458,12 +458,12 @@ async fn what_cannot_be_adjusted(env: Env) -> Result<()> {
         (
             api::ContainerAdjustment {
                 hooks: Some(api::Hooks {
-                    poststop: vec![hook("/bin/true")],
+                    poststop: vec![hook("bin/true")],
                     ..Default::default()
                 }),
                 ..Default::default()
             },
-            Code::Unimplemented,
+            Code::InvalidArgument,
             "poststop",
         ),
         (
@@ -598,9 +598,19 @@ async fn hooks_run(env: Env) -> Result<()> {
         env: vec!["WORD=word".into(), "PATH=/usr/bin:/bin".into()],
         timeout: Some(api::OptionalInt { value: 10 }),
     };
+    let later = |name: &str| api::Hook {
+        path: "/bin/sh".into(),
+        args: ["sh", "-c", &format!("cat >{}/{name}", place.display())]
+            .map(String::from)
+            .to_vec(),
+        env: vec!["PATH=/usr/bin:/bin".into()],
+        timeout: None,
+    };
     let adjust = api::ContainerAdjustment {
         hooks: Some(api::Hooks {
             create_runtime: vec![hook],
+            poststart: vec![later("poststart")],
+            poststop: vec![later("poststop")],
             ..Default::default()
         }),
         ..Default::default()
@@ -610,6 +620,10 @@ async fn hooks_run(env: Env) -> Result<()> {
     assert_eq!(read(place.join("said"))?, "argument word");
     let state: serde_json::Value = serde_json::from_str(&read(place.join("state"))?)?;
     assert_eq!(state["id"], container.id);
+    assert!(read(place.join("poststart"))?.contains("\"running\""));
+    assert!(!place.join("poststop").exists());
+    container.remove().await?;
+    assert!(read(place.join("poststop"))?.contains("\"stopped\""));
     Ok(())
 }
 

@@ -5,18 +5,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{ContainerState as OciState, Hook, LinuxResources, Spec, State};
 use slipway_proto::keeper::{
     ContainerState, CreateContainer, CreateContainerResult, Empty, Error as WireError, ErrorKind,
     Phase, UpdateContainer, response::Result as Answer,
 };
 
 use super::attach::Readers;
-use super::job::{Origin, Purpose};
+use super::job::{Origin, Purpose, done};
 use super::output::{Output, Streams, pipe};
 use super::{Keeper, Source, now_ns, wire_error};
 use crate::confine::{Confinement, chain};
 use crate::creator::{self, Inherited};
+use crate::hooks::{self, Hooks};
 use crate::ids::IdMaps;
 use crate::log::{LogFile, Stream};
 use crate::user::Resolved;
@@ -52,6 +53,7 @@ pub(super) struct Container {
     pub(super) readers: Readers,
     pub(super) log: LogFile,
     start: Option<Start>,
+    poststart: Option<PostStart>,
     /// Set by DeleteContainer: exit is no longer worth an answer to anybody.
     deleting: bool,
 }
@@ -63,6 +65,23 @@ struct Start {
     /// Who waits for StartContainer.
     connection: Option<u64>,
     message: Vec<u8>,
+}
+
+/// The hooks that are run when the command has been executed.
+struct PostStart {
+    list: Vec<Hook>,
+    state: State,
+}
+
+impl PostStart {
+    fn of(spec: &Spec, create: &CreateContainer) -> Option<Self> {
+        let list = spec.hooks().as_ref()?.poststart().clone();
+        let dir = Path::new(&create.dir);
+        Some(Self {
+            list: list.filter(|list| !list.is_empty())?,
+            state: hooks::state(spec, &create.id, dir, OciState::Running, 0),
+        })
+    }
 }
 
 impl Container {
@@ -214,6 +233,7 @@ impl Keeper {
             pidfd: None,
             confinement: None,
             ids: IdMaps::of_spec(&spec),
+            poststart: PostStart::of(&spec, &create),
             oom_score_adj: create.oom_score_adj,
             own_pid_namespace: creator::has_own_pid_namespace(&spec)
                 && create.pid_target.is_empty(),
@@ -365,7 +385,7 @@ impl Keeper {
         released.map_err(|e| {
             wire_error(
                 ErrorKind::Internal,
-                format!("can't start container {id}: {e}"),
+                format!("can't let its first process go: {e}"),
             )
         })
     }
@@ -407,19 +427,51 @@ impl Keeper {
                     let message = String::from_utf8_lossy(text).into_owned();
                     container.state.cannot_run = true;
                     container.state.message.clone_from(&message);
-                    Err(wire_error(ErrorKind::CannotRun, message))
+                    Some(Err(wire_error(ErrorKind::CannotRun, message)))
                 }
                 None => {
                     container.state.set_phase(Phase::Running);
                     container.state.started_at = now_ns();
                     let state = container.state.clone();
+                    let poststart = container.poststart.take();
                     self.publish(&state);
-                    Ok(Answer::Empty(Empty {}))
+                    poststart.map_or(Some(Ok(done(Vec::new()))), |hooks| {
+                        self.run_poststart(connection, state.pid, hooks)
+                    })
                 }
             };
-            self.reply(connection, answer);
+            if let Some(answer) = answer {
+                self.reply(connection, answer);
+            }
         }
         self.forget(&start.pipe, start.token);
+    }
+
+    /// Runs the hooks in a job, which then answers the call; or says at once why it can't.
+    fn run_poststart(
+        &mut self,
+        connection: u64,
+        pid: i32,
+        mut hooks: PostStart,
+    ) -> Option<Result<Answer, WireError>> {
+        hooks.state.set_pid(Some(pid));
+        let job = self.start_job(
+            Purpose::PostStart,
+            connection,
+            Origin::default(),
+            move || {
+                let hooks = Hooks {
+                    when: "poststart",
+                    list: &hooks.list,
+                    state: &hooks.state,
+                    env: &[],
+                };
+                let failures = hooks.run_each();
+                Ok(done(failures.iter().map(|e| chain(e)).collect()))
+            },
+        );
+        let warned = |e| Ok(done(vec![format!("can't run the poststart hooks: {e}")]));
+        job.err().map(warned)
     }
 
     /// A container's init has ended.
@@ -535,7 +587,8 @@ impl Keeper {
             return Ok(());
         };
         let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
-        let state_dir = container.dir.join(creator::LIBCONTAINER_ROOT);
+        let dir = container.dir.clone();
+        let state_dir = dir.join(creator::LIBCONTAINER_ROOT);
         let pidfd = container
             .pidfd
             .as_ref()
@@ -549,7 +602,7 @@ impl Keeper {
         self.start_job(purpose, connection, origin, move || {
             let result = removal::remove_container(&cgroups, &cgroup, pidfd.as_slice(), &state_dir);
             result
-                .map(|()| Answer::Empty(Empty {}))
+                .map(|()| done(hooks::run_poststop(&dir)))
                 .map_err(|e| wire_error(ErrorKind::Internal, chain(&e)))
         })?;
         Ok(())

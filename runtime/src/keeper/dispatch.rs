@@ -4,17 +4,17 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use slipway_proto::keeper::{
-    Empty, Error as WireError, ErrorKind, HelloResult, Request, SetupSandbox, SnapshotResult,
+    Error as WireError, ErrorKind, HelloResult, Request, SetupSandbox, SnapshotResult,
     request::Call, response::Result as Answer,
 };
 use slipway_systemd::SystemdError;
 
-use super::job::{Origin, Purpose};
+use super::job::{Origin, Purpose, done};
 use super::oom::OomLedger;
 use super::{Keeper, wire_error};
 use crate::confine::chain;
 use crate::scope::ScopeError;
-use crate::{placement, removal, sandbox, wire};
+use crate::{hooks, placement, removal, sandbox, wire};
 
 impl Keeper {
     pub(super) fn dispatch(&mut self, connection: u64, request: Request, fds: Vec<OwnedFd>) {
@@ -164,7 +164,12 @@ impl Keeper {
             let state_dir = container.dir.join(crate::creator::LIBCONTAINER_ROOT);
             let init = container.pidfd.as_ref().and_then(|p| p.try_clone().ok());
             inits.extend(init.iter().map(std::os::fd::AsRawFd::as_raw_fd));
-            doomed.push((container.cgroup.clone(), init, state_dir));
+            doomed.push((
+                container.cgroup.clone(),
+                init,
+                state_dir,
+                container.dir.clone(),
+            ));
         }
         self.kill_makers();
         if let Some(pid) = self.pod_init {
@@ -178,12 +183,13 @@ impl Keeper {
         };
         let (ns_dir, shm_dir) = (self.sandbox.ns_dir.clone(), self.sandbox.shm_dir.clone());
         let job = self.start_job(Purpose::Teardown, connection, origin, move || {
-            let mut failures = Vec::new();
+            let (mut failures, mut warnings) = (Vec::new(), Vec::new());
             // One failure must not keep the rest of the pod.
-            for (cgroup, init, state_dir) in &doomed {
+            for (cgroup, init, state_dir, dir) in &doomed {
                 let init = init.as_slice();
-                if let Err(e) = removal::remove_container(&cgroups, cgroup, init, state_dir) {
-                    failures.push(chain(&e));
+                match removal::remove_container(&cgroups, cgroup, init, state_dir) {
+                    Ok(()) => warnings.extend(hooks::run_poststop(dir)),
+                    Err(e) => failures.push(chain(&e)),
                 }
             }
             if let Some(ns_dir) = &ns_dir {
@@ -193,7 +199,7 @@ impl Keeper {
                 removal::remove_pod_cgroup(&cgroups, cgroup, made_cgroup);
             }
             match failures.as_slice() {
-                [] => Ok(Answer::Empty(Empty {})),
+                [] => Ok(done(warnings)),
                 _ => Err(wire_error(ErrorKind::Internal, failures.join("; "))),
             }
         });

@@ -4,7 +4,9 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::pipe::PipeFlags;
-use slipway_proto::keeper::{Error as WireError, ErrorKind, Response, response::Result as Answer};
+use slipway_proto::keeper::{
+    Empty, Error as WireError, ErrorKind, Response, Warned, response::Result as Answer,
+};
 
 use super::{Keeper, Source, wire_error};
 use crate::{sys, wire};
@@ -17,6 +19,8 @@ pub(super) enum Purpose {
     /// Removes what a failed create left; the error that the caller gets then.
     Undo(String, String, i32),
     Delete(String),
+    /// The hooks after a start, whose call is answered when they are through.
+    PostStart,
     Update,
     Checkpoint,
     Teardown,
@@ -42,6 +46,14 @@ pub(super) struct Origin<'a> {
     pub(super) keep: &'a [RawFd],
     /// The cgroup it is born in; `None` for the keeper's.
     pub(super) cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// The answer of a call that was done, with what the daemon is to log.
+pub(super) fn done(warnings: Vec<String>) -> Answer {
+    match warnings.is_empty() {
+        true => Answer::Empty(Empty {}),
+        false => Answer::Warned(Warned { warnings }),
+    }
 }
 
 impl Keeper {
@@ -172,15 +184,26 @@ impl Keeper {
             Purpose::Undo(id, message, kind) => {
                 // What could not be removed stays known: the daemon asks for its deletion next.
                 let message = match answer {
-                    Ok(_) => {
+                    Ok(answer) => {
                         self.containers.remove(&id);
-                        message
+                        let warnings = match answer {
+                            Answer::Warned(warned) => warned.warnings,
+                            _ => Vec::new(),
+                        };
+                        let parts = std::iter::once(message).chain(warnings);
+                        parts.collect::<Vec<_>>().join("; ")
                     }
                     Err(undo) => format!("{message}; undoing it failed, too: {}", undo.message),
                 };
                 self.reply(job.connection, Err(WireError { kind, message }));
             }
             Purpose::Delete(id) => self.container_deleted(&id, job.connection, answer),
+            Purpose::PostStart => {
+                // Its container runs, whatever became of the hooks.
+                let warned =
+                    |error: WireError| done(vec![format!("poststart hooks: {}", error.message)]);
+                self.reply(job.connection, Ok(answer.unwrap_or_else(warned)));
+            }
             Purpose::Update | Purpose::Checkpoint => self.reply(job.connection, answer),
             Purpose::Teardown => self.torn_down(job.connection, answer),
         }

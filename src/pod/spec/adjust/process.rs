@@ -1,10 +1,10 @@
 //! Adjustments of the process: command, environment, limits, scheduling; and hooks around it.
 
 use super::named;
-use crate::error::{Result, SpecError, quoted};
+use crate::error::{Result, SpecError};
 use crate::{ContainerPlan, paths, process};
 use oci_spec::runtime::{
-    Hook, IOPriorityClass, LinuxIOPriority, LinuxIOPriorityBuilder, LinuxSchedulerFlag,
+    Hook, Hooks, IOPriorityClass, LinuxIOPriority, LinuxIOPriorityBuilder, LinuxSchedulerFlag,
     LinuxSchedulerPolicy, PosixRlimitBuilder, PosixRlimitType, Process, Scheduler, Spec,
 };
 use slipway_proto::nri;
@@ -161,46 +161,23 @@ fn scheduler(wish: &nri::LinuxScheduler) -> Result<Option<Scheduler>> {
     Ok(Some(scheduler))
 }
 
-/// Adds hooks. The runtime runs those of the creation; those after the start and the end nobody would run.
+/// Adds hooks.
 pub(super) fn hooks(spec: &mut Spec, wish: Option<&nri::Hooks>) -> Result<()> {
     let Some(wish) = wish else { return Ok(()) };
-    for (name, list) in [("poststart", &wish.poststart), ("poststop", &wish.poststop)] {
-        if let Some(hook) = list.first() {
-            let what = format!(
-                "{} would never run: hooks of this kind are not there yet in this version; createRuntime, \
-                 createContainer, startContainer and prestart are",
-                quoted(&hook.path)
-            );
-            return Err(SpecError::unsupported(format!("adjust.hooks.{name}"), what));
-        }
-    }
     let mut all = spec.hooks().clone().unwrap_or_default();
+    let none = all == Hooks::default();
     // The runtime's two names for one time: who says "prestart" means before the start, in the host.
     #[allow(deprecated)]
-    let prestart = all.prestart_mut();
-    add("prestart", prestart, &wish.prestart)?;
-    add(
-        "create_runtime",
-        all.create_runtime_mut(),
-        &wish.create_runtime,
-    )?;
-    add(
-        "create_container",
-        all.create_container_mut(),
-        &wish.create_container,
-    )?;
-    add(
-        "start_container",
-        all.start_container_mut(),
-        &wish.start_container,
-    )?;
-    let any = [
-        &wish.prestart,
-        &wish.create_runtime,
-        &wish.create_container,
-        &wish.start_container,
-    ];
-    if any.iter().any(|list| !list.is_empty()) {
+    add("prestart", all.prestart_mut(), &wish.prestart)?;
+    let runtime = all.create_runtime_mut();
+    add("create_runtime", runtime, &wish.create_runtime)?;
+    let container = all.create_container_mut();
+    add("create_container", container, &wish.create_container)?;
+    let start = all.start_container_mut();
+    add("start_container", start, &wish.start_container)?;
+    add("poststart", all.poststart_mut(), &wish.poststart)?;
+    add("poststop", all.poststop_mut(), &wish.poststop)?;
+    if !none || all != Hooks::default() {
         spec.set_hooks(Some(all));
     }
     Ok(())
