@@ -85,8 +85,8 @@ pub async fn of_containers(
     containers: Vec<Arc<Container>>,
 ) -> Result<Vec<cri::ContainerStats>, PodError> {
     let place = place(node);
-    let samples = node.sample_containers(containers).await?;
-    Ok(samples.iter().map(|s| container_stats(s, &place)).collect())
+    node.sample_containers(containers, move |sample| container_stats(&sample, &place))
+        .await
 }
 
 /// Statistics of these pods.
@@ -98,8 +98,9 @@ pub async fn of_pods(
     pods: Vec<Arc<Pod>>,
 ) -> Result<Vec<cri::PodSandboxStats>, PodError> {
     let place = place(node);
-    let samples = node.sample_pods(pods).await?;
-    Ok(samples.iter().map(|s| pod_stats(s, &place)).collect())
+    let tell = move |sample: ContainerSample| container_stats(&sample, &place);
+    let samples = node.sample_pods(pods, tell).await?;
+    Ok(samples.into_iter().map(pod_stats).collect())
 }
 
 /// The file system of writable layers, called as in ImageFsInfo.
@@ -135,10 +136,9 @@ fn container_stats(
     }
 }
 
-fn pod_stats(sample: &PodSample, place: &cri::FilesystemIdentifier) -> cri::PodSandboxStats {
+fn pod_stats(sample: PodSample<cri::ContainerStats>) -> cri::PodSandboxStats {
     let config = &sample.pod.record.config;
     let usage = sample.usage.as_ref();
-    let containers = sample.containers.iter();
     let now = slipway_observe::now();
     cri::PodSandboxStats {
         attributes: Some(cri::PodSandboxAttributes {
@@ -155,7 +155,7 @@ fn pod_stats(sample: &PodSample, place: &cri::FilesystemIdentifier) -> cri::PodS
                 timestamp: now,
                 process_count: number(count),
             }),
-            containers: containers.map(|c| container_stats(c, place)).collect(),
+            containers: sample.containers,
             io: usage.and_then(io),
         }),
         windows: None,

@@ -1,6 +1,6 @@
 //! What the cgroup of a container or pod has used.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::file::{Kept, Reader, keyed};
 use crate::{Layout, Pressure, now};
@@ -144,6 +144,7 @@ pub struct Hugepages {
 #[derive(Debug, Default)]
 pub struct Sampler {
     files: Vec<Kept>,
+    threads: Kept,
 }
 
 impl Sampler {
@@ -157,38 +158,41 @@ impl Sampler {
             kept: &mut self.files,
             next: 0,
         };
-        let unified = layout.v2(cgroup);
-        if let Some(dir) = &unified {
-            let [cpu, memory, io] =
-                PRESSURES.map(|name| files.with(dir, name, Pressure::parse).flatten());
-            usage.cpu_pressure = cpu;
-            usage.memory_pressure = memory;
-            usage.io_pressure = io;
+        let v2 = || layout.v2(cgroup);
+        let [cpu, memory, io] =
+            PRESSURES.map(|name| files.with(v2, name, Pressure::parse).flatten());
+        usage.cpu_pressure = cpu;
+        usage.memory_pressure = memory;
+        usage.io_pressure = io;
+        if layout.unified() {
+            usage.cpu = files.with(v2, "cpu.stat", cpu_time).flatten();
+            (usage.memory, usage.swap) = memory_v2(&mut files, v2);
+            return usage;
         }
-        match unified.filter(|_| layout.unified()) {
-            Some(dir) => {
-                usage.cpu = files.with(&dir, "cpu.stat", cpu_time).flatten();
-                (usage.memory, usage.swap) = memory_v2(&mut files, &dir);
-            }
-            None => {
-                let dir = layout.v1("cpuacct", cgroup);
-                usage.cpu = dir.and_then(|dir| files.number(&dir, "cpuacct.usage"));
-                if let Some(dir) = layout.v1("memory", cgroup)
-                    && let Some(now) = files.number(&dir, "memory.usage_in_bytes")
-                    && let Some((memory, swap)) =
-                        files.with(&dir, "memory.stat", |text| memory_v1(now, text))
-                {
-                    usage.memory = Some(memory);
-                    usage.swap = swap;
-                }
-            }
+        usage.cpu = files.number(|| layout.v1("cpuacct", cgroup), "cpuacct.usage");
+        let v1 = || layout.v1("memory", cgroup);
+        let now = files.number(v1, "memory.usage_in_bytes");
+        let stat = |text: &str| now.map(|now| memory_v1(now, text));
+        if let Some((memory, swap)) = files.with(v1, "memory.stat", stat).flatten() {
+            usage.memory = Some(memory);
+            usage.swap = swap;
         }
         usage
     }
 
+    /// How many threads are in the cgroup and below it; `None` where the kernel does not count them.
+    pub fn threads(&mut self, layout: &Layout, cgroup: &Path) -> Option<u64> {
+        let dir = || match layout.unified() {
+            true => layout.v2(cgroup),
+            false => layout.v1("pids", cgroup),
+        };
+        let number = |text: &str| text.trim_ascii().parse().ok();
+        self.threads.with(dir, "pids.current", number).flatten()
+    }
+
     /// Closes the files: the cgroup has ended.
     pub fn close(&mut self) {
-        self.files = Vec::new();
+        *self = Self::default();
     }
 }
 
@@ -199,7 +203,12 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
-    fn with<T>(&mut self, dir: &Path, name: &str, read: impl FnOnce(&str) -> T) -> Option<T> {
+    fn with<T>(
+        &mut self,
+        dir: impl FnOnce() -> Option<PathBuf>,
+        name: &str,
+        read: impl FnOnce(&str) -> T,
+    ) -> Option<T> {
         if self.kept.len() == self.next {
             self.kept.push(Kept::default());
         }
@@ -208,13 +217,13 @@ impl Files<'_> {
         file.with(dir, name, read)
     }
 
-    fn number(&mut self, dir: &Path, name: &str) -> Option<u64> {
-        let number = |text: &str| text.trim().parse().ok();
+    fn number(&mut self, dir: impl FnOnce() -> Option<PathBuf>, name: &str) -> Option<u64> {
+        let number = |text: &str| text.trim_ascii().parse().ok();
         self.with(dir, name, number).flatten()
     }
 
     /// A limit; `None` for `max`, too.
-    fn limit(&mut self, dir: &Path, name: &str) -> Option<u64> {
+    fn limit(&mut self, dir: impl FnOnce() -> Option<PathBuf>, name: &str) -> Option<u64> {
         self.number(dir, name)
     }
 }
@@ -224,7 +233,10 @@ fn cpu_time(stat: &str) -> Option<u64> {
     found.map(|(_, micros)| micros.saturating_mul(1000))
 }
 
-fn memory_v2(files: &mut Files<'_>, dir: &Path) -> (Option<Memory>, Option<Swap>) {
+fn memory_v2(
+    files: &mut Files<'_>,
+    dir: impl Fn() -> Option<PathBuf> + Copy,
+) -> (Option<Memory>, Option<Swap>) {
     // All are read, whatever the others say: see Files.
     let usage = files.number(dir, "memory.current");
     let memory = files.with(dir, "memory.stat", |text| {
@@ -331,15 +343,6 @@ pub fn detail(layout: &Layout, cgroup: &Path) -> Detail {
         detail.hugepages = hugepages(r, dir, ".usage_in_bytes");
     });
     detail
-}
-
-/// How many threads are in a cgroup and below it; `None` where the kernel does not count them.
-pub fn thread_count(layout: &Layout, cgroup: &Path) -> Option<u64> {
-    let dir = match layout.unified() {
-        true => layout.v2(cgroup),
-        false => layout.v1("pids", cgroup),
-    };
-    Reader::new().enter(&dir?).number("pids.current")
 }
 
 fn threads(detail: &mut Detail, reader: &mut Reader) {
@@ -506,7 +509,7 @@ mod tests {
                 kept: &mut kept,
                 next: 0,
             };
-            memory_v2(&mut files, dir.path())
+            memory_v2(&mut files, || Some(dir.path().to_owned()))
         };
         assert_eq!(read(), (None, None));
         put("memory.current", "1000\n");

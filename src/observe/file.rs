@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -87,15 +87,25 @@ thread_local! {
 }
 
 impl Kept {
-    /// Reads the file, which is opened when it is not; `None` when it is gone.
-    pub fn with<T>(&mut self, dir: &Path, name: &str, read: impl FnOnce(&str) -> T) -> Option<T> {
+    /// Reads the file, which is opened when it is not; `None` when it is gone. `dir` is asked only then.
+    pub fn with<T>(
+        &mut self,
+        dir: impl FnOnce() -> Option<PathBuf>,
+        name: &str,
+        read: impl FnOnce(&str) -> T,
+    ) -> Option<T> {
         CONTENT.with_borrow_mut(|content| {
             let length = self.fill(dir, name, content)?;
             std::str::from_utf8(&content[..length]).ok().map(read)
         })
     }
 
-    fn fill(&mut self, dir: &Path, name: &str, content: &mut [u8]) -> Option<usize> {
+    fn fill(
+        &mut self,
+        dir: impl FnOnce() -> Option<PathBuf>,
+        name: &str,
+        content: &mut [u8],
+    ) -> Option<usize> {
         if let Some(fd) = &self.0 {
             // Such a file comes whole with the first read, and anew with each read at its beginning.
             match rustix::io::pread(fd, &mut *content, 0) {
@@ -105,7 +115,7 @@ impl Kept {
             }
         }
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(dir.join(name), flags, Mode::empty()).ok()?;
+        let fd = rustix::fs::open(dir()?.join(name), flags, Mode::empty()).ok()?;
         let length = rustix::io::pread(&fd, content, 0).ok()?;
         if OPEN.fetch_add(1, Ordering::Relaxed) < most_open() {
             self.0 = Some(fd);
@@ -155,7 +165,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("n");
         let mut kept = Kept::default();
-        let mut read = || kept.with(dir.path(), "n", str::to_owned);
+        let mut read = || kept.with(|| Some(dir.path().to_owned()), "n", str::to_owned);
         assert_eq!(read(), None);
         std::fs::write(&path, "1\n").unwrap();
         assert_eq!(read().as_deref(), Some("1\n"));

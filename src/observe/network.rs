@@ -36,10 +36,32 @@ pub struct Counters {
 /// A thread of its own visits them one after the other and ends: no thread that anybody else uses is ever in
 /// a foreign namespace, and nothing is executed.
 pub fn read(namespaces: Vec<PathBuf>) -> Vec<Option<Vec<Interface>>> {
-    if namespaces.is_empty() {
-        return Vec::new();
+    start(namespaces).wait()
+}
+
+/// Interfaces that are being read.
+pub struct Reading {
+    count: usize,
+    thread: Option<std::thread::JoinHandle<Vec<Option<Vec<Interface>>>>>,
+}
+
+impl Reading {
+    /// What [`read`] returns.
+    pub fn wait(self) -> Vec<Option<Vec<Interface>>> {
+        let read = self.thread.and_then(|thread| thread.join().ok());
+        read.unwrap_or_else(|| vec![None; self.count])
     }
+}
+
+/// [`read`], for who has something else to do meanwhile.
+pub fn start(namespaces: Vec<PathBuf>) -> Reading {
     let count = namespaces.len();
+    if count == 0 {
+        return Reading {
+            count,
+            thread: None,
+        };
+    }
     let visit = move || {
         let each = namespaces.iter().map(|path| visit(path).ok());
         each.collect::<Vec<_>>()
@@ -48,8 +70,10 @@ pub fn read(namespaces: Vec<PathBuf>) -> Vec<Option<Vec<Interface>>> {
         .name("interfaces".to_owned())
         .stack_size(128 << 10)
         .spawn(visit);
-    let read = thread.ok().and_then(|thread| thread.join().ok());
-    read.unwrap_or_else(|| vec![None; count])
+    Reading {
+        count,
+        thread: thread.ok(),
+    }
 }
 
 fn visit(namespace: &Path) -> io::Result<Vec<Interface>> {

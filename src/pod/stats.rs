@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use slipway_observe::cgroup::{self, Sampler, Usage};
 use slipway_observe::disk::{self, Counted};
 use slipway_observe::metrics::{self, Asked, ContainerView, Sample};
@@ -24,6 +25,8 @@ use super::state::{PodStage, Stage};
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Fewer cgroups than this are read faster by one thread.
 const WORTH_A_THREAD: usize = 32;
+/// So many cgroups are taken by a thread at once.
+const PIECE: usize = 8;
 /// The most threads of one call.
 const THREADS: usize = 4;
 
@@ -56,7 +59,7 @@ pub struct ContainerSample {
 }
 
 /// What a pod uses.
-pub struct PodSample {
+pub struct PodSample<C> {
     /// The pod.
     pub pod: Arc<Pod>,
     /// What its cgroup tells; `None` once it is stopped.
@@ -68,8 +71,8 @@ pub struct PodSample {
     pub interfaces: Option<Vec<Interface>>,
     /// Processes in it.
     pub processes: Option<u64>,
-    /// Its containers.
-    pub containers: Vec<ContainerSample>,
+    /// Its containers, in the caller's form.
+    pub containers: Vec<C>,
 }
 
 /// The metrics of a pod.
@@ -85,28 +88,30 @@ pub struct PodMetrics {
 }
 
 impl Node {
-    /// Samples these containers.
+    /// Samples these containers. `tell` makes of each sample what is wanted, on the thread that took it.
     ///
     /// # Errors
     /// Only when the daemon is going down.
-    pub async fn sample_containers(
+    pub async fn sample_containers<R: Send + 'static>(
         self: &Arc<Self>,
         containers: Vec<Arc<Container>>,
-    ) -> Result<Vec<ContainerSample>, PodError> {
+        tell: impl Fn(ContainerSample) -> R + Send + Sync + 'static,
+    ) -> Result<Vec<R>, PodError> {
         let node = self.clone();
-        off_threads(move || node.containers_now(containers)).await
+        off_threads(move || node.containers_now(containers, tell)).await
     }
 
-    /// Samples these pods with their containers.
+    /// Samples these pods with their containers, which `tell` turns into what is wanted first.
     ///
     /// # Errors
     /// Only when the daemon is going down.
-    pub async fn sample_pods(
+    pub async fn sample_pods<C: Send + 'static>(
         self: &Arc<Self>,
         pods: Vec<Arc<Pod>>,
-    ) -> Result<Vec<PodSample>, PodError> {
+        tell: impl Fn(ContainerSample) -> C + Send + Sync + 'static,
+    ) -> Result<Vec<PodSample<C>>, PodError> {
         let node = self.clone();
-        off_threads(move || node.pods_now(pods)).await
+        off_threads(move || node.pods_now(pods, tell)).await
     }
 
     /// The metrics of these pods; those that are not ready have none.
@@ -121,7 +126,11 @@ impl Node {
         off_threads(move || node.metrics_now(pods)).await
     }
 
-    fn containers_now(&self, containers: Vec<Arc<Container>>) -> Vec<ContainerSample> {
+    fn containers_now<R: Send>(
+        &self,
+        containers: Vec<Arc<Container>>,
+        tell: impl Fn(ContainerSample) -> R + Sync,
+    ) -> Vec<R> {
         let layers_dir = self.layers_dir();
         let layers: Vec<_> = containers
             .iter()
@@ -143,21 +152,27 @@ impl Node {
             };
             drop(meter);
             let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));
-            ContainerSample {
+            tell(ContainerSample {
                 usage,
                 nano_cores,
                 layer,
                 container,
-            }
+            })
         })
     }
 
-    fn pods_now(&self, pods: Vec<Arc<Pod>>) -> Vec<PodSample> {
-        let interfaces = interfaces(&pods);
+    fn pods_now<C: Send>(
+        &self,
+        pods: Vec<Arc<Pod>>,
+        tell: impl Fn(ContainerSample) -> C + Sync,
+    ) -> Vec<PodSample<C>> {
+        // While the containers are looked at.
+        let reading = Interfaces::read(&pods);
         let members: Vec<_> = pods.iter().map(|pod| self.containers_of_pod(pod)).collect();
         let mut containers = self
-            .containers_now(members.iter().flatten().cloned().collect())
+            .containers_now(members.iter().flatten().cloned().collect(), tell)
             .into_iter();
+        let interfaces = reading.wait();
         let each: Vec<_> = pods
             .into_iter()
             .zip(interfaces)
@@ -169,18 +184,19 @@ impl Node {
             .collect();
         side_by_side(each, |(pod, interfaces, containers)| {
             let mut meter = pod.meter.lock();
-            let read = match pod.stage() {
+            let (read, processes) = match pod.stage() {
                 PodStage::Stopped => {
                     meter.files.close();
-                    None
+                    (None, None)
                 }
-                _ => Some(meter.read(&self.layout, &pod.record.cgroup)),
+                _ => {
+                    let cgroup = &pod.record.cgroup;
+                    let read = meter.read(&self.layout, cgroup);
+                    let processes = meter.files.threads(&self.layout, Path::new(cgroup));
+                    (Some(read), processes)
+                }
             };
             drop(meter);
-            let processes = read.and_then(|_| {
-                let cgroup = Path::new(&pod.record.cgroup);
-                cgroup::thread_count(&self.layout, cgroup)
-            });
             let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));
             PodSample {
                 usage,
@@ -195,7 +211,7 @@ impl Node {
 
     fn metrics_now(&self, mut pods: Vec<Arc<Pod>>) -> Vec<PodMetrics> {
         pods.retain(|pod| pod.stage() == PodStage::Ready);
-        let interfaces = interfaces(&pods);
+        let interfaces = Interfaces::read(&pods);
         let members: Vec<_> = pods
             .iter()
             .map(|pod| {
@@ -206,27 +222,29 @@ impl Node {
             .collect();
         let file_system = disk::file_system(&self.layers_dir()).ok();
         let devices = metrics::block_devices();
-        let sampled = self.containers_now(members.iter().flatten().cloned().collect());
-        let mut measured = side_by_side(sampled, |sample| {
-            let container = sample.container;
-            let cgroup = Path::new(&container.record.cgroup);
-            // It may have ended since it was picked.
-            let samples = sample.usage.map(|usage| {
-                let status = container.status();
-                metrics::of_container(&ContainerView {
-                    started_at: status.started_at,
-                    asked: asked(&container),
-                    usage: &usage,
-                    detail: &cgroup::detail(&self.layout, cgroup),
-                    processes: process::look(&self.layout, cgroup, status.pid),
-                    disk: sample.layer.map(|layer| layer.usage),
-                    file_system,
-                    devices: &devices,
-                })
-            });
-            (container, samples.unwrap_or_default())
-        })
-        .into_iter();
+        let all = members.iter().flatten().cloned().collect();
+        let mut measured = self
+            .containers_now(all, |sample| {
+                let container = sample.container;
+                let cgroup = Path::new(&container.record.cgroup);
+                // It may have ended since it was picked.
+                let samples = sample.usage.map(|usage| {
+                    let status = container.status();
+                    metrics::of_container(&ContainerView {
+                        started_at: status.started_at,
+                        asked: asked(&container),
+                        usage: &usage,
+                        detail: &cgroup::detail(&self.layout, cgroup),
+                        processes: process::look(&self.layout, cgroup, status.pid),
+                        disk: sample.layer.map(|layer| layer.usage),
+                        file_system,
+                        devices: &devices,
+                    })
+                });
+                (container, samples.unwrap_or_default())
+            })
+            .into_iter();
+        let interfaces = interfaces.wait();
         pods.into_iter()
             .zip(interfaces)
             .zip(members)
@@ -240,21 +258,34 @@ impl Node {
     }
 }
 
-/// The interfaces of each pod, its primary one first.
-fn interfaces(pods: &[Arc<Pod>]) -> Vec<Option<Vec<Interface>>> {
-    let connected = |pod: &&Arc<Pod>| pod.has_network() && pod.stage() != PodStage::Stopped;
-    let paths = pods
-        .iter()
-        .filter(connected)
-        .map(|pod| pod.record.namespaces.network.clone().into())
-        .collect();
-    let mut found = network::read(paths).into_iter();
-    pods.iter()
-        .map(|pod| match connected(&pod) {
-            true => found.next().flatten(),
-            false => None,
-        })
-        .collect()
+/// The interfaces of pods, which are being read.
+struct Interfaces {
+    /// Which of the pods have some.
+    connected: Vec<bool>,
+    reading: network::Reading,
+}
+
+impl Interfaces {
+    fn read(pods: &[Arc<Pod>]) -> Self {
+        let connected: Vec<bool> = pods
+            .iter()
+            .map(|pod| pod.has_network() && pod.stage() != PodStage::Stopped)
+            .collect();
+        let those = pods.iter().zip(&connected).filter(|(_, yes)| **yes);
+        let paths = those.map(|(pod, _)| pod.record.namespaces.network.clone().into());
+        Self {
+            reading: network::start(paths.collect()),
+            connected,
+        }
+    }
+
+    /// Those of each pod, its primary one first; `None` for one without.
+    fn wait(self) -> Vec<Option<Vec<Interface>>> {
+        let mut found = self.reading.wait().into_iter();
+        let each = self.connected.into_iter();
+        each.map(|yes| if yes { found.next().flatten() } else { None })
+            .collect()
+    }
 }
 
 /// The limits that a container was asked to get, with the kernel's defaults where nothing was said.
@@ -278,33 +309,42 @@ fn asked(container: &Container) -> Asked {
     }
 }
 
-/// Does `work` for each, on several threads when that is worth it; the answers are in the same order.
+/// Does `work` for each, on several threads when that is worth it; the answers are in the same order. They take
+/// small pieces by turns, because nobody says that all processors are ours.
 fn side_by_side<T: Send, R: Send>(list: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = (list.len() / WORTH_A_THREAD).clamp(1, cpus.min(THREADS));
     if threads == 1 {
         return list.into_iter().map(work).collect();
     }
-    let share = list.len().div_ceil(threads);
-    let mut shares: Vec<Vec<T>> = Vec::with_capacity(threads);
-    let mut rest = list.into_iter();
-    for _ in 0..threads {
-        shares.push(rest.by_ref().take(share).collect());
-    }
-    let work = &work;
+    let length = list.len();
+    let waiting = Mutex::new(list.into_iter().enumerate());
+    let run = || {
+        let (mut done, mut piece) = (Vec::new(), Vec::with_capacity(PIECE));
+        loop {
+            piece.extend(waiting.lock().by_ref().take(PIECE));
+            if piece.is_empty() {
+                return done;
+            }
+            done.extend(piece.drain(..).map(|(at, item)| (at, work(item))));
+        }
+    };
+    let mut answers: Vec<Option<R>> = std::iter::repeat_with(|| None).take(length).collect();
     std::thread::scope(|scope| {
-        let running: Vec<_> = shares
-            .into_iter()
-            .map(|share| scope.spawn(move || share.into_iter().map(work).collect::<Vec<R>>()))
-            .collect();
-        running
-            .into_iter()
-            .flat_map(|thread| match thread.join() {
-                Ok(done) => done,
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
+        // This thread is one of them.
+        let mut all = run();
+        for thread in others {
+            match thread.join() {
+                Ok(done) => all.extend(done),
                 Err(panic) => std::panic::resume_unwind(panic),
-            })
-            .collect()
-    })
+            }
+        }
+        for (at, answer) in all {
+            answers[at] = Some(answer);
+        }
+    });
+    answers.into_iter().flatten().collect()
 }
 
 async fn off_threads<T: Send + 'static>(
