@@ -49,6 +49,9 @@ pub(crate) struct ImageRecord {
     /// Base first.
     pub(crate) diff_ids: Vec<String>,
     pub(crate) size_bytes: u64,
+    /// The type of an artifact, whose id is its manifest's digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) artifact: Option<String>,
 }
 
 /// What is durable of a layer.
@@ -72,6 +75,7 @@ impl ImageRecord {
             manifests: Vec::new(),
             diff_ids: Vec::new(),
             size_bytes: 0,
+            artifact: None,
         }
     }
 }

@@ -157,6 +157,14 @@ pub enum ImageError {
         /// Why not, and what to do.
         reason: String,
     },
+    /// An artifact where an image is needed.
+    #[error(
+        "it is an OCI artifact of type {kind:?}, which holds files and nothing to be run; mount it as an image volume"
+    )]
+    Artifact {
+        /// Its type.
+        kind: String,
+    },
     /// A multi-platform image without this node's platform.
     #[error("{what} has no image for platform {platform}, only for {available}")]
     NoPlatform {
@@ -281,7 +289,9 @@ impl ImageError {
             | Self::Malformed { .. }
             | Self::LayerCorrupt { .. } => ErrorKind::DataLoss,
             Self::TooLarge { .. } => ErrorKind::ResourceExhausted,
-            Self::Unsupported { .. } | Self::InUse { .. } => ErrorKind::FailedPrecondition,
+            Self::Unsupported { .. } | Self::Artifact { .. } | Self::InUse { .. } => {
+                ErrorKind::FailedPrecondition
+            }
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::LayerIo { source, .. } | Self::Io { source, .. } => io_kind(source),
             Self::Database { source, .. } => match source.as_ref() {

@@ -32,6 +32,9 @@ pub struct Image {
     pub created: Option<String>,
     /// The layers to be stacked, base first. What is below a layer that hides everything is left out.
     pub layers: Vec<LayerRef>,
+    /// The type of an OCI artifact, which holds files to be mounted and nothing to be run; `None`: an image. Its id
+    /// is its manifest's digest.
+    pub artifact: Option<String>,
     /// Whether the configuration says that this image must not be collected.
     pub pinned: bool,
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use tokio::task::JoinSet;
 
+use crate::artifact::{self, Form};
 use crate::digest::Digest;
 use crate::error::ImageError;
 use crate::image::Image;
@@ -34,11 +35,17 @@ struct Found {
     top: Option<Digest>,
     documents: Vec<(Digest, Vec<u8>)>,
     config: Vec<u8>,
-    /// Base first: the file's name for the layer and, in OCI layouts, its digest and size.
-    layers: Vec<(String, Option<(Digest, u64)>)>,
-    diff_ids: Vec<Digest>,
+    /// Base first.
+    layers: Vec<Blob>,
+    artifact: Option<String>,
     id: Digest,
     more_names: Vec<ImageName>,
+}
+
+/// A file that becomes a layer.
+struct Blob {
+    file: String,
+    expected: Expected,
 }
 
 impl ImageStore {
@@ -101,18 +108,19 @@ async fn import_one(
     found: Found,
     what: &str,
 ) -> Result<Arc<Image>, ImageError> {
-    let hold = Arc::new(inner.hold(&found.diff_ids));
+    let diff_ids: Vec<_> = found
+        .layers
+        .iter()
+        .map(|layer| layer.expected.diff_id.clone())
+        .collect();
+    let hold = Arc::new(inner.hold(&diff_ids));
     let mut size_bytes = found.config.len() as u64;
     let (mut tasks, tracker) = (JoinSet::new(), inner);
-    for ((file, blob), diff_id) in found.layers.into_iter().zip(&found.diff_ids) {
-        size_bytes = size_bytes.saturating_add(match &blob {
+    for Blob { file, expected } in found.layers {
+        size_bytes = size_bytes.saturating_add(match &expected.blob {
             Some((_, size)) => *size,
             None => source.size(&file)?,
         });
-        let expected = Expected {
-            blob,
-            diff_id: diff_id.clone(),
-        };
         let (inner, source, hold) = (Arc::clone(inner), Arc::clone(source), Arc::clone(&hold));
         let task = async move {
             let lock = inner.lock_layer(&expected.diff_id).await;
@@ -146,8 +154,9 @@ async fn import_one(
     let new = NewImage {
         id: found.id,
         config: found.config,
+        artifact: found.artifact,
         manifests: found.documents,
-        diff_ids: found.diff_ids,
+        diff_ids,
         size_bytes,
         tags: names.iter().map(ToString::to_string).collect(),
         digests: match &found.top {
@@ -222,21 +231,35 @@ fn layout_image(source: &Source, inner: &Inner, entry: &IndexEntry) -> Result<Fo
                 continue;
             }
         };
-        let config = blob(source, &manifest.config, MAX_CONFIG, &what)?;
-        let file = ConfigFile::parse(&config, &what)?;
-        file.check_platform(&inner.platform, &what)?;
+        let (id, config, parts) = match (&manifest.artifact, documents.last()) {
+            (Some(_), Some((digest, bytes))) => {
+                let parts = artifact::parts(&manifest, &what)?;
+                (digest.clone(), bytes.clone(), parts)
+            }
+            _ => {
+                let config = blob(source, &manifest.config, MAX_CONFIG, &what)?;
+                let file = ConfigFile::parse(&config, &what)?;
+                file.check_platform(&inner.platform, &what)?;
+                let parts = file.parts(&manifest.layers, &what)?;
+                (manifest.config.digest, config, parts)
+            }
+        };
+        let layers = parts.into_iter().map(|part| Blob {
+            file: blob_name(&part.blob.digest),
+            expected: Expected {
+                blob: Some((part.blob.digest, part.blob.size)),
+                diff_id: part.layer,
+                form: part.form,
+            },
+        });
         return Ok(Found {
             name,
             top: Some(top),
             documents,
-            diff_ids: file.diff_ids(manifest.layers.len(), &what)?,
+            layers: layers.collect(),
+            artifact: manifest.artifact,
             config,
-            layers: manifest
-                .layers
-                .into_iter()
-                .map(|layer| (blob_name(&layer.digest), Some((layer.digest, layer.size))))
-                .collect(),
-            id: manifest.config.digest,
+            id,
             more_names: Vec::new(),
         });
     }
@@ -323,12 +346,17 @@ fn docker_images(source: &Source, inner: &Inner) -> Result<Vec<Found>, ImageErro
             top: None,
             documents: Vec::new(),
             config,
-            layers: saved
-                .layers
-                .into_iter()
-                .map(|layer| (layer, None))
+            layers: (saved.layers.into_iter().zip(diff_ids))
+                .map(|(file, diff_id)| Blob {
+                    file,
+                    expected: Expected {
+                        blob: None,
+                        diff_id,
+                        form: Form::Layer,
+                    },
+                })
                 .collect(),
-            diff_ids,
+            artifact: None,
             id,
             more_names: Vec::new(),
         });

@@ -1,14 +1,16 @@
 //! Layers: from a stream of bytes to a verified directory of its own.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, CWD, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 
+use crate::artifact::Form;
 use crate::decompress::Decompressor;
 use crate::digest::{Algorithm, Digest, HashingReader};
 use crate::error::ImageError;
@@ -21,8 +23,10 @@ use crate::unpack::{self, UnpackError, Unpacked};
 pub(crate) struct Expected {
     /// The digest and length of the stream as it comes; unknown in archives of `docker save`.
     pub(crate) blob: Option<(Digest, u64)>,
-    /// The digest of the uncompressed archive.
+    /// The digest of the uncompressed archive; of an artifact's blob, what its layer is known by.
     pub(crate) diff_id: Digest,
+    /// What is made of it.
+    pub(crate) form: Form,
 }
 
 impl Expected {
@@ -82,7 +86,11 @@ pub(crate) fn prepare(
         .as_ref()
         .map_or(Algorithm::Sha256, |(digest, _)| digest.algorithm());
     let mut blob = HashingReader::new(stream, algorithm);
-    let result = unpack_stream(&mut blob, expected, &root, &spare, written);
+    let result = match &expected.form {
+        Form::File(path) => file(&mut blob, path, &root, written).map(|unpacked| (unpacked, None)),
+        Form::Layer | Form::Tree => unpack_stream(&mut blob, expected, &root, &spare, written)
+            .map(|(unpacked, diff_id)| (unpacked, Some(diff_id))),
+    };
     let (unpacked, diff_id) = match result {
         Ok(result) => result,
         Err(error) => return Err(explain(error, blob, expected)),
@@ -90,7 +98,10 @@ pub(crate) fn prepare(
     let name = expected.name();
     blob.drain().map_err(|error| corrupt(&name, &error))?;
     verify_blob(blob, expected)?;
-    if diff_id != expected.diff_id {
+    if let Some(diff_id) = diff_id
+        && expected.form == Form::Layer
+        && diff_id != expected.diff_id
+    {
         return Err(ImageError::DigestMismatch {
             what: format!("the content of layer {name}"),
             expected: expected.diff_id.to_string(),
@@ -113,6 +124,50 @@ fn unpack_stream(
     let (mut content, unpacked) = unpack::unpack(content, root, spare, written)?;
     content.drain().map_err(read)?;
     Ok((unpacked, content.finish().0))
+}
+
+/// Writes a stream to one file in an empty directory.
+fn file(
+    stream: &mut impl Read,
+    path: &str,
+    root: &Path,
+    written: &AtomicU64,
+) -> Result<Unpacked, UnpackError> {
+    let failed = |source| UnpackError::Io {
+        entry: path.to_owned(),
+        source,
+    };
+    let at = root.join(path);
+    let above: Vec<&Path> = at
+        .ancestors()
+        .skip(1)
+        .take_while(|dir| *dir != root)
+        .collect();
+    for dir in above.iter().rev() {
+        fs::create_dir(dir).map_err(failed)?;
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).map_err(failed)?;
+    }
+    let mut file = fs::File::create_new(&at).map_err(failed)?;
+    file.set_permissions(fs::Permissions::from_mode(0o644))
+        .map_err(failed)?;
+    let mut buffer = vec![0; 128 << 10];
+    let mut length = 0;
+    loop {
+        let read = stream.read(&mut buffer);
+        let read = read.map_err(|error| UnpackError::Archive(TarError::Read(error)))?;
+        if read == 0 {
+            break;
+        }
+        file.write_all(&buffer[..read]).map_err(failed)?;
+        length += read as u64;
+        written.fetch_add(read as u64, Ordering::Relaxed);
+    }
+    let directories = above.len() as u64 + 1;
+    Ok(Unpacked {
+        bytes: length.next_multiple_of(unpack::BLOCK) + directories * unpack::BLOCK,
+        inodes: directories + 1,
+        ..Unpacked::default()
+    })
 }
 
 fn verify_blob(blob: HashingReader<impl Read>, expected: &Expected) -> Result<(), ImageError> {

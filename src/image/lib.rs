@@ -8,6 +8,7 @@
 //! This crate knows nothing of pods, of the CRI's messages or of gRPC.
 #![forbid(unsafe_code)]
 
+mod artifact;
 mod blobs;
 mod config;
 mod credentials;

@@ -4,6 +4,7 @@
 use oci_spec::image::Config;
 use serde::Deserialize;
 
+use crate::artifact::{Form, Part};
 use crate::config::Platform;
 use crate::digest::Digest;
 use crate::error::ImageError;
@@ -15,6 +16,15 @@ pub(crate) const MAX_CONFIG: u64 = 8 << 20;
 /// More layers than any file system can stack are refused.
 const MAX_LAYERS: usize = 500;
 
+/// The annotation of a file's name.
+const TITLE: &str = "org.opencontainers.image.title";
+/// The media types of images' configurations. Old tools had none, or none of their own.
+const IMAGE_CONFIGS: [&str; 4] = [
+    "",
+    "application/octet-stream",
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+];
 /// The annotation of an attestation in an index.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
@@ -30,6 +40,8 @@ pub(crate) struct Descriptor {
     pub(crate) digest: Digest,
     pub(crate) size: u64,
     pub(crate) media_type: String,
+    /// What a file of this content is to be called.
+    pub(crate) title: Option<String>,
 }
 
 /// A document that a manifest request may answer.
@@ -39,12 +51,14 @@ pub(crate) enum Document {
     Index(Index),
 }
 
-/// The manifest of one image.
+/// The manifest of one image or artifact.
 #[derive(Debug, Clone)]
 pub(crate) struct Manifest {
     pub(crate) config: Descriptor,
     /// Base first.
     pub(crate) layers: Vec<Descriptor>,
+    /// The type of an artifact; `None`: an image.
+    pub(crate) artifact: Option<String>,
 }
 
 /// Manifests of one image for several platforms.
@@ -65,7 +79,7 @@ pub(crate) struct IndexEntry {
 
 /// The parts of an image configuration that matter here. Fields we don't use (history, vendor
 /// extensions) are not parsed, so that they can't make an image unusable.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 pub(crate) struct ConfigFile {
     #[serde(default)]
     pub(crate) created: Option<String>,
@@ -80,7 +94,7 @@ pub(crate) struct ConfigFile {
     rootfs: RootFs,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 struct RootFs {
     #[serde(default)]
     diff_ids: Option<Vec<String>>,
@@ -92,6 +106,8 @@ struct RootFs {
 struct Raw {
     schema_version: Option<u64>,
     media_type: Option<String>,
+    #[serde(default)]
+    artifact_type: Option<String>,
     config: Option<RawDescriptor>,
     layers: Option<Vec<RawDescriptor>>,
     manifests: Option<Vec<RawDescriptor>>,
@@ -127,6 +143,10 @@ impl RawDescriptor {
             digest: Digest::parse(&self.digest).map_err(|reason| malformed(what, reason))?,
             size: self.size,
             media_type: self.media_type.clone(),
+            title: self
+                .annotations
+                .as_ref()
+                .and_then(|all| all.get(TITLE).cloned()),
         })
     }
 }
@@ -193,16 +213,31 @@ pub(crate) fn parse(
                 .iter()
                 .map(|layer| layer.check(what))
                 .collect::<Result<Vec<_>, _>>()?;
-            if let Some(layer) = layers.iter().find(|layer| !is_layer(&layer.media_type)) {
+            let is_image = IMAGE_CONFIGS.contains(&config.media_type.as_str());
+            let artifact = (!is_image).then(|| {
+                let own = raw.artifact_type.filter(|kind| !kind.is_empty());
+                own.unwrap_or_else(|| config.media_type.clone())
+            });
+            let encrypted = |layer: &&Descriptor| layer.media_type.ends_with("+encrypted");
+            let odd = |layer: &&Descriptor| match is_image {
+                true => !is_layer(&layer.media_type),
+                false => encrypted(layer),
+            };
+            if let Some(layer) = layers.iter().find(odd) {
+                let why = match encrypted(&layer) {
+                    true => "is encrypted; decrypt it before pushing it",
+                    false => "is no file system layer; only container images can be run",
+                };
                 return Err(ImageError::Unsupported {
                     what: what.to_owned(),
-                    reason: format!(
-                        "it holds a {:?}, which is no file system layer; only container images can be run",
-                        layer.media_type
-                    ),
+                    reason: format!("it holds a {:?}, which {why}", layer.media_type),
                 });
             }
-            Ok(Document::Manifest(Manifest { config, layers }))
+            Ok(Document::Manifest(Manifest {
+                config,
+                layers,
+                artifact,
+            }))
         }
         (None, None) => Err(malformed(what, "it has neither layers nor manifests")),
     }
@@ -210,7 +245,7 @@ pub(crate) fn parse(
 
 /// Whether a media type is a file system layer's. Unknown ones of the container vendors are let
 /// through, because the content is sniffed and verified anyway; artifacts and encrypted layers not.
-fn is_layer(media_type: &str) -> bool {
+pub(crate) fn is_layer(media_type: &str) -> bool {
     if media_type.ends_with("+encrypted") {
         return false;
     }
@@ -291,6 +326,17 @@ impl ConfigFile {
     pub(crate) fn parse(bytes: &[u8], what: &str) -> Result<Self, ImageError> {
         serde_json::from_slice(bytes)
             .map_err(|error| malformed(what, format!("not an image configuration: {error}")))
+    }
+
+    /// What is made of an image's layers.
+    pub(crate) fn parts(&self, layers: &[Descriptor], what: &str) -> Result<Vec<Part>, ImageError> {
+        let diff_ids = self.diff_ids(layers.len(), what)?;
+        let parts = layers.iter().zip(diff_ids).map(|(blob, layer)| Part {
+            blob: blob.clone(),
+            layer,
+            form: Form::Layer,
+        });
+        Ok(parts.collect())
     }
 
     /// The diff IDs, base first; as many as the manifest has layers.

@@ -39,10 +39,9 @@ impl Meter {
     }
 
     /// Says which layers there are; the first word counts.
-    pub(crate) fn begin(&self, layers: &[Descriptor]) {
+    pub(crate) fn begin<'a>(&self, layers: impl Iterator<Item = &'a Descriptor>) {
         self.layers.get_or_init(|| {
             layers
-                .iter()
                 .map(|layer| Counters {
                     digest: layer.digest.to_string(),
                     total: layer.size,

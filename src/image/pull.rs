@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio::task::JoinSet;
 
+use crate::artifact::{self, Part};
 use crate::credentials::Secret;
 use crate::digest::Digest;
 use crate::error::ImageError;
@@ -75,19 +76,28 @@ async fn pull_from(
     let what = format!("image {name}");
     let resolved = resolve(inner, repository, name, &what).await?;
     let manifest = resolved.manifest;
-    let config = config(inner, repository, &manifest.config, &what).await?;
-    let file = ConfigFile::parse(&config, &what)?;
-    file.check_platform(&inner.platform, &what)?;
-    let diff_ids = file.diff_ids(manifest.layers.len(), &what)?;
-    meter.begin(&manifest.layers);
+    let (id, config, parts) = match (&manifest.artifact, resolved.documents.last()) {
+        (Some(_), Some((digest, bytes))) => {
+            let parts = artifact::parts(&manifest, &format!("artifact {name}"))?;
+            (digest.clone(), bytes.clone(), parts)
+        }
+        _ => {
+            let config = config(inner, repository, &manifest.config, &what).await?;
+            let file = ConfigFile::parse(&config, &what)?;
+            file.check_platform(&inner.platform, &what)?;
+            let parts = file.parts(&manifest.layers, &what)?;
+            (manifest.config.digest.clone(), config, parts)
+        }
+    };
+    meter.begin(parts.iter().map(|part| &part.blob));
+    let diff_ids: Vec<Digest> = parts.iter().map(|part| part.layer.clone()).collect();
     let hold = Arc::new(inner.hold(&diff_ids));
     let mut tasks = JoinSet::new();
-    for (index, (layer, diff_id)) in manifest.layers.iter().zip(&diff_ids).enumerate() {
+    for (index, part) in parts.iter().enumerate() {
         let task = LayerTask {
             inner: Arc::clone(inner),
             repository: Arc::clone(repository),
-            layer: layer.clone(),
-            diff_id: diff_id.clone(),
+            part: part.clone(),
             meter: Arc::clone(meter),
             index,
             hold: Arc::clone(&hold),
@@ -102,9 +112,10 @@ async fn pull_from(
             what: format!("a layer of {what}"),
         })??;
     }
-    let sizes = manifest.layers.iter().map(|layer| layer.size);
+    let sizes = parts.iter().map(|part| part.blob.size);
     let new = NewImage {
-        id: manifest.config.digest.clone(),
+        id,
+        artifact: manifest.artifact,
         size_bytes: sizes.fold(config.len() as u64, u64::saturating_add),
         config,
         manifests: resolved.documents,
@@ -198,8 +209,7 @@ async fn config(
 struct LayerTask {
     inner: Arc<Inner>,
     repository: Arc<Repository>,
-    layer: Descriptor,
-    diff_id: Digest,
+    part: Part,
     meter: Arc<Meter>,
     index: usize,
     hold: Arc<Hold>,
@@ -209,13 +219,13 @@ impl LayerTask {
     async fn run(self) -> Result<(), ImageError> {
         let meter = self.meter.layer(self.index);
         // One at a time unpacks a layer; whoever waited finds it done.
-        let lock = self.inner.lock_layer(&self.diff_id).await;
-        if self.inner.has_layer(&self.diff_id) {
+        let lock = self.inner.lock_layer(&self.part.layer).await;
+        if self.inner.has_layer(&self.part.layer) {
             meter.status(LayerStatus::Present);
             return Ok(());
         }
         let lost = || ImageError::Lost {
-            what: format!("layer {}", self.layer.digest),
+            what: format!("layer {}", self.part.blob.digest),
         };
         let turn = self.inner.turns.with_registry(&self.repository.host).await;
         let _turn = turn.ok_or_else(lost)?;
@@ -224,8 +234,8 @@ impl LayerTask {
         let unpacking = self.spawn_unpack(source, lock);
         let sent = transfer::transfer(
             &self.repository,
-            &self.layer.digest,
-            self.layer.size,
+            &self.part.blob.digest,
+            self.part.blob.size,
             &sink,
             &meter,
         )
@@ -253,8 +263,9 @@ impl LayerTask {
         lock: OwnedMutexGuard<()>,
     ) -> tokio::task::JoinHandle<Result<(), ImageError>> {
         let expected = Expected {
-            blob: Some((self.layer.digest.clone(), self.layer.size)),
-            diff_id: self.diff_id.clone(),
+            blob: Some((self.part.blob.digest.clone(), self.part.blob.size)),
+            diff_id: self.part.layer.clone(),
+            form: self.part.form.clone(),
         };
         let inner = Arc::clone(&self.inner);
         let (meter, index, hold) = (Arc::clone(&self.meter), self.index, Arc::clone(&self.hold));

@@ -156,6 +156,7 @@ mod tests {
                 os: String::new(),
                 variant: None,
                 created: None,
+                artifact: None,
                 layers: Vec::new(),
                 pinned: false,
             });

@@ -317,7 +317,13 @@ impl Inner {
         config: &[u8],
         state: &State,
     ) -> Result<Image, ImageError> {
-        let file = ConfigFile::parse(config, &format!("the configuration of image {}", record.id))?;
+        let file = match record.artifact {
+            // That is its manifest, which says nothing of how to run it.
+            Some(_) => ConfigFile::default(),
+            None => {
+                ConfigFile::parse(config, &format!("the configuration of image {}", record.id))?
+            }
+        };
         let config = file.config.unwrap_or_default();
         let diff_ids: Vec<Digest> = record
             .diff_ids
@@ -343,6 +349,7 @@ impl Inner {
             os: file.os,
             variant: file.variant,
             created: file.created,
+            artifact: record.artifact.clone(),
             layers,
             pinned: self.is_pinned(record),
         })

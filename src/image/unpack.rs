@@ -47,7 +47,7 @@ const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Disk space is counted in blocks of this size.
-const BLOCK: u64 = 4096;
+pub(crate) const BLOCK: u64 = 4096;
 
 /// How much memory the names of a layer's directories may take, which are kept to its end: some
 /// hundreds of thousands of directories. Archives compress a thousandfold, so that a small one could

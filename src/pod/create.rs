@@ -70,6 +70,13 @@ impl Node {
         let config = request.config.unwrap_or_default();
         let asked = config.image.clone().unwrap_or_default();
         let lease = self.lease(&asked.image)?;
+        if let Some(kind) = lease.image().artifact.clone() {
+            return Err(PodError::Image {
+                action: "run",
+                image: asked.image,
+                source: slipway_image::ImageError::Artifact { kind },
+            });
+        }
         // Before anything is made, so that a volume's image that is missing costs nothing.
         let volumes = config
             .mounts

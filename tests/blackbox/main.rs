@@ -27,6 +27,7 @@ macro_rules! tests {
 mod harness;
 
 mod apparmor;
+mod artifacts;
 mod bad_images;
 mod cdi;
 mod checkpoint;
@@ -103,6 +104,7 @@ fn main() -> std::process::ExitCode {
         cdi::TESTS,
         cni::TESTS,
         image_volumes::TESTS,
+        artifacts::TESTS,
         images::TESTS,
         bad_images::TESTS,
         restart::TESTS,

@@ -62,7 +62,7 @@ fn options(config: &mut cri::PodSandboxConfig) -> &mut cri::NamespaceOption {
 }
 
 /// Puts a pod into a user namespace, with a network of its own.
-fn mapped(config: &mut cri::PodSandboxConfig) {
+pub fn mapped(config: &mut cri::PodSandboxConfig) {
     config::own_network(config);
     let ids = [ids_at(HOST_ID)];
     options(config).userns_options = Some(namespace(&ids, &ids));
@@ -76,7 +76,7 @@ async fn has_user_namespaces(daemon: &Daemon) -> Result<bool> {
 }
 
 /// A daemon on a machine that has user namespaces.
-async fn daemon(env: &Env) -> Result<Daemon> {
+pub async fn daemon(env: &Env) -> Result<Daemon> {
     let daemon = env.daemon().await?;
     if !has_user_namespaces(&daemon).await? {
         return skip("no user namespaces or no idmapped mounts here; see slipway check");

@@ -40,6 +40,7 @@ fn both_manifest_forms_parse() {
 fn wrong_documents_are_refused() {
     let layer = descriptor("application/vnd.oci.image.layer.v1.tar", "");
     let artifact = descriptor("application/vnd.example.model", "");
+    let config = descriptor("application/vnd.oci.image.config.v1+json", "");
     let encrypted = descriptor("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "");
     for (text, kind) in [
         ("<html></html>".to_owned(), ErrorKind::DataLoss),
@@ -55,7 +56,7 @@ fn wrong_documents_are_refused() {
         ),
         (format!(r#"{{"layers":[{layer}]}}"#), ErrorKind::DataLoss),
         (
-            format!(r#"{{"config":{layer},"layers":[{artifact}]}}"#),
+            format!(r#"{{"config":{config},"layers":[{artifact}]}}"#),
             ErrorKind::FailedPrecondition,
         ),
         (

@@ -16,7 +16,10 @@ use crate::trees;
 /// A new version of an image, to be made visible.
 pub(crate) struct NewImage {
     pub(crate) id: Digest,
+    /// What the id is the digest of: the configuration; an artifact's manifest.
     pub(crate) config: Vec<u8>,
+    /// The type of an artifact.
+    pub(crate) artifact: Option<String>,
     /// Manifests and indexes on the way to the image, with their bytes.
     pub(crate) manifests: Vec<(Digest, Vec<u8>)>,
     pub(crate) diff_ids: Vec<Digest>,
@@ -211,6 +214,7 @@ fn plan(state: &State, new: &NewImage) -> (Change, Vec<ImageRecord>) {
     add(&mut record.manifests, &manifests);
     record.diff_ids = new.diff_ids.iter().map(ToString::to_string).collect();
     record.size_bytes = new.size_bytes;
+    record.artifact.clone_from(&new.artifact);
     let mut records = vec![record];
     for (other, entry) in &state.images {
         if *other != id && entry.record.tags.iter().any(|tag| new.tags.contains(tag)) {

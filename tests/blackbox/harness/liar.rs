@@ -130,6 +130,60 @@ impl Liar {
                 },
             ),
         ]);
+        Self::serve(documents, top, about, lie).await
+    }
+
+    /// One with an artifact of these files: title, media type, content.
+    pub async fn artifact(files: &[(Option<&str>, &str, Vec<u8>)]) -> Result<Self> {
+        let empty = b"{}".to_vec();
+        let layers: Vec<_> = files
+            .iter()
+            .map(|(title, kind, bytes)| {
+                let mut layer = serde_json::json!({
+                    "mediaType": kind, "digest": digest(bytes), "size": bytes.len(),
+                });
+                if let Some(title) = title {
+                    layer["annotations"] =
+                        serde_json::json!({"org.opencontainers.image.title": title});
+                }
+                layer
+            })
+            .collect();
+        let manifest = serde_json::json!({
+            "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "application/vnd.example.model",
+            "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest(&empty), "size": 2},
+            "layers": layers,
+        });
+        let manifest = manifest.to_string().into_bytes();
+        let top = digest(&manifest);
+        let document = |about, kind, bytes: &[u8]| Document {
+            about,
+            kind,
+            bytes: bytes.to_vec(),
+        };
+        let blobs = files.iter().map(|(_, _, bytes)| bytes).chain([&empty]);
+        let mut documents: HashMap<_, _> = blobs
+            .map(|bytes| {
+                let path = format!("/v2/lies/blobs/{}", digest(bytes));
+                (
+                    path,
+                    document(About::Layer, "application/octet-stream", bytes),
+                )
+            })
+            .collect();
+        for version in [top.as_str(), "latest"] {
+            let path = format!("/v2/lies/manifests/{version}");
+            documents.insert(path, document(About::Manifest, MANIFEST, &manifest));
+        }
+        Self::serve(documents, top, About::Config, Lie::None).await
+    }
+
+    async fn serve(
+        documents: HashMap<String, Document>,
+        top: String,
+        about: About,
+        lie: Lie,
+    ) -> Result<Self> {
         let documents = Arc::new(documents);
         let asked: Arc<Mutex<HashMap<String, u32>>> = Arc::default();
         let listener = TcpListener::bind("127.0.0.1:0").await?;
