@@ -24,6 +24,7 @@ tests![alone:
     fifty_at_once,
     a_stopped_container_ends_its_execs,
     many_in_a_row_leave_nothing,
+    a_thousand_in_a_row_take_no_memory,
 ];
 
 async fn output_and_code_come_back(env: Env) -> Result<()> {
@@ -387,5 +388,36 @@ async fn many_in_a_row_leave_nothing(env: Env) -> Result<()> {
     )
     .await?;
     assert!(!zombies.contains(" Z"), "{zombies}");
+    Ok(())
+}
+
+/// Memory of its own that a process has, in KiB.
+fn memory(pid: i32) -> Result<u64> {
+    let text = read(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix("Anonymous:"));
+    let kib = line.context("Anonymous")?.trim().trim_end_matches(" kB");
+    Ok(kib.parse()?)
+}
+
+async fn a_thousand_in_a_row_take_no_memory(env: Env) -> Result<()> {
+    /// What allocators may do with what they have: a leak of a few hundred bytes for each exec is more.
+    const SLACK: u64 = 256;
+    let daemon = env.daemon().await?;
+    let container = daemon.run(&["sleep", "1000"]).await?;
+    let (own, keeper) = (daemon.pid()?.as_raw(), container.keeper()?.0);
+    let run = async |times: usize| -> Result<(u64, u64)> {
+        for _ in 0..times {
+            assert_eq!(container.exec(&["true"]).await?.code, 0);
+        }
+        Ok((memory(own)?, memory(keeper)?))
+    };
+    // What grows once, to its size, has done so after some hundreds.
+    let before = run(500).await?;
+    let after = run(1000).await?;
+    println!("KiB of daemon and keeper: {before:?} before, {after:?} after a thousand execs");
+    ensure!(
+        after.0 <= before.0 + SLACK && after.1 <= before.1 + SLACK / 4,
+        "the memory of daemon and keeper grew from {before:?} to {after:?} KiB"
+    );
     Ok(())
 }

@@ -17,6 +17,7 @@ tests![
     attach_to_a_terminal,
     attach_after_another,
     ports_are_forwarded,
+    in_a_user_namespace,
     refusals,
 ];
 
@@ -252,7 +253,42 @@ async fn attach_after_another(env: Env) -> Result<()> {
 
 async fn ports_are_forwarded(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let pod = daemon.pod(config::own_network).await?;
+    forward(&daemon.pod(config::own_network).await?).await
+}
+
+/// All kinds of sessions.
+async fn in_a_user_namespace(env: Env) -> Result<()> {
+    let daemon = crate::userns::daemon(&env).await?;
+    let pod = daemon.pod(crate::userns::mapped).await?;
+    let container = pod
+        .run(&["sh", "-c", "while read a; do echo got $a; done"], |c| {
+            (c.stdin, c.tty) = (true, true);
+        })
+        .await?;
+    let mut client = exec(&container, "id -u; cat /proc/self/uid_map; cat", false).await?;
+    client.send(STDIN, b"some words\n").await?;
+    client.send(CLOSE, &[STDIN]).await?;
+    let [stdout, stderr, status] = client.rest().await?;
+    let words: Vec<_> = stdout.split_whitespace().collect();
+    assert_eq!(words, ["0", "0", "131072", "65536", "some", "words"]);
+    assert!(stderr.is_empty() && status.contains("Success"), "{stderr} {status}");
+    // Its terminal is its own root's.
+    let script = "stat -c %u $(tty); stat -c %u /dev/console; read a; echo said $a; exit 7";
+    let mut client = exec(&container, script, true).await?;
+    client.until(STDOUT, "0\r\n0\r\n").await?;
+    client.send(STDIN, b"go\n").await?;
+    let [stdout, _, status] = client.rest().await?;
+    assert!(stdout.ends_with("said go\r\n") && status.contains("\"7\""), "{stdout} {status}");
+    let mut client = attach(&container, true).await?;
+    client.send(STDIN, b"it\n").await?;
+    client.until(STDOUT, "got it\r\n").await?;
+    drop(client);
+    container.remove().await?;
+    forward(&pod).await
+}
+
+/// Forwards two ports of a pod, one of which nobody listens at.
+async fn forward(pod: &Pod) -> Result<()> {
     let container = pod
         .run(
             &[
@@ -272,7 +308,8 @@ async fn ports_are_forwarded(env: Env) -> Result<()> {
         pod_sandbox_id: pod.id.clone(),
         port: vec![8080, 8081],
     };
-    let answer = daemon.runtime().port_forward(request).await?.into_inner();
+    let mut runtime = pod.daemon.runtime();
+    let answer = runtime.port_forward(request).await?.into_inner();
     let mut client = Client::connect(&answer.url, "v4.channel.k8s.io").await?;
     // Two channels for each port, data and errors, each of which names the port first.
     client.send(0, b"through the pod's network").await?;
