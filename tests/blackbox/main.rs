@@ -30,6 +30,7 @@ mod apparmor;
 mod bad_images;
 mod cdi;
 mod checkpoint;
+mod clients;
 mod cni;
 mod confinement;
 mod containers;
@@ -73,6 +74,7 @@ fn main() -> std::process::ExitCode {
         pods::TESTS,
         names::TESTS,
         containers::TESTS,
+        clients::TESTS,
         lifecycle::TESTS,
         users::TESTS,
         userns::TESTS,
