@@ -15,6 +15,10 @@ use tokio::net::UnixListener;
 use tonic::service::Routes;
 use tower::ServiceExt as _;
 
+mod authority;
+
+use authority::Lenient;
+
 /// Bytes of one call that may be under way before the other side has taken them.
 const STREAM_WINDOW: u32 = 1 << 20;
 /// Likewise, of one connection.
@@ -48,8 +52,10 @@ pub async fn serve(listener: UnixListener, routes: Routes, shutdown: impl Future
             },
         };
         let service = routes.clone().map_request(without_timeout);
-        let connection =
-            builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+        let connection = builder.serve_connection(
+            TokioIo::new(Lenient::new(stream)),
+            TowerToHyperService::new(service),
+        );
         let connection = connections.watch(connection.into_owned());
         tokio::spawn(async move {
             if let Err(error) = connection.await {

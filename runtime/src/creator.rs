@@ -42,7 +42,7 @@ use crate::rootfs::{self, RootfsError};
 use crate::scope::{self, ScopeError};
 use crate::terminal::Terminal;
 use crate::user::{self, UserError};
-use crate::{cgroup_view, detach, labels, own_dev, places, propagation, stage, sys};
+use crate::{cgroup_view, detach, labels, own_dev, places, propagation, stage, sys, volumes};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
 pub const LIBCONTAINER_ROOT: &str = "libcontainer";
@@ -266,6 +266,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     if !create.working_dir.is_empty() {
         rootfs::make_dir(&root, Path::new(&create.working_dir), owner)?;
     }
+    volumes::arrange(&root, &target, &create.volumes, &mut spec, owner)?;
     places::secure(&root, &mut spec, owner)?;
     drop(root);
 

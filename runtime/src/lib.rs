@@ -43,6 +43,7 @@ mod stage;
 mod sys;
 pub mod terminal;
 mod user;
+mod volumes;
 pub mod wire;
 mod writable_layer;
 pub mod zygote;

@@ -6,6 +6,7 @@ tests![
     layers_are_as_they_were_made,
     containers_do_not_share_what_they_write,
     a_read_only_root,
+    volumes_of_the_image,
     shared_memory_is_the_pods,
     devices_that_are_always_there,
     system_mounts_are_as_expected,
@@ -130,6 +131,44 @@ async fn a_read_only_root(env: Env) -> Result<()> {
     container
         .exec_output(&["touch", "/data/file", "/dev/shm/file"])
         .await?;
+    Ok(())
+}
+
+/// What the image calls a volume is there and can be written to, as under containerd, also in a read-only root.
+async fn volumes_of_the_image(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    daemon.pull("volumes").await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let dir = env.dir("volume")?;
+    for readonly_rootfs in [false, true] {
+        let container = pod
+            .run(&["sleep", "1000"], |c| {
+                c.image = config::of_image("volumes");
+                c.metadata.get_or_insert_default().attempt = u32::from(readonly_rootfs);
+                container_security(c).readonly_rootfs = readonly_rootfs;
+                c.mounts = vec![cri::Mount {
+                    host_path: dir.display().to_string(),
+                    container_path: "/data/store/inner".into(),
+                    ..Default::default()
+                }];
+            })
+            .await?;
+        let script = "set -e; echo 1 >/data/store/x; echo 2 >/cache/x; grep -q ^root /mail/group; echo 3 >>/mail/group; \
+                      echo 4 >/data/store/inner/x; cat /data/store/x /cache/x; tail -n1 /etc/group; \
+                      test ! -e /proc/made; touch /outside 2>/dev/null && echo open || echo sealed";
+        let root = if readonly_rootfs { "sealed" } else { "open" };
+        let said = container.exec_output(&["sh", "-c", script]).await?;
+        assert_eq!(said, format!("1\n2\n3\n{root}"));
+        assert_eq!(std::fs::read_to_string(dir.join("x"))?, "4\n");
+    }
+    // Nothing of it was in the image.
+    let fresh = pod
+        .run(&["sleep", "1000"], |c| {
+            c.image = config::of_image("volumes");
+            c.metadata.get_or_insert_default().attempt = 2;
+        })
+        .await?;
+    assert_eq!(fresh.exec_output(&["ls", "/data/store"]).await?, "");
     Ok(())
 }
 

@@ -31,6 +31,7 @@ mod artifacts;
 mod bad_images;
 mod cdi;
 mod checkpoint;
+mod clients;
 mod cni;
 mod confinement;
 mod containers;
@@ -74,6 +75,7 @@ fn main() -> std::process::ExitCode {
         pods::TESTS,
         names::TESTS,
         containers::TESTS,
+        clients::TESTS,
         lifecycle::TESTS,
         users::TESTS,
         userns::TESTS,

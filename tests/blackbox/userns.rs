@@ -30,6 +30,7 @@ tests![
     devices_are_bound,
     privileged_containers,
     a_working_directory_and_a_read_only_root,
+    volumes_of_the_image,
     over_a_restart,
     a_keeper_that_died,
     mount_options,
@@ -788,6 +789,22 @@ async fn a_working_directory_and_a_read_only_root(env: Env) -> Result<()> {
         })
         .await?;
     assert_eq!(made, "0\n");
+    Ok(())
+}
+
+async fn volumes_of_the_image(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    daemon.pull("volumes").await?;
+    let pod = daemon.pod(mapped).await?;
+    let script = "set -e; stat -c %u:%g /data /data/store /cache; echo x >/data/store/x; echo y >>/mail/group; \
+                  ! touch /x 2>/dev/null && echo fine";
+    let said = pod
+        .output(&["sh", "-c", script], |c| {
+            c.image = config::of_image("volumes");
+            container_security(c).readonly_rootfs = true;
+        })
+        .await?;
+    assert_eq!(said, "0:0\n0:0\n0:0\nfine\n");
     Ok(())
 }
 

@@ -13,11 +13,13 @@ use crate::{
 use oci_spec::runtime::{Linux, LinuxCapabilities, LinuxNamespaceType, Process, Root, Spec, User};
 use slipway_proto::cri::NamespaceMode;
 use slipway_proto::keeper;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// The specification's version: nothing newer is used in it.
 const OCI_VERSION: &str = "1.0.2";
+/// Each may become a mount.
+const MOST_VOLUMES: usize = 256;
 
 /// Checks a container's configuration and translates it.
 ///
@@ -198,6 +200,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         stdin: config.stdin,
         systemd: input.options.cgroup_driver == CgroupDriver::Systemd,
         image_volumes: mounts.image_volumes,
+        volumes: volumes(image, &mut warnings)?,
     };
     Ok(ContainerPlan {
         create,
@@ -211,6 +214,29 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         log_path,
         warnings,
     })
+}
+
+/// The volumes that the image declares, without those that are no place for one: each once, an outer one before those
+/// in it.
+fn volumes(image: &oci_spec::image::Config, warnings: &mut Vec<String>) -> Result<Vec<String>> {
+    let declared = image.volumes().as_deref().unwrap_or_default();
+    let field = "volumes of the image";
+    if declared.len() > MOST_VOLUMES {
+        let what = format!("{} are too many; at most {MOST_VOLUMES}", declared.len());
+        return Err(SpecError::invalid(field, what));
+    }
+    let mut volumes = BTreeSet::new();
+    for path in declared {
+        // As Docker has it, they are meant from the root.
+        let path = format!("/{}", path.trim_start_matches('/'));
+        match paths::absolute(field, &path) {
+            Ok(()) => drop(volumes.insert(paths::clean(&path))),
+            Err(e) => warnings.push(format!("{e}; there is no such volume in the container")),
+        }
+    }
+    volumes.remove(Path::new("/"));
+    let volumes = volumes.into_iter();
+    Ok(volumes.map(|v| v.to_string_lossy().into_owned()).collect())
 }
 
 fn bounding(capabilities: &LinuxCapabilities) -> oci_spec::runtime::Capabilities {

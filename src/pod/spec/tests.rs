@@ -419,3 +419,19 @@ fn a_name_is_needed() {
         (SpecErrorKind::Invalid, "metadata.name".to_owned())
     );
 }
+
+#[test]
+fn volumes_of_an_image_are_each_named_once() {
+    let mut case = Case::new();
+    let declared = ["/data/", "cache", "/data/./sub", "/", "/a/../b", "/data"];
+    let declared = declared.iter().map(|v| (*v).to_owned()).collect::<Vec<_>>();
+    case.image.set_volumes(Some(declared));
+    let plan = case.good();
+    assert_eq!(plan.create.volumes, ["/cache", "/data", "/data/sub"]);
+    assert!(plan.warnings.iter().any(|w| w.contains("/a/../b")));
+    let many = (0..1000).map(|n| format!("/v{n}")).collect::<Vec<_>>();
+    case.image.set_volumes(Some(many));
+    let (kind, error) = case.bad();
+    assert_eq!(kind, SpecErrorKind::Invalid);
+    assert!(error.contains("1000 are too many"), "{error}");
+}

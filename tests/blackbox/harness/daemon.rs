@@ -168,6 +168,11 @@ impl Daemon {
         &self.0.env
     }
 
+    /// The socket that it serves the CRI on.
+    pub fn socket(&self) -> PathBuf {
+        self.0.env.root.join("s.sock")
+    }
+
     /// Client of the runtime service.
     pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
         RuntimeServiceClient::new(self.0.channel.clone()).max_decoding_message_size(64 << 20)
@@ -269,7 +274,7 @@ impl Daemon {
     /// Runs the command line against this daemon: exit code, standard output, standard error.
     pub async fn command(&self, args: &[&str]) -> Result<(i32, String, String)> {
         let mut command = Command::new(BINARY.as_str());
-        let endpoint = format!("unix://{}", self.0.env.root.join("s.sock").display());
+        let endpoint = format!("unix://{}", self.socket().display());
         command
             .args(args)
             .env("CONTAINER_RUNTIME_ENDPOINT", endpoint)
