@@ -7,7 +7,7 @@ use std::sync::Arc;
 use slipway_config::{CgroupDriver, Config, MissingMountSource};
 use slipway_image::Image;
 use slipway_proto::{cri, keeper};
-use slipway_seccomp::Source;
+use slipway_seccomp::{SeccompError, Source};
 use slipway_spec::{
     ContainerInput, ContainerPlan, PodFiles, SandboxPlan, SeccompChoice, SpecOptions,
 };
@@ -15,6 +15,7 @@ use slipway_spec::{
 use super::error::{PodError, file};
 use super::files::{HOSTNAME, HOSTS, RESOLV_CONF};
 use super::node::Node;
+use super::record::PodRecord;
 use super::relabel;
 use super::sandbox::Pod;
 
@@ -65,9 +66,18 @@ pub fn container(
     };
     let config_now = node.config();
     let mut options = options(&config_now);
-    let handler = config_now.runtimes.get(&pod.record.runtime);
-    options.privileged_without_host_devices =
-        handler.is_some_and(|handler| handler.privileged_without_host_devices);
+    let driver = pod.record.driver.as_ref();
+    // As it was when the pod was made, where a handler's settings are more than a switch.
+    let handler = driver.map(|driver| &driver.settings);
+    if let Some(handler) = handler.or(config_now.runtimes.get(&pod.record.runtime)) {
+        options.privileged_without_host_devices = handler.privileged_without_host_devices;
+        options
+            .allowed_annotations
+            .clone_from(&handler.allowed_annotations);
+        if let Some(profile) = &handler.seccomp_profile {
+            options.seccomp_profile = Some(profile.clone());
+        }
+    }
     let sources = slipway_spec::survey(config, &options).map_err(failed)?;
     let names = &pod.record.namespaces;
     let namespaces = keeper::SetupSandboxResult {
@@ -98,6 +108,7 @@ pub fn container(
         tracing::warn!(pod = pod.id(), container = id, warning);
     }
     super::cdi::inject(&node.cdi(), id, config, &mut plan)?;
+    super::hooks::inject(&node.hooks(), id, &pod.record, config, &mut plan)?;
     slipway_spec::check_labels(&plan).map_err(failed)?;
     let linux = plan.spec.linux().as_ref();
     if let Some(label) = linux.and_then(|l| l.mount_label().as_ref()) {
@@ -105,8 +116,9 @@ pub fn container(
             relabel::relabel(path, label).map_err(file("label", path))?;
         }
     }
-    let mut create = plan.create.clone();
-    create.seccomp = seccomp(node, id, &plan)?;
+    enough_memory(&config_now, pod, id, plan.resources.memory_limit_in_bytes)?;
+    let create = for_keeper(node, &pod.record, id, &mut plan)?;
+    let linux = plan.spec.linux().as_ref();
     let cgroup = linux.and_then(|l| l.cgroups_path().as_ref());
     let cgroup = cgroup
         .map(|path| path.to_string_lossy().into_owned())
@@ -124,6 +136,7 @@ pub fn container(
 /// [`PodError::Spec`], naming the adjustment; [`PodError::Seccomp`].
 pub fn adjusted(
     node: &Node,
+    pod: &Pod,
     id: &str,
     mut ready: Assembled,
     wish: &slipway_nri::api::ContainerAdjustment,
@@ -145,28 +158,76 @@ pub fn adjusted(
     for warning in ready.plan.warnings.iter().skip(warned) {
         tracing::warn!(container = id, warning);
     }
-    ready.create = ready.plan.create.clone();
-    ready.create.seccomp = seccomp(node, id, &ready.plan)?;
+    ready.create = for_keeper(node, &pod.record, id, &mut ready.plan)?;
     Ok(ready)
 }
 
-fn seccomp(node: &Node, id: &str, plan: &ContainerPlan) -> Result<Vec<u8>, PodError> {
+/// The call for the keeper: with the seccomp profile compiled, or, for a runtime of others, in the specification.
+fn for_keeper(
+    node: &Node,
+    pod: &PodRecord,
+    id: &str,
+    plan: &mut ContainerPlan,
+) -> Result<keeper::CreateContainer, PodError> {
+    let Some(driver) = &pod.driver else {
+        let mut create = plan.create.clone();
+        create.seccomp = seccomp(id, plan, |source, plan| {
+            node.seccomp.get(source, &plan.bounding)
+        })?
+        .map_or_else(Vec::new, |filter| filter.to_bytes());
+        return Ok(create);
+    };
+    let profile = seccomp(id, plan, |source, plan| {
+        slipway_seccomp::resolve(source, &plan.bounding)
+    })?;
+    if let Some(linux) = plan.spec.linux_mut() {
+        linux.set_seccomp(profile);
+    }
+    let mut create = plan.create.clone();
+    create.spec = serde_json::to_vec(&plan.spec)
+        .map_err(|e| PodError::Invalid(format!("the specification can't be written: {e}")))?;
+    create.runtime = Some(driver.for_keeper(&pod.runtime, &node.config()));
+    Ok(create)
+}
+
+fn seccomp<T>(
+    id: &str,
+    plan: &ContainerPlan,
+    made: impl FnOnce(Source<'_>, &ContainerPlan) -> Result<T, SeccompError>,
+) -> Result<Option<T>, PodError> {
     let (source, profile) = match &plan.seccomp {
-        SeccompChoice::Unconfined => return Ok(Vec::new()),
+        SeccompChoice::Unconfined => return Ok(None),
         SeccompChoice::RuntimeDefault => (Source::RuntimeDefault, "RuntimeDefault".to_owned()),
         SeccompChoice::Localhost { path, json } => {
             (Source::Localhost(json), path.display().to_string())
         }
     };
-    let filter = node
-        .seccomp
-        .get(source, &plan.bounding)
-        .map_err(|source| PodError::Seccomp {
+    let made = made(source, plan).map_err(|source| PodError::Seccomp {
+        id: id.to_owned(),
+        profile,
+        source,
+    })?;
+    Ok(Some(made))
+}
+
+/// Refuses a memory limit with which the pod's runtime can't work.
+///
+/// # Errors
+/// [`PodError::TooLittleMemory`].
+pub fn enough_memory(config: &Config, pod: &Pod, id: &str, limit: i64) -> Result<(), PodError> {
+    let own = pod.record.driver.as_ref().map(|driver| &driver.settings);
+    let handler = own.or(config.runtimes.get(&pod.record.runtime));
+    let minimum = handler.and_then(|handler| handler.minimum_memory);
+    let minimum = minimum.map_or(0, |size| size.bytes());
+    if limit > 0 && limit.unsigned_abs() < minimum {
+        return Err(PodError::TooLittleMemory {
             id: id.to_owned(),
-            profile,
-            source,
-        })?;
-    Ok(filter.to_bytes())
+            limit,
+            handler: pod.record.runtime.clone(),
+            minimum,
+        });
+    }
+    Ok(())
 }
 
 fn pod_files(dir: &Path) -> PodFiles {
@@ -195,5 +256,6 @@ fn options(config: &Config) -> SpecOptions {
         seccomp_dir: config.pod.seccomp_dir.clone(),
         // The handler's, which only a container has.
         privileged_without_host_devices: false,
+        allowed_annotations: Vec::new(),
     }
 }

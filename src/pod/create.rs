@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use slipway_image::{Image, ImageLease};
 use slipway_proto::{cri, keeper};
@@ -19,6 +20,8 @@ use super::record::{self, ContainerRecord, PodRecord};
 use super::sandbox::{Cell, Pod};
 use super::state::{PodStage, Status};
 
+/// What a keeper may take to end a runtime that did not end in time.
+const AFTER_RUNTIME: Duration = Duration::from_secs(20);
 /// Directory beside a container's writable layer that stands for the layers of an image without any.
 const EMPTY: &str = "lower";
 
@@ -201,7 +204,11 @@ impl Node {
         for (image, lease) in images.zip(&volumes) {
             image.image_ref.clone_from(&lease.image().id);
         }
-        let timeout = self.config().limits.create_timeout;
+        let mut timeout = self.config().limits.create_timeout;
+        if let Some(runtime) = &create.runtime {
+            // The keeper ends it in time, and says what the runtime said.
+            timeout = Duration::from_millis(runtime.create_timeout_ms) + AFTER_RUNTIME;
+        }
         let made = pod
             .keeper
             .create(create, timeout)

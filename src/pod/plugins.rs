@@ -178,7 +178,7 @@ impl Node {
             }) => {
                 self.apply(update).await;
                 self.evict(evict);
-                assemble::adjusted(self, id, ready, &adjust)
+                assemble::adjusted(self, pod, id, ready, &adjust)
             }
             Err(error) => Err(failed(format!("create container {id}"))(error)),
         };

@@ -37,6 +37,8 @@ mod devices;
 mod events;
 mod exec;
 mod filesystem;
+mod handlers;
+mod hooks;
 mod hygiene;
 mod idempotence;
 mod image_volumes;
@@ -106,6 +108,8 @@ fn main() -> std::process::ExitCode {
         images::TESTS,
         bad_images::TESTS,
         restart::TESTS,
+        handlers::TESTS,
+        hooks::TESTS,
         operations::TESTS,
     ];
     harness::stage::main(&all.concat())
