@@ -203,6 +203,8 @@ async fn run(
     let listen = config.listen.clone();
     let max_message = usize::try_from(config.limits.max_message.bytes()).unwrap_or(usize::MAX);
     let node = Node::new(config, host, keepers, images, cni);
+    // Nobody waits for them but their own pods.
+    node.tasks.spawn(node.runtimes().ask_all());
     let found = node
         .recover()
         .await

@@ -74,6 +74,11 @@ impl Hierarchies {
         self.v1.is_empty() && self.v2.is_some()
     }
 
+    /// Where the v2 hierarchy of a hybrid host is mounted; `None` where it is the only one, or there is none.
+    pub fn hidden_v2(&self) -> Option<&Path> {
+        self.v2.as_deref().filter(|_| !self.v1.is_empty())
+    }
+
     /// Whether there is no hierarchy at all.
     pub fn is_empty(&self) -> bool {
         self.v1.is_empty() && self.v2.is_none()

@@ -377,6 +377,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         gid: user.gid,
         groups: user.groups,
         home: user.home,
+        cannot_run: String::new(),
     };
     Ok(result)
 }
@@ -535,7 +536,7 @@ fn for_libcontainer(
     Ok(())
 }
 
-fn write_spec(path: &Path, spec: &Spec) -> Result<(), CreateError> {
+pub fn write_spec(path: &Path, spec: &Spec) -> Result<(), CreateError> {
     let bytes = serde_json::to_vec(spec).map_err(|e| CreateError::Bundle {
         path: path.to_owned(),
         source: e.into(),
@@ -544,7 +545,7 @@ fn write_spec(path: &Path, spec: &Spec) -> Result<(), CreateError> {
 }
 
 /// Writes a file that only root may read: a spec holds the container's environment.
-fn write_private(path: &Path, bytes: &[u8]) -> Result<(), CreateError> {
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), CreateError> {
     let mut options = File::options();
     options.write(true).create(true).truncate(true).mode(0o600);
     let written = options.open(path).and_then(|mut f| f.write_all(bytes));

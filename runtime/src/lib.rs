@@ -30,6 +30,7 @@ pub mod log;
 pub mod loopback;
 mod mapped;
 pub mod mount_table;
+mod oci;
 mod own_dev;
 pub mod placement;
 mod places;

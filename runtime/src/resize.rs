@@ -13,6 +13,7 @@ use slipway_proto::keeper::ErrorKind;
 use slipway_systemd::SystemdError;
 
 use crate::cgroup::{Hierarchies, inside};
+use crate::oci::CommandError;
 use crate::{limits_v2, scope};
 
 /// Why limits could not be changed; nothing was.
@@ -51,6 +52,9 @@ pub enum ResizeError {
     /// systemd did not take the new limits over, and would have written the old ones again some day.
     #[error("{0}; nothing was changed")]
     Systemd(SystemdError),
+    /// The container's runtime did not take them over.
+    #[error("{0}; nothing was changed")]
+    Runtime(CommandError),
 }
 
 impl ResizeError {
@@ -61,17 +65,23 @@ impl ResizeError {
             Self::Missing { .. } | Self::Write { .. } => ErrorKind::Invalid,
             Self::Systemd(SystemdError::Timeout { .. }) => ErrorKind::TimedOut,
             Self::Systemd(_) => ErrorKind::Internal,
+            Self::Runtime(error) => error.kind(),
         }
     }
 }
 
 type Result<T> = std::result::Result<T, ResizeError>;
 
-/// Changes the limits of a cgroup.
+/// Changes the limits of a cgroup. Who else keeps them is told by `tell`, once the kernel has taken them.
 ///
 /// # Errors
 /// [`ResizeError`]; everything is as it was before.
-pub fn update(cgroups: &Hierarchies, cgroup: &Path, resources: &LinuxResources) -> Result<()> {
+pub fn update(
+    cgroups: &Hierarchies,
+    cgroup: &Path,
+    resources: &LinuxResources,
+    tell: impl FnOnce() -> std::result::Result<(), CommandError>,
+) -> Result<()> {
     let mut change = Change {
         cgroups,
         cgroup,
@@ -79,6 +89,7 @@ pub fn update(cgroups: &Hierarchies, cgroup: &Path, resources: &LinuxResources) 
         told: false,
     };
     let done = change.all(resources).and_then(|()| change.settle());
+    let done = done.and_then(|()| tell().map_err(ResizeError::Runtime));
     if done.is_err() {
         for (file, value) in change.before.iter().rev() {
             let _ = fs::write(file, value);
@@ -368,7 +379,13 @@ mod tests {
             return;
         };
         for limit in [64 * MIB, 128 * MIB, 32 * MIB, 256 * MIB] {
-            update(&at.0, &at.1, &limits(Some(limit), None, Some(limit / 1024))).unwrap();
+            update(
+                &at.0,
+                &at.1,
+                &limits(Some(limit), None, Some(limit / 1024)),
+                || Ok(()),
+            )
+            .unwrap();
             assert_eq!(at.memory(), limit.to_string());
             let quota = at.read("cpu.cfs_quota_us", "cpu.max");
             assert!(quota.starts_with(&(limit / 1024).to_string()), "{quota}");
@@ -380,9 +397,15 @@ mod tests {
         let Some(at) = Temporary::new("back") else {
             return;
         };
-        update(&at.0, &at.1, &limits(Some(64 * MIB), None, Some(50_000))).unwrap();
+        update(
+            &at.0,
+            &at.1,
+            &limits(Some(64 * MIB), None, Some(50_000)),
+            || Ok(()),
+        )
+        .unwrap();
         let bad = limits(Some(128 * MIB), Some("5000"), Some(20_000));
-        let error = update(&at.0, &at.1, &bad).unwrap_err();
+        let error = update(&at.0, &at.1, &bad, || Ok(())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         assert!(error.to_string().contains("cpuset.cpus"), "{error}");
         assert_eq!(at.memory(), (64 * MIB).to_string());
@@ -390,7 +413,7 @@ mod tests {
         file.set_unified(Some(
             [("../cgroup.procs".to_owned(), "1".to_owned())].into(),
         ));
-        let error = update(&at.0, &at.1, &file).unwrap_err();
+        let error = update(&at.0, &at.1, &file, || Ok(())).unwrap_err();
         assert!(matches!(error, ResizeError::Missing { .. }), "{error}");
     }
 }

@@ -1,7 +1,8 @@
 //! Runtime handlers: what each needs of the machine, as found by the other probes.
 
 use crate::finding::{Finding, Status};
-use slipway_config::{Config, RuntimeKind};
+use crate::runtime::{ask_runtime, find_program};
+use slipway_config::{Config, Runtime, RuntimeKind};
 
 /// What the native runtime can't do without.
 const NATIVE: [&str; 13] = [
@@ -32,9 +33,53 @@ pub(crate) fn check(config: &Config, findings: &[Finding]) -> Vec<Finding> {
             };
             match runtime.kind {
                 RuntimeKind::Native => native(name, default, findings),
+                RuntimeKind::Oci => oci(name, default, runtime, findings),
+                RuntimeKind::ShimV2 => Finding::warn(
+                    &format!("runtime-{name}"),
+                    &format!("runtime {name}"),
+                    format!("shim-v2{default}: this version has no shim v2"),
+                )
+                .cost("no pod with this handler runs")
+                .fix("use another type"),
             }
         })
         .collect()
+}
+
+/// What a runtime of others needs of the machine, beside its program: what the keeper makes for its pods.
+const OTHERS: [&str; 6] = [
+    "kernel",
+    "system-calls",
+    "sealed-binary",
+    "namespaces",
+    "mount-api",
+    "overlay",
+];
+
+fn oci(name: &str, default: &str, runtime: &Runtime, findings: &[Finding]) -> Finding {
+    let (id, what) = (format!("runtime-{name}"), format!("runtime {name}"));
+    let cost = "no pod with this handler runs";
+    let program = runtime.program(name);
+    let asked = find_program(&program).and_then(|path| Ok((ask_runtime(&path)?, path)));
+    let (facts, path) = match asked {
+        Ok(found) => found,
+        Err(reason) => {
+            let fix = format!("install it, or set runtimes.{name}.path");
+            return Finding::warn(&id, &what, format!("oci{default}: {reason}"))
+                .cost(cost)
+                .fix(fix);
+        }
+    };
+    let kind = format!("oci{default}: {} ({})", path.display(), facts.version);
+    let mut lacking = findings
+        .iter()
+        .filter(|f| OTHERS.contains(&f.id.as_str()) && f.status == Status::Fail);
+    match lacking.next() {
+        Some(first) => Finding::fail(&id, &what, format!("{kind}; lacks: {}", first.what))
+            .cost(cost)
+            .fix("see there"),
+        None => Finding::ok(&id, &what, kind),
+    }
 }
 
 fn native(name: &str, default: &str, findings: &[Finding]) -> Finding {
@@ -65,6 +110,33 @@ fn native(name: &str, default: &str, findings: &[Finding]) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_runtime_that_is_missing_is_told() {
+        let mut config = Config::default();
+        let runtime = Runtime {
+            kind: RuntimeKind::Oci,
+            path: Some("/nonexistent/crun".into()),
+            ..Runtime::default()
+        };
+        config.runtimes.insert("crun".into(), runtime);
+        let finding = &check(&config, &[])[0];
+        assert_eq!(
+            (finding.id.as_str(), finding.status),
+            ("runtime-crun", Status::Warn)
+        );
+        assert!(
+            finding.found.contains("/nonexistent/crun"),
+            "{}",
+            finding.found
+        );
+        assert!(
+            finding
+                .fix
+                .as_deref()
+                .is_some_and(|fix| fix.contains("runtimes.crun.path"))
+        );
+    }
 
     #[test]
     fn a_handler_lacks_what_failed() {

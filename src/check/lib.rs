@@ -31,6 +31,7 @@ mod overlay;
 mod privileges;
 mod render;
 mod roots;
+mod runtime;
 mod seccomp;
 mod socket;
 mod sys;
@@ -39,6 +40,9 @@ mod sysctl;
 pub use checkpoint::{criu_complaint, find_criu};
 pub use finding::{Finding, Report, Status};
 pub use mounts::user_namespaces;
+pub use runtime::{
+    Identity, LinuxFeatures, RuntimeFacts, RuntimeFeatures, ask_runtime, find_program,
+};
 
 use slipway_config::Config;
 

@@ -50,6 +50,9 @@ impl Config {
                     let off = if same { "# " } else { "" };
                     let _ = writeln!(text, "{off}{name} = {entry}");
                 }
+                if let Some(example) = key.example {
+                    let _ = writeln!(text, "# {example}");
+                }
                 continue;
             }
             comment(&mut text, key.doc, key.reloads);
@@ -113,6 +116,7 @@ mod tests {
             "images.mirrors",
             "pod.default_sysctls",
             "pod.seccomp_profile",
+            "runtimes",
         ];
         let changes = crate::diff_reloadable(&Config::default(), &back);
         assert_eq!(changes.reloadable, examples);

@@ -263,6 +263,11 @@ pub(crate) const KEYS: &[Key] = &[
         "Where the files that describe CDI devices are; later directories win. Changed files are seen at once.",
     ),
     live(
+        "pod.hooks_dirs",
+        "Where the files (*.json, schema 1.0.0) are that say which OCI hooks containers get; of two with one name the\n\
+         one in the later directory counts. Changed files are seen at once. [] for no hooks.",
+    ),
+    live(
         "checkpoint.criu",
         "The program criu, which makes checkpoints: a path, or a name in PATH; empty: no checkpoints.",
     ),
@@ -276,9 +281,16 @@ pub(crate) const KEYS: &[Key] = &[
     ),
     live(
         "runtimes",
-        "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).\n\
+        "Runtime handlers by name, for RuntimeClass. Each is described in one file. docs/handlers.md has more.\n\
+         type: \"native\" (in-process), \"oci\" (a command-line runtime) or \"shim-v2\" (a shim of containerd's protocol).\n\
+         path: the program, absolute or in PATH; default: the handler's name. root: directory of its state; default:\n\
+         runtimes/NAME below run_root. options: global arguments (oci), or a table (shim-v2).\n\
+         allowed_annotations: beginnings of names of pods' annotations that containers' OCI specifications get.\n\
+         seccomp_profile: in place of pod.seccomp_profile. create_timeout: in place of limits.create_timeout.\n\
+         minimum_memory: containers with a smaller limit are refused. monitor_cgroup: \"pod\", in place of cgroup.monitor.\n\
          With privileged_without_host_devices, privileged containers get only the devices that they ask for.",
-    ),
+    )
+    .such_as("crun = { type = \"oci\", path = \"crun\" }"),
 ];
 
 /// What differs between two configurations, by what has to happen for it to take effect.
@@ -443,6 +455,7 @@ mod tests {
             seccomp_profile = "/a"
             seccomp_dir = "/a"
             cdi_dirs = ["/a"]
+            hooks_dirs = ["/a"]
             [checkpoint]
             criu = "/a"
             timeout = "1s"

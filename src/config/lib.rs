@@ -24,7 +24,8 @@ pub use keys::{Changes, diff_reloadable};
 pub use load::{DEFAULT_FILE, DROP_IN_DIR};
 pub use settings::{
     Cgroup, CgroupDriver, Checkpoint, Config, Images, Limits, Log, LogFormat, LogLevel,
-    MissingMountSource, Network, Nri, Pod, Runtime, RuntimeKind, Stream,
+    MissingMountSource, MonitorCgroup, Network, Nri, Pod, Runtime, RuntimeKind, RuntimeOptions,
+    Stream,
 };
 pub use size::Size;
 pub use validate::Problem;

@@ -1,6 +1,7 @@
 //! Reading the files.
 
 use crate::{Config, ConfigError, Problem};
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -115,7 +116,31 @@ fn drop_ins(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(names)
 }
 
+/// A handler is what one file says of it: two that each describe one of this name mean two, and neither's author would
+/// know what came of both.
+fn one_file_each(sources: &[Source]) -> Result<(), ConfigError> {
+    let mut first: BTreeMap<&str, &Path> = BTreeMap::new();
+    for source in sources {
+        let handlers = source.table.get("runtimes").and_then(Value::as_table);
+        for name in handlers.into_iter().flat_map(Table::keys) {
+            if let Some(other) = first.insert(name, &source.path) {
+                return Err(ConfigError::Key {
+                    path: source.path.clone(),
+                    line: None,
+                    key: format!("runtimes.{name}"),
+                    reason: format!(
+                        "{} describes a runtime handler of this name, too; keep one of them, or rename one",
+                        other.display()
+                    ),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
 fn merged(sources: &[Source]) -> Result<Config, ConfigError> {
+    one_file_each(sources)?;
     let mut all = Table::new();
     for source in sources {
         merge(&mut all, source.table.clone());
@@ -260,6 +285,29 @@ mod tests {
     }
 
     #[test]
+    fn a_handler_is_described_in_one_file() {
+        let text = "[runtimes.crun]\ntype = 'oci'\n";
+        let message = failure(&[
+            ("config.toml", ""),
+            ("config.d/1.toml", text),
+            (
+                "config.d/2.toml",
+                "[runtimes.crun]\ntype = 'oci'\npath = '/opt/crun'\n",
+            ),
+        ]);
+        for part in ["config.d/1.toml", "config.d/2.toml: ", "runtimes.crun"] {
+            assert!(message.contains(part), "{message}");
+        }
+        let dir = tempfile::tempdir().expect("directory");
+        let main = write(
+            dir.path(),
+            &[("config.toml", ""), ("config.d/1.toml", text)],
+        );
+        let (config, _) = Config::load(Some(&main)).expect("loads");
+        assert_eq!(config.runtimes.len(), 2);
+    }
+
+    #[test]
     fn a_named_file_must_exist() {
         let dir = tempfile::tempdir().expect("directory");
         let error = Config::load(Some(&dir.path().join("nothing"))).expect_err("must fail");
@@ -300,7 +348,7 @@ mod tests {
             ),
             (
                 "[runtimes.x]\ntype = 'vm'",
-                &["runtimes.x.type: ", "`vm`", "`native`"],
+                &["runtimes.x.type: ", "`vm`", "`native`", "`oci`"],
             ),
             ("[runtimes.x]\n", &["runtimes.x: ", "type"]),
             (

@@ -368,6 +368,8 @@ pub struct Pod {
     pub seccomp_dir: PathBuf,
     /// Directories of the files that describe CDI devices; later ones win.
     pub cdi_dirs: Vec<PathBuf>,
+    /// Directories of the files that say which OCI hooks containers get; later ones win.
+    pub hooks_dirs: Vec<PathBuf>,
 }
 
 impl Default for Pod {
@@ -399,6 +401,10 @@ impl Default for Pod {
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
             cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
+            hooks_dirs: vec![
+                "/usr/share/containers/oci/hooks.d".into(),
+                "/etc/containers/oci/hooks.d".into(),
+            ],
         }
     }
 }
@@ -444,16 +450,108 @@ pub struct Runtime {
     /// How containers are made.
     #[serde(rename = "type")]
     pub kind: RuntimeKind,
+    /// The program, absolute, or a name that is looked up in PATH; without one, the handler's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Directory of the runtime's state; without one, `runtimes/<handler>` below the run root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<PathBuf>,
+    /// What the runtime is told beside what Slipway tells it.
+    #[serde(default, skip_serializing_if = "RuntimeOptions::is_empty")]
+    pub options: RuntimeOptions,
+    /// Beginnings of the names of those annotations of pods that their containers' OCI specifications get.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allowed_annotations: Vec<String>,
+    /// A profile used for RuntimeDefault, in place of `pod.seccomp_profile`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seccomp_profile: Option<PathBuf>,
     /// Privileged containers get no devices but those that they ask for, and may use no others.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub privileged_without_host_devices: bool,
+    /// How long a create may take, in place of `limits.create_timeout`.
+    #[serde(
+        default,
+        with = "humantime_serde",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub create_timeout: Option<Duration>,
+    /// The smallest memory limit that a container may have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minimum_memory: Option<Size>,
+    /// Where the pods' supervisors live, in place of `cgroup.monitor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub monitor_cgroup: Option<MonitorCgroup>,
+}
+
+impl Runtime {
+    /// The program as it is to be looked for.
+    pub fn program(&self, handler: &str) -> PathBuf {
+        self.path.clone().unwrap_or_else(|| PathBuf::from(handler))
+    }
+}
+
+/// What a runtime is told beside what Slipway tells it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum RuntimeOptions {
+    /// Global arguments of a command line (`type = "oci"`).
+    Arguments(Vec<String>),
+    /// Options of a shim (`type = "shim-v2"`).
+    Table(toml::Table),
+}
+
+impl RuntimeOptions {
+    /// Whether nothing is said.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Arguments(arguments) => arguments.is_empty(),
+            Self::Table(table) => table.is_empty(),
+        }
+    }
+
+    /// The arguments, if it is some.
+    pub fn arguments(&self) -> &[String] {
+        match self {
+            Self::Arguments(arguments) => arguments,
+            Self::Table(_) => &[],
+        }
+    }
+}
+
+impl Default for RuntimeOptions {
+    fn default() -> Self {
+        Self::Arguments(Vec::new())
+    }
+}
+
+/// Where the supervisors of a handler's pods live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MonitorCgroup {
+    /// In their pod's cgroup, which is charged for them.
+    Pod,
 }
 
 /// How a handler makes containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum RuntimeKind {
     /// In-process, by libcontainer.
     #[default]
     Native,
+    /// By a command-line runtime, as runc is one.
+    Oci,
+    /// By a shim of containerd's protocol.
+    ShimV2,
+}
+
+impl RuntimeKind {
+    /// The word in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Oci => "oci",
+            Self::ShimV2 => "shim-v2",
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Values that parse but can't work.
 
-use crate::Config;
+use crate::{Config, Runtime, RuntimeKind, RuntimeOptions};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Component, Path};
@@ -131,6 +131,9 @@ impl Config {
         for dir in &self.pod.cdi_dirs {
             problems.path("pod.cdi_dirs", dir);
         }
+        for dir in &self.pod.hooks_dirs {
+            problems.path("pod.hooks_dirs", dir);
+        }
     }
 
     fn times(&self, problems: &mut Problems) {
@@ -234,7 +237,7 @@ impl Config {
             );
             problems.add("default_runtime", reason);
         }
-        for name in self.runtimes.keys() {
+        for (name, runtime) in &self.runtimes {
             // A RuntimeClass's handler is a DNS label.
             let good = (1..=63).contains(&name.len())
                 && name
@@ -247,7 +250,85 @@ impl Config {
                     "{name:?} can't be the name of a handler: at most 63 of a-z, 0-9 and -"
                 );
                 problems.add("runtimes", reason);
+                continue;
             }
+            self.handler(name, runtime, problems);
+        }
+    }
+
+    fn handler(&self, name: &str, runtime: &Runtime, problems: &mut Problems) {
+        let key = |field: &str| format!("runtimes.{name}.{field}");
+        let native = runtime.kind == RuntimeKind::Native;
+        for (field, said) in [
+            ("path", runtime.path.is_some()),
+            ("root", runtime.root.is_some()),
+            ("options", !runtime.options.is_empty()),
+        ] {
+            if native && said {
+                let reason = "is for runtimes of others; type \"native\" has none";
+                problems.add(&key(field), reason);
+            }
+        }
+        if native {
+            if name == "native" && runtime.create_timeout.is_some() {
+                // Not wrong, but one of two places for one thing.
+                problems.add(&key("create_timeout"), "set limits.create_timeout");
+            }
+        } else if name == "native" {
+            let reason = "the handler \"native\" is of type \"native\"; give this one another name";
+            problems.add(&key("type"), reason);
+        }
+        if let Some(path) = &runtime.path {
+            let short = path.components().count() == 1 && !path.is_absolute();
+            let plain = matches!(path.components().next(), Some(Component::Normal(_)));
+            if !(short && plain) {
+                problems.path(&key("path"), path);
+            }
+        }
+        if let Some(root) = &runtime.root {
+            problems.path(&key("root"), root);
+        }
+        let wrong = match (&runtime.options, runtime.kind) {
+            (RuntimeOptions::Table(_), RuntimeKind::Oci) => {
+                Some("must be a list of arguments, such as [\"--debug\"]")
+            }
+            (RuntimeOptions::Arguments(list), RuntimeKind::ShimV2) if !list.is_empty() => {
+                Some("must be a table, such as { SystemdCgroup = true }")
+            }
+            (RuntimeOptions::Arguments(list), _) if list.iter().any(|a| a.contains('\0')) => {
+                Some("must not contain NUL bytes")
+            }
+            _ => None,
+        };
+        if let Some(reason) = wrong {
+            problems.add(&key("options"), reason);
+        }
+        // What Slipway says itself can't be said again.
+        let ours = ["--root", "--log", "--log-format", "--systemd-cgroup"];
+        for argument in runtime.options.arguments() {
+            let word = argument.split('=').next().unwrap_or_default();
+            if ours.contains(&word) {
+                let reason = match word {
+                    "--root" => "the runtime's root has a key of its own, root".to_owned(),
+                    "--systemd-cgroup" => {
+                        "--systemd-cgroup follows from cgroup.driver = \"systemd\"".to_owned()
+                    }
+                    _ => format!("{word} is Slipway's to say, who reads what comes of it"),
+                };
+                problems.add(&key("options"), reason);
+            }
+        }
+        if runtime.allowed_annotations.iter().any(String::is_empty) {
+            let reason = "an empty beginning would let every annotation through; name some";
+            problems.add(&key("allowed_annotations"), reason);
+        }
+        if let Some(file) = &runtime.seccomp_profile {
+            problems.path(&key("seccomp_profile"), file);
+        }
+        if let Some(timeout) = runtime.create_timeout
+            && (timeout.is_zero() || timeout > LONGEST)
+        {
+            problems.add(&key("create_timeout"), "must be between 1ms and 24h");
         }
     }
 }
@@ -361,6 +442,14 @@ mod tests {
                 "runtimes = { native = { type = 'native' }, 'Not A Name' = { type = 'native' } }",
                 "runtimes",
             ),
+            (
+                "runtimes = { native = { type = 'oci' } }",
+                "runtimes.native.type",
+            ),
+            (
+                "runtimes = { native = { type = 'native', path = '/x' } }",
+                "runtimes.native.path",
+            ),
         ];
         for (text, key) in cases {
             let config: Config = toml::from_str(text).expect(text);
@@ -368,6 +457,30 @@ mod tests {
             assert_eq!(problems.len(), 1, "{text}: {problems:?}");
             assert_eq!(&problems[0].key, key, "{text}");
         }
+        for (text, field) in [
+            ("path = 'bin/crun'", "path"),
+            ("path = '../crun'", "path"),
+            ("path = ''", "path"),
+            ("root = 'x'", "root"),
+            ("options = ['--root', '/x']", "options"),
+            ("options = ['--log=/x']", "options"),
+            ("options = { a = 1 }", "options"),
+            ("allowed_annotations = ['']", "allowed_annotations"),
+            ("seccomp_profile = 'x.json'", "seccomp_profile"),
+            ("create_timeout = '0s'", "create_timeout"),
+        ] {
+            let text =
+                format!("[runtimes.native]\ntype = 'native'\n[runtimes.x]\ntype = 'oci'\n{text}");
+            let config: Config = toml::from_str(&text).expect(&text);
+            let problems = config.validate().expect_err(&text);
+            assert_eq!(problems.len(), 1, "{text}: {problems:?}");
+            assert_eq!(problems[0].key, format!("runtimes.x.{field}"), "{text}");
+        }
+        let good = "[runtimes.native]\ntype = 'native'\n[runtimes.x]\ntype = 'oci'\npath = 'crun'\n\
+            options = ['--debug']\nminimum_memory = '6MiB'\nmonitor_cgroup = 'pod'\ncreate_timeout = '1m'\n\
+            [runtimes.kata]\ntype = 'shim-v2'\noptions = { ConfigPath = '/x' }";
+        let config: Config = toml::from_str(good).expect(good);
+        assert_eq!(config.validate(), Ok(()));
         let long = Config {
             listen: format!("/{}", "x".repeat(120)).into(),
             ..Config::default()

@@ -38,8 +38,10 @@ pub fn status(node: &Node, request: &cri::StatusRequest) -> cri::StatusResponse 
         NetworkStatus::Ready { .. } => None,
         NetworkStatus::NotReady { reason, message } => Some((reason, message)),
     };
-    let runtime_handlers = node
-        .runtimes()
+    let runtimes = node.runtimes();
+    // A program that was installed or replaced since is seen with the next call.
+    node.tasks.spawn(runtimes.clone().ask_all());
+    let runtime_handlers = runtimes
         .list()
         .into_iter()
         .map(|(name, handler)| cri::RuntimeHandler {
@@ -86,11 +88,19 @@ fn info(node: &Node) -> HashMap<String, String> {
     let cdi = node.cdi().inventory();
     let rejected: Vec<_> = cdi.rejected.iter().map(ToString::to_string).collect();
     let cdi = json!({ "devices": cdi.devices, "conflicts": cdi.conflicts, "rejected": rejected });
+    let handlers = node.runtimes().list().into_iter();
+    let handlers = handlers.filter(|(name, _)| !name.is_empty());
+    let handlers: HashMap<_, _> = handlers.map(|(name, h)| (name, h.report())).collect();
     let text = |value: serde_json::Value| value.to_string();
     HashMap::from([
         ("config".to_owned(), text(shown)),
         ("network".to_owned(), text(network)),
         ("cdi".to_owned(), text(cdi)),
+        (
+            "hooks".to_owned(),
+            text(json!(node.hooks().now().inventory())),
+        ),
+        ("runtimes".to_owned(), text(json!(handlers))),
         ("podCidr".to_owned(), text(json!(*node.pod_cidr.read()))),
         ("version".to_owned(), text(json!(crate::VERSION))),
     ])

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use slipway_config::{CgroupDriver, Config, MissingMountSource};
 use slipway_image::Image;
 use slipway_proto::{cri, keeper};
-use slipway_seccomp::Source;
+use slipway_seccomp::{SeccompError, Source};
 use slipway_spec::{
     ContainerInput, ContainerPlan, PodFiles, SandboxPlan, SeccompChoice, SpecOptions,
 };
@@ -16,6 +16,7 @@ use super::error::{PodError, file};
 use super::files::{HOSTNAME, HOSTS, RESOLV_CONF};
 use super::names::title;
 use super::node::Node;
+use super::record::PodRecord;
 use super::relabel;
 use super::sandbox::Pod;
 
@@ -66,9 +67,18 @@ pub fn container(
     };
     let config_now = node.config();
     let mut options = options(&config_now);
-    let handler = config_now.runtimes.get(&pod.record.runtime);
-    options.privileged_without_host_devices =
-        handler.is_some_and(|handler| handler.privileged_without_host_devices);
+    let driver = pod.record.driver.as_ref();
+    // As it was when the pod was made, where a handler's settings are more than a switch.
+    let handler = driver.map(|driver| &driver.settings);
+    if let Some(handler) = handler.or(config_now.runtimes.get(&pod.record.runtime)) {
+        options.privileged_without_host_devices = handler.privileged_without_host_devices;
+        options
+            .allowed_annotations
+            .clone_from(&handler.allowed_annotations);
+        if let Some(profile) = &handler.seccomp_profile {
+            options.seccomp_profile = Some(profile.clone());
+        }
+    }
     let sources = slipway_spec::survey(config, &options).map_err(failed)?;
     let names = &pod.record.namespaces;
     let namespaces = keeper::SetupSandboxResult {
@@ -99,6 +109,7 @@ pub fn container(
         tracing::warn!(pod = pod.id(), container = id, warning);
     }
     super::cdi::inject(&node.cdi(), config, &mut plan)?;
+    super::hooks::inject(&node.hooks(), id, &pod.record, config, &mut plan)?;
     slipway_spec::check_labels(&plan).map_err(failed)?;
     let linux = plan.spec.linux().as_ref();
     if let Some(label) = linux.and_then(|l| l.mount_label().as_ref()) {
@@ -106,8 +117,9 @@ pub fn container(
             relabel::relabel(path, label).map_err(file("label", path))?;
         }
     }
-    let mut create = plan.create.clone();
-    create.seccomp = seccomp(node, config, &plan)?;
+    enough_memory(&config_now, pod, id, plan.resources.memory_limit_in_bytes)?;
+    let create = for_keeper(node, &pod.record, config, &mut plan)?;
+    let linux = plan.spec.linux().as_ref();
     let cgroup = linux.and_then(|l| l.cgroups_path().as_ref());
     let cgroup = cgroup
         .map(|path| path.to_string_lossy().into_owned())
@@ -125,6 +137,7 @@ pub fn container(
 /// [`PodError::Spec`], naming the adjustment; [`PodError::Seccomp`].
 pub fn adjusted(
     node: &Node,
+    pod: &Pod,
     id: &str,
     config: &cri::ContainerConfig,
     mut ready: Assembled,
@@ -148,32 +161,76 @@ pub fn adjusted(
     for warning in ready.plan.warnings.iter().skip(warned) {
         tracing::warn!(container = id, warning);
     }
-    ready.create = ready.plan.create.clone();
-    ready.create.seccomp = seccomp(node, config, &ready.plan)?;
+    ready.create = for_keeper(node, &pod.record, config, &mut ready.plan)?;
     Ok(ready)
 }
 
-fn seccomp(
+/// The call for the keeper: with the seccomp profile compiled, or, for a runtime of others, in the specification.
+fn for_keeper(
     node: &Node,
+    pod: &PodRecord,
+    config: &cri::ContainerConfig,
+    plan: &mut ContainerPlan,
+) -> Result<keeper::CreateContainer, PodError> {
+    let Some(driver) = &pod.driver else {
+        let mut create = plan.create.clone();
+        create.seccomp = seccomp(config, plan, |source, plan| {
+            node.seccomp.get(source, &plan.bounding)
+        })?
+        .map_or_else(Vec::new, |filter| filter.to_bytes());
+        return Ok(create);
+    };
+    let profile = seccomp(config, plan, |source, plan| {
+        slipway_seccomp::resolve(source, &plan.bounding)
+    })?;
+    if let Some(linux) = plan.spec.linux_mut() {
+        linux.set_seccomp(profile);
+    }
+    let mut create = plan.create.clone();
+    create.spec = serde_json::to_vec(&plan.spec)
+        .map_err(|e| PodError::Invalid(format!("the specification can't be written: {e}")))?;
+    create.runtime = Some(driver.for_keeper(&pod.runtime, &node.config()));
+    Ok(create)
+}
+
+fn seccomp<T>(
     config: &cri::ContainerConfig,
     plan: &ContainerPlan,
-) -> Result<Vec<u8>, PodError> {
+    made: impl FnOnce(Source<'_>, &ContainerPlan) -> Result<T, SeccompError>,
+) -> Result<Option<T>, PodError> {
     let (source, profile) = match &plan.seccomp {
-        SeccompChoice::Unconfined => return Ok(Vec::new()),
+        SeccompChoice::Unconfined => return Ok(None),
         SeccompChoice::RuntimeDefault => (Source::RuntimeDefault, "RuntimeDefault".to_owned()),
         SeccompChoice::Localhost { path, json } => {
             (Source::Localhost(json), path.display().to_string())
         }
     };
-    let filter = node
-        .seccomp
-        .get(source, &plan.bounding)
-        .map_err(|source| PodError::Seccomp {
-            container: title(config),
-            profile,
-            source,
-        })?;
-    Ok(filter.to_bytes())
+    let made = made(source, plan).map_err(|source| PodError::Seccomp {
+        container: title(config),
+        profile,
+        source,
+    })?;
+    Ok(Some(made))
+}
+
+/// Refuses a memory limit with which the pod's runtime can't work.
+///
+/// # Errors
+/// [`PodError::TooLittleMemory`].
+pub fn enough_memory(config: &Config, pod: &Pod, id: &str, limit: i64) -> Result<(), PodError> {
+    let own = pod.record.driver.as_ref().map(|driver| &driver.settings);
+    let handler = own.or(config.runtimes.get(&pod.record.runtime));
+    let minimum = handler.and_then(|handler| handler.minimum_memory);
+    let minimum = minimum.map_or(0, |size| size.bytes());
+    if limit > 0 && limit.unsigned_abs() < minimum {
+        return Err(PodError::TooLittleMemory {
+            id: id.to_owned(),
+            limit,
+            handler: pod.record.runtime.clone(),
+            minimum,
+        });
+    }
+    Ok(())
 }
 
 fn pod_files(dir: &Path) -> PodFiles {
@@ -202,5 +259,6 @@ fn options(config: &Config) -> SpecOptions {
         seccomp_dir: config.pod.seccomp_dir.clone(),
         // The handler's, which only a container has.
         privileged_without_host_devices: false,
+        allowed_annotations: Vec::new(),
     }
 }

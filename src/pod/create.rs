@@ -21,6 +21,8 @@ use super::record::{self, ContainerRecord, PodRecord};
 use super::sandbox::{Cell, Pod};
 use super::state::{PodStage, Status};
 
+/// What a keeper may take to end a runtime that did not end in time.
+const AFTER_RUNTIME: Duration = Duration::from_secs(20);
 /// Directory beside a container's writable layer that stands for the layers of an image without any.
 const EMPTY: &str = "lower";
 
@@ -220,7 +222,11 @@ impl Node {
         let hooks = plan.spec.hooks().as_ref();
         let poststart = hooks::patience(hooks.and_then(|h| h.poststart().as_ref()));
         let poststop = hooks::patience(hooks.and_then(|h| h.poststop().as_ref()));
-        let timeout = self.config().limits.create_timeout;
+        let mut timeout = self.config().limits.create_timeout;
+        if let Some(runtime) = &create.runtime {
+            // The keeper ends it in time, and says what the runtime said.
+            timeout = Duration::from_millis(runtime.create_timeout_ms) + AFTER_RUNTIME;
+        }
         let made = pod
             .keeper
             .create(create, timeout)

@@ -116,6 +116,29 @@ pub enum PodError {
         /// The names that would do.
         known: String,
     },
+    /// The handler's runtime is missing or does not answer.
+    #[error("runtime handler {handler:?} can't be used: {reason}; slipway check says what to do")]
+    HandlerUnusable {
+        /// The handler.
+        handler: String,
+        /// Why.
+        reason: String,
+    },
+    /// A container with less memory than its runtime needs.
+    #[error(
+        "the memory limit of container {id}, {limit} bytes, is less than runtime handler {handler:?} can work with \
+         (runtimes.{handler}.minimum_memory = {minimum} bytes)"
+    )]
+    TooLittleMemory {
+        /// The container.
+        id: String,
+        /// Its limit.
+        limit: i64,
+        /// The handler.
+        handler: String,
+        /// The least.
+        minimum: u64,
+    },
     /// A user namespace where there can be none.
     #[error(
         "pod sandbox {id}: runtime handler {runtime:?} has no user namespaces on this machine; slipway check says why. \
@@ -284,13 +307,14 @@ impl PodError {
             Self::Ambiguous { .. } | Self::Invalid(_) | Self::Dns(_) | Self::Seccomp { .. } => {
                 Class::InvalidArgument
             }
-            Self::UnknownHandler { .. } => Class::InvalidArgument,
+            Self::UnknownHandler { .. } | Self::TooLittleMemory { .. } => Class::InvalidArgument,
             Self::NameTaken { .. } => Class::AlreadyExists,
             Self::Spec { source, .. } => spec_class(source),
             Self::PodNotReady { .. }
             | Self::WrongState { .. }
             | Self::NothingRuns { .. }
             | Self::NoUserNamespaces { .. }
+            | Self::HandlerUnusable { .. }
             | Self::Plugin { .. } => Class::FailedPrecondition,
             Self::Unsupported(_) => Class::Unimplemented,
             Self::Cdi { source, .. } => match source {

@@ -16,6 +16,7 @@ mod exec;
 pub mod feed;
 mod files;
 pub mod handlers;
+mod hooks;
 mod leftovers;
 mod levels;
 mod lifecycle;

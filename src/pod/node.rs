@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::RwLock;
 use slipway_cdi::Cdi;
 use slipway_config::Config;
+use slipway_hooks::Hooks;
 use slipway_image::{Credentials, Image, ImageStore, ProgressSender};
 use slipway_network::Cni;
 use slipway_nri::Nri;
@@ -60,6 +61,7 @@ pub struct Node {
     /// SELinux levels of pods.
     pub levels: Levels,
     cdi: RwLock<Arc<Cdi>>,
+    hooks: RwLock<Arc<Hooks>>,
     /// Compiled seccomp filters.
     pub seccomp: ProfileCache,
     /// Where the time of the last operations went.
@@ -95,7 +97,7 @@ impl Node {
             host.selinux = None;
         }
         Arc::new(Self {
-            runtimes: RwLock::new(Arc::new(Runtimes::new(&config, features))),
+            runtimes: RwLock::new(Arc::new(Runtimes::new(&config, features, None))),
             features,
             boot_id: boot_id(),
             pods: Store::default(),
@@ -108,6 +110,7 @@ impl Node {
             host,
             levels: Levels::default(),
             cdi: RwLock::new(Arc::new(Cdi::new(config.pod.cdi_dirs.clone()))),
+            hooks: RwLock::new(Arc::new(Hooks::new(config.pod.hooks_dirs.clone()))),
             seccomp: ProfileCache::new(),
             traces: Traces::default(),
             layout: stats::layout(),
@@ -136,12 +139,25 @@ impl Node {
         self.cdi.read().clone()
     }
 
+    /// OCI hooks that the node gives to containers.
+    pub fn hooks(&self) -> Arc<Hooks> {
+        self.hooks.read().clone()
+    }
+
     /// Takes a new configuration over; what runs keeps the one it began with.
     pub fn reconfigure(&self, config: Config) {
-        let runtimes = Runtimes::new(&config, self.features);
-        *self.runtimes.write() = Arc::new(runtimes);
+        let runtimes = Arc::new(Runtimes::new(
+            &config,
+            self.features,
+            Some(&self.runtimes()),
+        ));
+        *self.runtimes.write() = runtimes.clone();
+        self.tasks.spawn(runtimes.ask_all());
         if config.pod.cdi_dirs != self.config().pod.cdi_dirs {
             *self.cdi.write() = Arc::new(Cdi::new(config.pod.cdi_dirs.clone()));
+        }
+        if config.pod.hooks_dirs != self.config().pod.hooks_dirs {
+            *self.hooks.write() = Arc::new(Hooks::new(config.pod.hooks_dirs.clone()));
         }
         *self.config.write() = Arc::new(config);
     }

@@ -179,7 +179,7 @@ impl Node {
             }) => {
                 self.apply(update).await;
                 self.evict(evict);
-                assemble::adjusted(self, id, config, ready, &adjust)
+                assemble::adjusted(self, pod, id, config, ready, &adjust)
             }
             Err(error) => Err(failed(format!("create {}", title(config)))(error)),
         };

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use slipway_proto::cri;
 
 use super::error::{PodError, file};
+use super::handlers::Driver;
 use super::phases::Phase;
 
 /// Version of the records' format. A record of another one is set aside.
@@ -51,6 +52,9 @@ pub struct PodRecord {
     pub runtime: String,
     /// Runtime handler, as asked.
     pub handler: String,
+    /// What it takes to make and end its containers; none for a native handler.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<Driver>,
     /// The kubelet's configuration.
     #[serde(with = "proto_base64")]
     pub config: cri::PodSandboxConfig,

@@ -78,6 +78,10 @@ impl Node {
         for warning in &new.warnings {
             tracing::warn!(container = id, warning);
         }
+        if let Some(pod) = self.pods.get(&container.record.pod_id) {
+            let limit = new.effective.memory_limit_in_bytes;
+            super::assemble::enough_memory(&self.config(), &pod, id, limit)?;
+        }
         let resources = serde_json::to_vec(&new.changes)
             .map_err(|e| PodError::Invalid(format!("the new limits can't be written: {e}")))?;
         let timeout = self.config().limits.start_timeout;

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
+use slipway_config::MonitorCgroup;
 use slipway_network::{Bandwidth, DnsConfig, PodNetwork, PortMapping, Protocol};
 use slipway_nri::Turn;
 use slipway_proto::{cri, keeper};
@@ -59,7 +60,9 @@ impl Node {
     ) -> Result<String, PodError> {
         let phases = Phases::start();
         let config = request.config.unwrap_or_default();
-        let (runtime, handler) = self.runtimes().resolve(&request.runtime_handler)?;
+        let handler = self.runtimes().resolve(&request.runtime_handler)?;
+        let driver = handler.driver().await?;
+        let runtime = handler.name.clone();
         let id = new_id()?;
         let plan = assemble::pod(&self, &id, &config)?;
         if plan.setup.users.is_some() && !handler.features.user_namespaces {
@@ -85,6 +88,7 @@ impl Node {
             created_at: 0,
             runtime,
             handler: request.runtime_handler,
+            driver,
             config,
             namespaces: Namespaces::default(),
             cgroup: plan.setup.cgroup.clone(),
@@ -143,7 +147,12 @@ impl Node {
         make_dirs(dir, plan.log_directory.as_deref())?;
         phases.mark("prepare");
         let mut plan = plan;
-        let beside = self.host.cgroup_v2 && self.config().cgroup.monitor == "pod";
+        let own = record.driver.as_ref().map(|driver| &driver.settings);
+        let in_pod = match own.or(self.config().runtimes.get(&record.runtime)) {
+            Some(settings) if settings.monitor_cgroup == Some(MonitorCgroup::Pod) => true,
+            _ => self.config().cgroup.monitor == "pod",
+        };
+        let beside = self.host.cgroup_v2 && in_pod;
         plan.setup.keeper_in_slice = beside && plan.setup.systemd;
         let leaf = (beside && !plan.setup.systemd).then_some(plan.setup.cgroup.as_str());
         let keeper = self

@@ -367,6 +367,7 @@ async fn bad_cdi_requests_are_refused(env: Env) -> Result<()> {
 }
 
 async fn privileged_without_host_devices(env: Env) -> Result<()> {
+    native_only("it has handlers of its own")?;
     let daemon = env
         .daemon_with(|s| {
             let handlers = "{ native = { type = \"native\" }, \

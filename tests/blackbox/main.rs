@@ -39,6 +39,8 @@ mod devices;
 mod events;
 mod exec;
 mod filesystem;
+mod handlers;
+mod hooks;
 mod hygiene;
 mod idempotence;
 mod image_volumes;
@@ -110,6 +112,8 @@ fn main() -> std::process::ExitCode {
         images::TESTS,
         bad_images::TESTS,
         restart::TESTS,
+        handlers::TESTS,
+        hooks::TESTS,
         operations::TESTS,
     ];
     harness::stage::main(&all.concat())

@@ -116,6 +116,30 @@ impl ProfileCache {
     }
 }
 
+/// The profile of `source` in the OCI's form, for a container with this bounding set on this machine and kernel: for
+/// runtimes that compile it themselves.
+///
+/// # Errors
+/// What [`parse_profile`] says of the profile.
+pub fn resolve(
+    source: Source<'_>,
+    capabilities: &Capabilities,
+) -> Result<LinuxSeccomp, SeccompError> {
+    let (arch, kernel) = (native_arch(), running_kernel());
+    match source {
+        Source::RuntimeDefault => Ok(default_profile(capabilities, arch, kernel)),
+        Source::Localhost(json) => parse_profile(
+            json,
+            Subject {
+                capabilities,
+                arch,
+                kernel,
+            },
+        ),
+        Source::Oci(profile) => Ok(profile.clone()),
+    }
+}
+
 impl Entries {
     fn find(&mut self, key: &Key) -> Option<Arc<Filter>> {
         self.clock += 1;

@@ -50,7 +50,7 @@ mod profile;
 mod rules;
 
 pub use arch::{Abi, X32_BIT, native_arch};
-pub use cache::{ProfileCache, Source};
+pub use cache::{ProfileCache, Source, resolve};
 pub use compile::{CompileOptions, EngineChoice, compile};
 pub use default::default_profile;
 pub use error::SeccompError;

@@ -60,6 +60,14 @@ impl Keeper {
             let message = format!("container {id} has a terminal, which can't be checkpointed");
             return Err(wire_error(ErrorKind::Unsupported, message));
         }
+        if let Some(runtime) = container.driver.runtime() {
+            let message = format!(
+                "container {id} is made by runtime handler {:?}, and only containers of type \"native\" can be \
+                 checkpointed",
+                runtime.handler
+            );
+            return Err(wire_error(ErrorKind::Unsupported, message));
+        }
         let overlay = asked.overlay.clone().unwrap_or_default();
         Ok(Target {
             id: id.to_owned(),

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use oci_spec::runtime::{ContainerState as OciState, Hook, LinuxResources, Spec, State};
 use slipway_proto::keeper::{
@@ -13,6 +14,7 @@ use slipway_proto::keeper::{
 
 use super::attach::Readers;
 use super::job::{Origin, Purpose, done};
+use super::oci::Driver;
 use super::output::{Output, Streams, pipe};
 use super::{Keeper, Source, now_ns, wire_error};
 use crate::confine::{Confinement, chain};
@@ -21,14 +23,16 @@ use crate::hooks::{self, Hooks};
 use crate::ids::IdMaps;
 use crate::log::{LogFile, Stream};
 use crate::user::Resolved;
-use crate::{cgroup, removal, resize, sys};
+use crate::{cgroup, oci, resize, sys};
 
 /// A container.
 pub(super) struct Container {
     /// Directory under the pod's run directory.
     pub(super) dir: PathBuf,
     pub(super) cgroup: PathBuf,
-    state: ContainerState,
+    /// Who made it.
+    pub(super) driver: Driver,
+    pub(super) state: ContainerState,
     /// Process id of the creator while it works.
     creator: Option<i32>,
     /// The init.
@@ -162,6 +166,7 @@ impl Keeper {
             "" => None,
             target => Some(self.pid_namespace_of(target)?),
         };
+        let mut driver = Driver::of(&create)?;
         let log_path = Some(Path::new(&create.log_path)).filter(|p| !p.as_os_str().is_empty());
         let log = LogFile::open(log_path).map_err(|e| {
             wire_error(
@@ -177,9 +182,10 @@ impl Keeper {
         keep.push(start_write.as_raw_fd());
         // The creator is born in the container's cgroup (v2), so that nothing has to be migrated. A scope of
         // systemd's can only be made around it, when it is there.
-        let born_in = match create.systemd {
-            true => Ok(None),
-            false => self
+        let born_in = match (&mut driver, create.systemd) {
+            (Driver::Oci(oci), systemd) => self.birthplace(oci, &cgroup, systemd),
+            (Driver::Native, true) => Ok(None),
+            (Driver::Native, false) => self
                 .cgroups
                 .ensure(&cgroup)
                 .and_then(|_| self.cgroups.open_v2(&cgroup)),
@@ -198,7 +204,20 @@ impl Keeper {
                 keep: &keep,
                 cgroup: born_in.as_ref().map(AsFd::as_fd),
             };
+            let runtime = driver.runtime();
             self.start_job(Purpose::Create(id.clone()), connection, origin, move || {
+                if let Some(runtime) = runtime {
+                    let inherited = oci::Inherited {
+                        create,
+                        run_root: &run_root,
+                        cgroups: &cgroups,
+                        stdio,
+                        pid_namespace,
+                    };
+                    return oci::create(&runtime, inherited)
+                        .map(Answer::CreateContainer)
+                        .map_err(|e| wire_error(e.kind(), chain(&e)));
+                }
                 let inherited = Inherited {
                     create,
                     run_root: &run_root,
@@ -225,6 +244,7 @@ impl Keeper {
         let mut container = Container {
             dir: PathBuf::from(&create.dir),
             cgroup,
+            driver,
             state: ContainerState {
                 id: id.clone(),
                 ..ContainerState::default()
@@ -233,7 +253,11 @@ impl Keeper {
             pidfd: None,
             confinement: None,
             ids: IdMaps::of_spec(&spec),
-            poststart: PostStart::of(&spec, &create),
+            // A runtime of others runs its own.
+            poststart: match &create.runtime {
+                None => PostStart::of(&spec, &create),
+                Some(_) => None,
+            },
             oom_score_adj: create.oom_score_adj,
             own_pid_namespace: creator::has_own_pid_namespace(&spec)
                 && create.pid_target.is_empty(),
@@ -301,6 +325,10 @@ impl Keeper {
         };
         container.creator = None;
         let create = container.create.take();
+        let answer = self.with_last_words(id, answer);
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         let made = answer.and_then(|answer| match (answer, create) {
             (Answer::CreateContainer(made), Some(create)) => {
                 adopt(container, &create, &made).map(|()| made)
@@ -310,7 +338,7 @@ impl Keeper {
                 "the creator gave another call's answer",
             )),
         });
-        let made = made.and_then(|made| match self.take_terminal(id) {
+        let made = made.and_then(|made| match self.take_terminal_of(id, &made) {
             Ok(()) => Ok(made),
             Err(e) => Err(wire_error(
                 ErrorKind::Internal,
@@ -334,10 +362,7 @@ impl Keeper {
                 }
             }
         }
-        // Process ids are used again: an end that nobody claimed must not become another's.
-        if !self.containers.values().any(Container::is_creating) {
-            self.unclaimed.clear();
-        }
+        self.forget_unclaimed();
     }
 
     pub(super) fn start_container(&mut self, connection: u64, id: &str) {
@@ -350,6 +375,9 @@ impl Keeper {
         let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
         let phase = container.state.phase();
         let ready = phase == Phase::Created && container.creator.is_none();
+        if ready && container.driver.runtime().is_some() {
+            return self.begin_oci_start(connection, id);
+        }
         let waiting = container
             .start
             .as_ref()
@@ -480,6 +508,7 @@ impl Keeper {
         // by now, though its end may not be: the creator, on its way out, can still hold the other side.
         self.read_start(id);
         self.conclude_start(id);
+        self.ran_already(id);
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };
@@ -535,8 +564,14 @@ impl Keeper {
             )
         })?;
         let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
+        let runtime = container.driver.runtime();
+        let (id, dir) = (id.to_owned(), container.dir.clone());
         let job = self.start_job(Purpose::Update, connection, Origin::default(), move || {
-            resize::update(&cgroups, &cgroup, &resources)
+            let tell = || match &runtime {
+                Some(runtime) => oci::update(runtime, &cgroups, &id, &dir, &resources),
+                None => Ok(()),
+            };
+            resize::update(&cgroups, &cgroup, &resources, tell)
                 .map(|()| Answer::Empty(Empty {}))
                 .map_err(|e| wire_error(e.kind(), chain(&e)))
         });
@@ -544,26 +579,45 @@ impl Keeper {
             .map_err(|e| wire_error(ErrorKind::Internal, format!("can't fork: {e}")))
     }
 
-    pub(super) fn signal_container(
+    pub(super) fn signal_container(&mut self, connection: u64, id: &str, signal: i32, all: bool) {
+        match self.begin_signal(connection, id, signal, all) {
+            Ok(true) => {}
+            Ok(false) => self.reply(connection, Ok(Answer::Empty(Empty {}))),
+            Err(error) => self.reply(connection, Err(error)),
+        }
+    }
+
+    /// True when the answer will come from a job.
+    fn begin_signal(
         &mut self,
+        connection: u64,
         id: &str,
         signal: i32,
         all: bool,
-    ) -> Result<Answer, WireError> {
-        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+    ) -> Result<bool, WireError> {
+        if !self.containers.contains_key(id) {
+            return Err(not_found(id));
+        }
         if !(1..=64).contains(&signal) {
             return Err(wire_error(
                 ErrorKind::Invalid,
                 format!("{signal} is no signal"),
             ));
         }
+        if self.signal_by_runtime(connection, id, signal) {
+            return Ok(true);
+        }
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
         if let Some(pidfd) = &container.pidfd {
             cgroup::send(pidfd, signal);
         }
         if all && container.state.phase() != Phase::Exited {
             self.cgroups.signal_all(&container.cgroup, signal);
         }
-        Ok(Answer::Empty(Empty {}))
+        if signal == libc::SIGKILL {
+            self.end_without_init(id);
+        }
+        Ok(false)
     }
 
     pub(super) fn delete_container(&mut self, connection: u64, id: &str) {
@@ -587,8 +641,8 @@ impl Keeper {
             return Ok(());
         };
         let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
-        let dir = container.dir.clone();
-        let state_dir = dir.join(creator::LIBCONTAINER_ROOT);
+        let runtime = container.driver.runtime();
+        let (id, dir) = (id.to_owned(), container.dir.clone());
         let pidfd = container
             .pidfd
             .as_ref()
@@ -600,7 +654,14 @@ impl Keeper {
             cgroup: None,
         };
         self.start_job(purpose, connection, origin, move || {
-            let result = removal::remove_container(&cgroups, &cgroup, pidfd.as_slice(), &state_dir);
+            let container = oci::Removed {
+                id: &id,
+                dir: &dir,
+                cgroup: &cgroup,
+                init: pidfd.as_slice(),
+            };
+            let until = Instant::now() + oci::DELETE;
+            let result = super::oci::remove(runtime.as_ref(), &cgroups, &container, until);
             result
                 .map(|()| done(hooks::run_poststop(&dir)))
                 .map_err(|e| wire_error(ErrorKind::Internal, chain(&e)))
@@ -619,6 +680,7 @@ impl Keeper {
         if answer.is_ok() {
             self.drop_io(id);
             self.conclude_start(id);
+            self.end_without_init(id);
             self.oom.delete(id);
             self.containers.remove(id);
         }
@@ -640,9 +702,12 @@ fn adopt(
         groups: made.groups.clone(),
         home: made.home.clone(),
     };
-    let confinement = creator::confinement(create, &spec, user).map_err(|e| invalid(&e))?;
-    container.confinement = Some(confinement);
-    container.pidfd = cgroup::pin(made.pid);
+    if container.driver.runtime().is_none() {
+        let confinement = creator::confinement(create, &spec, user).map_err(|e| invalid(&e))?;
+        container.confinement = Some(confinement);
+    }
+    container.driver.made(made);
+    container.pidfd = (made.pid > 0).then(|| cgroup::pin(made.pid)).flatten();
     container.state.pid = made.pid;
     container.state.created_at = now_ns();
     Ok(())
@@ -662,7 +727,7 @@ fn release(socket: &Path) -> std::io::Result<()> {
 }
 
 /// Leaves the exit status where a daemon finds it when this keeper is gone too.
-fn write_exit_file(pod_dir: &Path, state: &ContainerState) {
+pub(super) fn write_exit_file(pod_dir: &Path, state: &ContainerState) {
     let record = serde_json::json!({
         "id": state.id,
         "exit_code": state.exit_code,

@@ -35,7 +35,9 @@ impl Keeper {
                 pid: std::process::id() as i32,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             })),
-            Some(Call::Signal(call)) => self.signal_container(&call.id, call.signal, call.all),
+            Some(Call::Signal(call)) => {
+                return self.signal_container(connection, &call.id, call.signal, call.all);
+            }
             Some(Call::Attach(call)) => self.attach(&call, fds),
             Some(Call::CloseStdin(call)) => self.close_stdin(&call.id),
             Some(Call::ReopenLog(call)) => self.reopen_log(&call.id),
@@ -161,15 +163,11 @@ impl Keeper {
         let mut doomed = Vec::new();
         let mut inits = Vec::new();
         for container in self.containers.values() {
-            let state_dir = container.dir.join(crate::creator::LIBCONTAINER_ROOT);
+            let id = container.state().id.clone();
+            let (dir, runtime) = (container.dir.clone(), container.driver.runtime());
             let init = container.pidfd.as_ref().and_then(|p| p.try_clone().ok());
             inits.extend(init.iter().map(std::os::fd::AsRawFd::as_raw_fd));
-            doomed.push((
-                container.cgroup.clone(),
-                init,
-                state_dir,
-                container.dir.clone(),
-            ));
+            doomed.push((container.cgroup.clone(), init, id, dir, runtime));
         }
         self.kill_makers();
         if let Some(pid) = self.pod_init {
@@ -185,9 +183,16 @@ impl Keeper {
         let job = self.start_job(Purpose::Teardown, connection, origin, move || {
             let (mut failures, mut warnings) = (Vec::new(), Vec::new());
             // One failure must not keep the rest of the pod.
-            for (cgroup, init, state_dir, dir) in &doomed {
+            let until = std::time::Instant::now() + crate::oci::DELETE;
+            for (cgroup, init, id, dir, runtime) in &doomed {
                 let init = init.as_slice();
-                match removal::remove_container(&cgroups, cgroup, init, state_dir) {
+                let container = crate::oci::Removed {
+                    id,
+                    dir,
+                    cgroup,
+                    init,
+                };
+                match super::oci::remove(runtime.as_ref(), &cgroups, &container, until) {
                     Ok(()) => warnings.extend(hooks::run_poststop(dir)),
                     Err(e) => failures.push(chain(&e)),
                 }

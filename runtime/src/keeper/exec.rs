@@ -21,14 +21,14 @@ use crate::{cgroup, sys};
 /// A running exec session.
 #[derive(Debug)]
 pub(super) struct Exec {
-    connection: u64,
-    container: String,
+    pub(super) connection: u64,
+    pub(super) container: String,
     /// Its own cgroup in the v2 hierarchy, if there is one: what makes it killable as a whole.
-    leaf: Option<PathBuf>,
-    /// Where the child says that it could not be set up.
-    setup: OwnedFd,
-    deadline: Option<Instant>,
-    timed_out: bool,
+    pub(super) leaf: Option<PathBuf>,
+    /// Where the child says that it could not be set up; none of a child that a runtime has made.
+    pub(super) setup: Option<OwnedFd>,
+    pub(super) deadline: Option<Instant>,
+    pub(super) timed_out: bool,
 }
 
 impl Keeper {
@@ -53,6 +53,9 @@ impl Keeper {
             )
         };
         let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        if let Some(runtime) = container.driver.runtime() {
+            return self.begin_oci_exec(connection, call, stdio, runtime);
+        }
         let (Some(init), Some(confinement), true) = (
             &container.pidfd,
             &container.confinement,
@@ -63,15 +66,7 @@ impl Keeper {
                 format!("can't exec in container {id}: it is not running"),
             ));
         };
-        if stdio.len() != if call.tty { 1 } else { 3 } {
-            return Err(wire_error(
-                ErrorKind::Invalid,
-                "an exec needs three descriptors (stdin, stdout, stderr), or on a terminal one (a socket)",
-            ));
-        }
-        if call.args.is_empty() {
-            return Err(wire_error(ErrorKind::Invalid, "an exec needs a command"));
-        }
+        complete(call, &stdio)?;
         let (setup, setup_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
             .map_err(|e| failed("make a pipe", e.into()))?;
         rustix::fs::fcntl_setfl(&setup, rustix::fs::OFlags::NONBLOCK)
@@ -145,7 +140,7 @@ impl Keeper {
                 connection,
                 container: id.to_owned(),
                 leaf,
-                setup,
+                setup: Some(setup),
                 deadline,
                 timed_out: false,
             },
@@ -211,6 +206,7 @@ impl Keeper {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.execs
             .values()
+            .chain(self.starting_execs.values())
             .filter(|e| !e.timed_out)
             .filter_map(|e| e.deadline)
             .min()
@@ -231,6 +227,12 @@ impl Keeper {
                 kill_tree(pid, exec);
             }
         }
+        for (pid, exec) in &mut self.starting_execs {
+            if !exec.timed_out && exec.deadline.is_some_and(|d| d <= now) {
+                exec.timed_out = true;
+                kill_tree(*pid, exec);
+            }
+        }
     }
 
     /// Kills the execs whose caller has gone.
@@ -238,6 +240,7 @@ impl Keeper {
         for (pid, exec) in self
             .execs
             .iter()
+            .chain(&self.starting_execs)
             .filter(|(_, e)| e.connection == connection)
         {
             kill_tree(*pid, exec);
@@ -273,8 +276,12 @@ impl Keeper {
             container.oom_kills_of_execs = kills.min(container.oom_kills_of_execs + 1);
         }
         let mut buffer = [0; 1024];
-        let answer = match rustix::io::read(&exec.setup, &mut buffer) {
-            Ok(n) if n > 1 => Err(wire_error(
+        let told = exec
+            .setup
+            .as_ref()
+            .map(|setup| rustix::io::read(setup, &mut buffer));
+        let answer = match told {
+            Some(Ok(n)) if n > 1 => Err(wire_error(
                 ErrorKind::Internal,
                 format!("can't exec: {}", String::from_utf8_lossy(&buffer[1..n])),
             )),
@@ -287,8 +294,22 @@ impl Keeper {
     }
 }
 
+/// Whether a call is one that can be done.
+pub(super) fn complete(call: &ExecCall, stdio: &[OwnedFd]) -> Result<(), WireError> {
+    if stdio.len() != if call.tty { 1 } else { 3 } {
+        return Err(wire_error(
+            ErrorKind::Invalid,
+            "an exec needs three descriptors (stdin, stdout, stderr), or on a terminal one (a socket)",
+        ));
+    }
+    if call.args.is_empty() {
+        return Err(wire_error(ErrorKind::Invalid, "an exec needs a command"));
+    }
+    Ok(())
+}
+
 /// Kills an exec with all that it started, also what left its session or lost its parent.
-fn kill_tree(pid: i32, exec: &Exec) {
+pub(super) fn kill_tree(pid: i32, exec: &Exec) {
     let killed = exec
         .leaf
         .as_ref()

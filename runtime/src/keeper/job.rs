@@ -16,6 +16,12 @@ use crate::{sys, wire};
 pub(super) enum Purpose {
     Setup,
     Create(String),
+    /// Has a runtime start a container.
+    Start(String),
+    /// Has a runtime start an exec.
+    Exec,
+    /// Has a runtime send a signal.
+    Kill,
     /// Removes what a failed create left; the error that the caller gets then.
     Undo(String, String, i32),
     Delete(String),
@@ -181,6 +187,8 @@ impl Keeper {
         match job.purpose {
             Purpose::Setup => self.sandbox_made(job.connection, answer),
             Purpose::Create(id) => self.container_made(&id, job.connection, answer),
+            Purpose::Start(id) => self.start_done(&id, answer),
+            Purpose::Exec => self.exec_started(pid, answer),
             Purpose::Undo(id, message, kind) => {
                 // What could not be removed stays known: the daemon asks for its deletion next.
                 let message = match answer {
@@ -204,7 +212,9 @@ impl Keeper {
                     |error: WireError| done(vec![format!("poststart hooks: {}", error.message)]);
                 self.reply(job.connection, Ok(answer.unwrap_or_else(warned)));
             }
-            Purpose::Update | Purpose::Checkpoint => self.reply(job.connection, answer),
+            Purpose::Update | Purpose::Checkpoint | Purpose::Kill => {
+                self.reply(job.connection, answer)
+            }
             Purpose::Teardown => self.torn_down(job.connection, answer),
         }
     }

@@ -11,6 +11,7 @@ mod container;
 mod dispatch;
 mod exec;
 mod job;
+mod oci;
 mod oom;
 mod output;
 
@@ -72,6 +73,8 @@ struct Keeper {
     containers: BTreeMap<String, Container>,
     jobs: HashMap<i32, Job>,
     execs: HashMap<i32, Exec>,
+    /// Execs that a runtime is starting, by the job that has it do so.
+    starting_execs: HashMap<i32, Exec>,
     /// Exit statuses of children that nobody claimed yet: a container's init may die before its creator's
     /// answer has been read.
     unclaimed: HashMap<i32, i32>,
@@ -153,6 +156,7 @@ impl Keeper {
             containers: BTreeMap::new(),
             jobs: HashMap::new(),
             execs: HashMap::new(),
+            starting_execs: HashMap::new(),
             unclaimed: HashMap::new(),
             pod_init: None,
             sandbox: Sandbox::default(),
@@ -276,8 +280,20 @@ impl Keeper {
         } else if self.pod_init == Some(pid) {
             self.pod_init = None;
             self.init_lost();
-        } else if self.containers.values().any(Container::is_creating) {
+        } else if self.expects_children() {
             self.unclaimed.insert(pid, code);
+        }
+    }
+
+    /// Whether a child may turn up of which nobody knows yet whose it is.
+    fn expects_children(&self) -> bool {
+        !self.starting_execs.is_empty() || self.containers.values().any(Container::is_creating)
+    }
+
+    /// Process ids are used again: an end that nobody claimed must not become another's.
+    fn forget_unclaimed(&mut self) {
+        if !self.expects_children() {
+            self.unclaimed.clear();
         }
     }
 
@@ -305,7 +321,11 @@ impl Keeper {
         let making = |job: &Job| {
             matches!(
                 job.purpose,
-                Purpose::Create(_) | Purpose::Setup | Purpose::Checkpoint
+                Purpose::Create(_)
+                    | Purpose::Setup
+                    | Purpose::Checkpoint
+                    | Purpose::Start(_)
+                    | Purpose::Exec
             )
         };
         for (pid, _) in self.jobs.iter().filter(|(_, job)| making(job)) {

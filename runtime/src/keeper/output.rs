@@ -18,6 +18,9 @@ use crate::{descriptor, terminal};
 /// the others, or a call, waiting.
 const PUMP_BUDGET: usize = 1 << 20;
 
+/// How much is kept of what comes before a container is made: its runtime's words.
+const LONGEST_EARLY: usize = 4096;
+
 pub(super) struct Output {
     pub(super) pipe: OwnedFd,
     pub(super) terminal: bool,
@@ -115,8 +118,10 @@ impl Keeper {
         let (mut taken, mut ended) = (0, false);
         let time = timestamp(SystemTime::now());
         let mut readers = std::mem::take(&mut container.readers);
+        let mut early = container.take_early();
         let Some(output) = container.output(stream).as_mut() else {
             container.readers = readers;
+            container.put_early(early);
             return;
         };
         while taken < PUMP_BUDGET {
@@ -129,6 +134,12 @@ impl Keeper {
                     taken += n;
                     output.lines.feed(&buffer[..n], time.as_bytes(), &mut lines);
                     readers.feed(stream, &buffer[..n]);
+                    if let Some(early) = early.as_mut().filter(|_| stream == Stream::Stderr) {
+                        early.extend_from_slice(&buffer[..n]);
+                        // The end of it is what counts.
+                        let beyond = early.len().saturating_sub(LONGEST_EARLY);
+                        early.drain(..beyond);
+                    }
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => break,
@@ -139,6 +150,7 @@ impl Keeper {
             }
         }
         container.readers = readers;
+        container.put_early(early);
         // A full disk must not stop the container, and there is nowhere else to put the text.
         let _ = container.log.write(&lines);
         if ended {

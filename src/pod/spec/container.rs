@@ -201,6 +201,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         systemd: input.options.cgroup_driver == CgroupDriver::Systemd,
         image_volumes: mounts.image_volumes,
         volumes: volumes(image, &mut warnings)?,
+        runtime: None,
     };
     Ok(ContainerPlan {
         create,
@@ -244,10 +245,17 @@ fn bounding(capabilities: &LinuxCapabilities) -> oci_spec::runtime::Capabilities
 }
 
 /// Who this is, in the words that tools know from containerd. The CRI's own annotations are not for the
-/// runtime: some change what it does.
+/// runtime, as some change what it does: but for those of the pod that the handler lets through.
 fn annotations(input: &ContainerInput<'_>, name: &str) -> HashMap<String, String> {
     let pod = input.sandbox_config.metadata.clone().unwrap_or_default();
-    [
+    let allowed = |key: &&String| {
+        let mut beginnings = input.options.allowed_annotations.iter();
+        beginnings.any(|beginning| key.starts_with(beginning.as_str()))
+    };
+    let of_pod = input.sandbox_config.annotations.iter();
+    let of_pod = of_pod.filter(|(key, _)| allowed(key));
+    let of_pod = of_pod.map(|(key, value)| (key.clone(), value.clone()));
+    let own = [
         ("container-type", "container"),
         ("container-name", name),
         ("image-name", input.image_name),
@@ -257,6 +265,7 @@ fn annotations(input: &ContainerInput<'_>, name: &str) -> HashMap<String, String
         ("sandbox-uid", &pod.uid),
     ]
     .into_iter()
-    .map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned()))
-    .collect()
+    .map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned()));
+    // Who it is stays ours to say.
+    of_pod.chain(own).collect()
 }

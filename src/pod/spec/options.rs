@@ -33,6 +33,8 @@ pub struct SpecOptions {
     pub seccomp_dir: PathBuf,
     /// Whether a privileged container has only the devices that it asks for.
     pub privileged_without_host_devices: bool,
+    /// Beginnings of the names of those annotations of the pod that containers get.
+    pub allowed_annotations: Vec<String>,
 }
 
 impl Default for SpecOptions {
@@ -65,6 +67,7 @@ impl Default for SpecOptions {
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
             privileged_without_host_devices: false,
+            allowed_annotations: Vec::new(),
         }
     }
 }

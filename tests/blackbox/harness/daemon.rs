@@ -63,6 +63,10 @@ impl Setup {
         setup.set("nri.plugin_dir", &root("nri.d"));
         setup.set("nri.config_dir", &root("nri.conf.d"));
         setup.set("images.retries", "1");
+        if super::handler() != "native" {
+            setup.set("default_runtime", &format!("{:?}", super::handler()));
+            setup.set(&format!("runtimes.{}.type", super::handler()), "\"oci\"");
+        }
         setup.set("network.conf_dir", &root("net.d"));
         setup.set("network.cache_dir", &root("net.cache"));
         setup.set(

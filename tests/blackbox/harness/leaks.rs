@@ -45,6 +45,12 @@ pub fn objects(env: &Env) -> Vec<String> {
                 .map(|n| format!("directory entry {dir}/{n}")),
         );
     }
+    for handler in names(&env.root.join("r/runtimes")) {
+        let state = format!("r/runtimes/{handler}");
+        let found = names(&env.root.join(&state)).into_iter();
+        // crun keeps what it has of each user's there.
+        left.extend(found.map(|n| format!("directory entry {state}/{n}")));
+    }
     let addresses = env.root.join(format!("net.addresses/test{}", env.number));
     let addresses = names(&addresses)
         .into_iter()

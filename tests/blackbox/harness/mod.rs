@@ -16,8 +16,8 @@ pub mod stage;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 pub use anyhow::{Context, Result, bail, ensure};
@@ -58,6 +58,23 @@ pub struct Skipped(pub String);
 /// Ends a test as skipped.
 pub fn skip<T>(why: impl Into<String>) -> Result<T> {
     Err(Skipped(why.into()).into())
+}
+
+/// The runtime handler under which this run's pods are (`SLIPWAY_TEST_HANDLER`): a command-line runtime in PATH, or
+/// "native".
+pub fn handler() -> &'static str {
+    static HANDLER: LazyLock<String> = LazyLock::new(|| {
+        std::env::var("SLIPWAY_TEST_HANDLER").unwrap_or_else(|_| "native".to_owned())
+    });
+    HANDLER.as_str()
+}
+
+/// Ends a test as skipped unless this run's pods are native: it is about what only those have.
+pub fn native_only(why: &str) -> Result<()> {
+    match handler() {
+        "native" => Ok(()),
+        other => skip(format!("under handler {other}: {why}")),
+    }
 }
 
 /// The full reference of a test image.
@@ -140,6 +157,11 @@ impl Env {
         let dir = self.root.join(name);
         std::fs::create_dir_all(&dir)?;
         Ok(dir)
+    }
+
+    /// The daemons that this test has started.
+    pub fn daemons_now(&self) -> Vec<Daemon> {
+        self.daemons()
     }
 
     fn daemons(&self) -> Vec<Daemon> {

@@ -55,9 +55,23 @@ impl Daemon {
 
     /// Runs a pod of exactly this configuration.
     pub async fn run_pod(&self, config: cri::PodSandboxConfig) -> Result<Pod, Status> {
+        self.run_pod_under("", config).await
+    }
+
+    /// Runs a pod of the usual configuration under a runtime handler.
+    pub async fn pod_under(&self, handler: &str) -> Result<Pod, Status> {
+        self.run_pod_under(handler, config::pod(self)).await
+    }
+
+    /// Runs a pod of exactly this configuration under a runtime handler.
+    pub async fn run_pod_under(
+        &self,
+        handler: &str,
+        config: cri::PodSandboxConfig,
+    ) -> Result<Pod, Status> {
         let request = cri::RunPodSandboxRequest {
             config: Some(config.clone()),
-            ..Default::default()
+            runtime_handler: handler.to_owned(),
         };
         let id = self
             .runtime()

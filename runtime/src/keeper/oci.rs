@@ -1,0 +1,468 @@
+//! Containers of other runtimes in their keeper: what is different about them.
+//!
+//! The seam is [`Driver`]: where the keeper makes, starts, signals, enters or removes a container, it asks who
+//! made it. Everything else (streams, ends, OOM kills, events) is the same for all.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use slipway_proto::keeper::{
+    CreateContainer, CreateContainerResult, Empty, Error as WireError, ErrorKind, Exec as ExecCall,
+    ExecResult, Phase, RuntimeKind, response::Result as Answer,
+};
+
+use super::container::{Container, not_found, write_exit_file};
+use super::exec::{Exec, complete, kill_tree};
+use super::job::{Origin, Purpose};
+use super::{Keeper, now_ns, wire_error};
+use crate::cgroup::{self, Hierarchies};
+use crate::confine::chain;
+use crate::creator;
+use crate::log::Stream;
+use crate::oci::{self, Removed, Runtime, Session};
+use crate::removal::{self, RemovalError};
+use crate::scope;
+
+/// Who makes a container.
+pub(super) enum Driver {
+    /// The keeper itself, by libcontainer.
+    Native,
+    /// A command-line runtime.
+    Oci(Box<Oci>),
+}
+
+/// What the keeper knows of a container beside its runtime.
+pub(super) struct Oci {
+    runtime: Runtime,
+    /// The cgroup (v2) in which the runtime that creates it was born, if that is not the container's.
+    leaf: Option<PathBuf>,
+    /// Who waits for StartContainer.
+    starting: Option<u64>,
+    /// Why its command can't be executed, as the runtime has found.
+    cannot_run: Option<String>,
+    /// What came from its standard error before it was made: the runtime's own.
+    early: Option<Vec<u8>>,
+}
+
+impl Driver {
+    /// Who is to make a container.
+    pub(super) fn of(create: &CreateContainer) -> Result<Self, WireError> {
+        let Some(settings) = &create.runtime else {
+            return Ok(Self::Native);
+        };
+        match settings.kind() {
+            RuntimeKind::Native => Ok(Self::Native),
+            RuntimeKind::Oci => Ok(Self::Oci(Box::new(Oci {
+                runtime: Runtime::new(settings),
+                leaf: None,
+                starting: None,
+                cannot_run: None,
+                early: Some(Vec::new()),
+            }))),
+            RuntimeKind::ShimV2 => Err(wire_error(
+                ErrorKind::Unsupported,
+                format!(
+                    "runtime handler {:?} is of type \"shim-v2\", which this keeper does not know",
+                    settings.handler
+                ),
+            )),
+        }
+    }
+
+    /// The runtime, if it is another.
+    pub(super) fn runtime(&self) -> Option<Runtime> {
+        match self {
+            Self::Native => None,
+            Self::Oci(oci) => Some(oci.runtime.clone()),
+        }
+    }
+
+    fn oci(&mut self) -> Option<&mut Oci> {
+        match self {
+            Self::Native => None,
+            Self::Oci(oci) => Some(oci),
+        }
+    }
+
+    /// Keeps what is known now of a container that was made.
+    pub(super) fn made(&mut self, made: &CreateContainerResult) {
+        if let Some(oci) = self.oci() {
+            oci.cannot_run = Some(made.cannot_run.clone()).filter(|text| !text.is_empty());
+            oci.early = None;
+        }
+    }
+}
+
+impl Container {
+    /// The words that a runtime may have said so far; put back after use.
+    pub(super) fn take_early(&mut self) -> Option<Vec<u8>> {
+        self.driver.oci().and_then(|oci| oci.early.take())
+    }
+
+    pub(super) fn put_early(&mut self, early: Option<Vec<u8>>) {
+        if let (Some(oci), Some(early)) = (self.driver.oci(), early) {
+            oci.early = Some(early);
+        }
+    }
+}
+
+/// Removes a container, whoever made it. Runs in a job.
+pub(super) fn remove(
+    runtime: Option<&Runtime>,
+    cgroups: &Hierarchies,
+    container: &Removed<'_>,
+    until: Instant,
+) -> Result<(), RemovalError> {
+    match runtime {
+        Some(runtime) => runtime.remove(cgroups, container, until),
+        None => {
+            let state_dir = container.dir.join(creator::LIBCONTAINER_ROOT);
+            removal::remove_container(cgroups, container.cgroup, container.init, &state_dir)
+        }
+    }
+}
+
+impl Keeper {
+    /// Where the process is born that has a runtime create a container. On a hybrid host in the container's v2 cgroup:
+    /// the runtime does not see that hierarchy, and what it makes inherits it. On pure v2 in a cgroup beside the
+    /// keeper's, by which all of a runtime that hangs can be ended: it moves the init by itself, and some take only
+    /// cgroups that nobody is in.
+    pub(super) fn birthplace(
+        &mut self,
+        oci: &mut Oci,
+        cgroup: &Path,
+        systemd: bool,
+    ) -> io::Result<Option<OwnedFd>> {
+        if !systemd {
+            self.cgroups.ensure(cgroup)?;
+        }
+        if !self.cgroups.unified() {
+            return self.cgroups.open_v2(cgroup);
+        }
+        let (leaf, fd) = self.runtime_leaf().unzip();
+        oci.leaf = leaf;
+        Ok(fd)
+    }
+
+    /// A cgroup for a runtime's own processes on pure v2, which are not to be charged to a container. Without one they
+    /// are ended by their process group alone.
+    fn runtime_leaf(&mut self) -> Option<(PathBuf, OwnedFd)> {
+        let own = scope::own_cgroup().ok()?;
+        self.next_token += 1;
+        let name = format!("runtime-{}", self.next_token);
+        self.cgroups.make_leaf(&own, &name).ok().flatten()
+    }
+
+    /// Ends what a runtime has left in its own cgroup.
+    fn drop_leaf(&mut self, leaf: Option<PathBuf>) {
+        if let Some(leaf) = leaf {
+            let _ = std::fs::write(leaf.join("cgroup.kill"), "1");
+            self.stale_leaves.push(leaf);
+            self.tidy_leaves();
+        }
+    }
+
+    /// The answer of the job that had a runtime create a container, with what that said on the container's standard
+    /// error, if that is all that it said.
+    pub(super) fn with_last_words(
+        &mut self,
+        id: &str,
+        answer: Result<Answer, WireError>,
+    ) -> Result<Answer, WireError> {
+        let Some(container) = self.containers.get_mut(id) else {
+            return answer;
+        };
+        let Some(oci) = container.driver.oci() else {
+            return answer;
+        };
+        let leaf = oci.leaf.take();
+        self.drop_leaf(leaf);
+        answer.or_else(|mut error| {
+            self.pump_all(id, Stream::Stderr);
+            let early = self.containers.get_mut(id).and_then(Container::take_early);
+            let early = String::from_utf8_lossy(&early.unwrap_or_default()).into_owned();
+            let words = oci::words("", &early);
+            if !words.is_empty() && error.message.ends_with("said nothing") {
+                error.message = error
+                    .message
+                    .trim_end_matches("and said nothing")
+                    .to_owned();
+                error.message.push_str(&format!("and said: {words}"));
+            } else if error.kind() == ErrorKind::TimedOut && !error.message.contains("it said") {
+                if !words.is_empty() {
+                    error.message.push_str(&format!("; it said: {words}"));
+                }
+            }
+            Err(error)
+        })
+    }
+
+    /// Takes over the terminal of a container that was made, unless there is none for want of an init.
+    pub(super) fn take_terminal_of(
+        &mut self,
+        id: &str,
+        made: &CreateContainerResult,
+    ) -> io::Result<()> {
+        match made.cannot_run.as_str() {
+            "" => self.take_terminal(id),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn begin_oci_start(&mut self, connection: u64, id: &str) -> Result<(), WireError> {
+        let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
+        let dir = container.dir.clone();
+        let Some(oci) = container.driver.oci() else {
+            return Ok(());
+        };
+        if oci.starting.is_some() {
+            let message = format!("container {id} can't be started: it is being started");
+            return Err(wire_error(ErrorKind::WrongState, message));
+        }
+        if let Some(said) = oci.cannot_run.take() {
+            let code = oci::command_failure(&said).unwrap_or(crate::confine::NOT_EXECUTABLE);
+            self.never_ran(id, code, &said);
+            return Err(wire_error(ErrorKind::CannotRun, said));
+        }
+        oci.starting = Some(connection);
+        let (runtime, cgroups, own_id) = (oci.runtime.clone(), self.cgroups.clone(), id.to_owned());
+        let purpose = Purpose::Start(id.to_owned());
+        let job = self.start_job(purpose, connection, Origin::default(), move || {
+            oci::simple(&runtime, &cgroups, &["start", &own_id], &dir, oci::START)
+                .map(|()| Answer::Empty(Empty {}))
+                .map_err(|e| {
+                    let kind = match oci::command_failure(e.said()) {
+                        Some(_) => ErrorKind::CannotRun,
+                        None => e.kind(),
+                    };
+                    wire_error(kind, chain(&e))
+                })
+        });
+        job.map(drop).map_err(|e| {
+            if let Some(oci) = self.containers.get_mut(id).and_then(|c| c.driver.oci()) {
+                oci.starting = None;
+            }
+            wire_error(
+                ErrorKind::Internal,
+                format!("can't start container {id}: can't fork: {e}"),
+            )
+        })
+    }
+
+    /// A runtime has started a container, or failed to.
+    pub(super) fn start_done(&mut self, id: &str, answer: Result<Answer, WireError>) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let Some(connection) = container.driver.oci().and_then(|oci| oci.starting.take()) else {
+            return;
+        };
+        match &answer {
+            Ok(_) => self.runs(id),
+            Err(error) => container.state.message.clone_from(&error.message),
+        }
+        self.reply(connection, answer);
+    }
+
+    fn runs(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        if container.state.phase() != Phase::Created {
+            return;
+        }
+        container.state.set_phase(Phase::Running);
+        container.state.started_at = now_ns();
+        let state = container.state.clone();
+        self.publish(&state);
+    }
+
+    /// A container that ends while its runtime starts it has run: its end is to be seen after its start.
+    pub(super) fn ran_already(&mut self, id: &str) {
+        let container = self.containers.get_mut(id);
+        let oci = container.and_then(|container| container.driver.oci());
+        if oci.is_some_and(|oci| oci.starting.is_some()) {
+            self.runs(id);
+        }
+    }
+
+    /// A container whose command can't be executed has exited without ever running.
+    fn never_ran(&mut self, id: &str, code: i32, message: &str) {
+        if let Some(container) = self.containers.get_mut(id) {
+            container.state.cannot_run = true;
+            message.clone_into(&mut container.state.message);
+        }
+        self.exited_without_init(id, code);
+    }
+
+    fn exited_without_init(&mut self, id: &str, code: i32) {
+        self.drop_io(id);
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        container.state.set_phase(Phase::Exited);
+        container.state.exit_code = code;
+        container.state.finished_at = now_ns();
+        let state = container.state.clone();
+        write_exit_file(&self.pod_dir, &state);
+        self.publish(&state);
+    }
+
+    /// Nothing ends of a container that has no init; its end must be seen all the same.
+    pub(super) fn end_without_init(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let created = container.state.phase() == Phase::Created && !container.is_creating();
+        let never = container
+            .driver
+            .oci()
+            .is_some_and(|oci| oci.cannot_run.is_some());
+        if created && never {
+            self.exited_without_init(id, 128 + libc::SIGKILL);
+        }
+    }
+
+    /// Has the runtime send a signal, which may be more than one to the init: a virtual machine's does not know it. SIGKILL
+    /// never waits for a runtime. False when it is to be sent directly.
+    pub(super) fn signal_by_runtime(&mut self, connection: u64, id: &str, signal: i32) -> bool {
+        let Some(container) = self.containers.get(id) else {
+            return false;
+        };
+        let (Some(runtime), true) = (container.driver.runtime(), container.is_running()) else {
+            return false;
+        };
+        if signal == libc::SIGKILL {
+            return false;
+        }
+        let Some(Ok(init)) = container.pidfd.as_ref().map(OwnedFd::try_clone) else {
+            return false;
+        };
+        let (dir, cgroups, id) = (container.dir.clone(), self.cgroups.clone(), id.to_owned());
+        let keep = oci::descriptors(std::slice::from_ref(&init));
+        let origin = Origin {
+            keep: &keep,
+            cgroup: None,
+        };
+        let job = self.start_job(Purpose::Kill, connection, origin, move || {
+            let number = signal.to_string();
+            let args = ["kill", &id, &number];
+            if oci::simple(&runtime, &cgroups, &args, &dir, oci::KILL).is_err() {
+                cgroup::send(&init, signal);
+            }
+            Ok(Answer::Empty(Empty {}))
+        });
+        job.is_ok()
+    }
+
+    pub(super) fn begin_oci_exec(
+        &mut self,
+        connection: u64,
+        call: &ExecCall,
+        stdio: Vec<OwnedFd>,
+        runtime: Runtime,
+    ) -> Result<(), WireError> {
+        let id = call.container_id.clone();
+        complete(call, &stdio)?;
+        let container = self.containers.get(&id).ok_or_else(|| not_found(&id))?;
+        if !container.is_running() {
+            return Err(wire_error(
+                ErrorKind::WrongState,
+                format!("can't exec in container {id}: it is not running"),
+            ));
+        }
+        let (dir, cgroup) = (container.dir.clone(), container.cgroup.clone());
+        let leaf = match self.cgroups.unified() {
+            true => self.runtime_leaf(),
+            false => {
+                self.next_token += 1;
+                let name = format!("exec-{}", self.next_token);
+                let made = self.cgroups.make_leaf(&cgroup, &name);
+                made.map_err(|e| {
+                    let message = format!("can't exec in container {id}: make a cgroup: {e}");
+                    wire_error(ErrorKind::Internal, message)
+                })?
+            }
+        };
+        let limit = (call.timeout_ms > 0).then(|| Duration::from_millis(call.timeout_ms));
+        let keep = oci::descriptors(&stdio);
+        let origin = Origin {
+            keep: &keep,
+            cgroup: leaf.as_ref().map(|(_, fd)| fd.as_fd()),
+        };
+        let (cgroups, args, tty) = (self.cgroups.clone(), call.args.clone(), call.tty);
+        let own_id = id.clone();
+        let job = self.start_job(Purpose::Exec, connection, origin, move || {
+            let session = Session {
+                id: &own_id,
+                dir: &dir,
+                args: &args,
+                tty,
+                stdio: &stdio,
+                timeout: oci::EXEC,
+            };
+            match oci::exec(&runtime, &cgroups, &session) {
+                Ok(Ok(pid)) => Ok(Answer::CreateContainer(CreateContainerResult {
+                    pid,
+                    ..Default::default()
+                })),
+                Ok(Err(exit_code)) => Ok(Answer::Exec(ExecResult {
+                    exit_code,
+                    timed_out: false,
+                })),
+                Err(e) => Err(wire_error(e.kind(), format!("can't exec: {}", chain(&e)))),
+            }
+        });
+        let leaf = leaf.map(|(path, _)| path);
+        let pid = match job {
+            Ok(pid) => pid,
+            Err(e) => {
+                self.drop_leaf(leaf);
+                let message = format!("can't exec in container {id}: fork: {e}");
+                return Err(wire_error(ErrorKind::Internal, message));
+            }
+        };
+        let exec = Exec {
+            connection,
+            container: id,
+            leaf,
+            setup: None,
+            deadline: limit.map(|limit| Instant::now() + limit),
+            timed_out: false,
+        };
+        self.starting_execs.insert(pid, exec);
+        Ok(())
+    }
+
+    /// A runtime has started an exec, or failed to.
+    pub(super) fn exec_started(&mut self, job: i32, answer: Result<Answer, WireError>) {
+        let Some(exec) = self.starting_execs.remove(&job) else {
+            return;
+        };
+        let answer = match answer {
+            Ok(Answer::CreateContainer(made)) => {
+                let gone = !self.connections.contains_key(&exec.connection);
+                if exec.timed_out || gone {
+                    kill_tree(made.pid, &exec);
+                }
+                self.execs.insert(made.pid, exec);
+                if let Some(code) = self.unclaimed.remove(&made.pid) {
+                    self.exec_exited(made.pid, code);
+                }
+                self.forget_unclaimed();
+                return;
+            }
+            // It was killed for that.
+            _ if exec.timed_out => Ok(Answer::Exec(ExecResult {
+                exit_code: 128 + libc::SIGKILL,
+                timed_out: true,
+            })),
+            answer => answer,
+        };
+        self.drop_leaf(exec.leaf);
+        self.forget_unclaimed();
+        self.reply(exec.connection, answer);
+    }
+}

@@ -1,0 +1,335 @@
+//! The bundle: the whole OCI specification, as a runtime of others is to read it.
+//!
+//! What the native path keeps out of the specification, because [`crate::confine`] does it, is put in here: the user that
+//! was found in the image, the environment, the score for the OOM killer. The seccomp profile is in it already, in the
+//! OCI's form.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec, UserBuilder};
+use slipway_proto::keeper::CreateContainer;
+
+use crate::confine::chain;
+use crate::mapped::{attach, tree};
+use crate::propagation::make_place;
+use crate::sys;
+use crate::user::Resolved;
+
+/// Why a specification could not be completed.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// JSON is text.
+    #[error(
+        "the value of the environment variable {name} is not UTF-8, and runtime handler {handler:?} gets its \
+         configuration as text; use another value, or a handler of type \"native\""
+    )]
+    Environment {
+        /// The variable.
+        name: String,
+        /// The handler.
+        handler: String,
+    },
+    /// The specification lacks something that every container has.
+    #[error("the container's OCI spec has no {0}")]
+    Incomplete(&'static str),
+    /// A part of it can't be made.
+    #[error("can't complete the container's OCI spec: {0}")]
+    Build(String),
+    /// A cgroup that systemd could not make.
+    #[error("cgroup {} is no scope in a slice of systemd's", .0.display())]
+    NoScope(PathBuf),
+    /// A mount whose options hold for all that is mounted below it.
+    #[error("can't mount {} with its options for all below it", path.display())]
+    Recursive {
+        /// The source.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What is known of a container once its root file system is mounted.
+pub struct Known<'a> {
+    /// The handler, for messages.
+    pub handler: &'a str,
+    /// The call.
+    pub create: &'a CreateContainer,
+    /// Whom it runs as.
+    pub user: &'a Resolved,
+    /// Where its root file system is mounted.
+    pub rootfs: &'a Path,
+    /// The PID namespace to join instead of the spec's (mode TARGET).
+    pub pid_namespace: Option<&'a Path>,
+    /// The score for the OOM killer that this process was given.
+    pub oom_score_adj: Option<i32>,
+}
+
+/// Completes a specification.
+///
+/// # Errors
+/// [`BundleError`].
+pub fn complete(spec: &mut Spec, known: &Known<'_>) -> Result<(), BundleError> {
+    let process = spec.process().as_ref();
+    let process = process.ok_or(BundleError::Incomplete("process"))?;
+    let process = process_of(process.clone(), known)?;
+    spec.set_process(Some(process));
+    if let Some(root) = spec.root_mut() {
+        root.set_path(known.rootfs.to_owned());
+    }
+    let linux = spec.linux_mut().as_mut();
+    let linux = linux.ok_or(BundleError::Incomplete("linux"))?;
+    // libcontainer's own word is taken for the whole tree; elsewhere it is the one mount's without the r.
+    let propagation = linux
+        .rootfs_propagation()
+        .clone()
+        .map(|word| match word.as_str() {
+            "shared" | "slave" | "private" => format!("r{word}"),
+            _ => word,
+        });
+    linux.set_rootfs_propagation(propagation);
+    if known.create.systemd {
+        let path = linux.cgroups_path().clone().unwrap_or_default();
+        let unit = scope(&path).ok_or_else(|| BundleError::NoScope(path.clone()))?;
+        linux.set_cgroups_path(Some(unit.into()));
+    }
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        if namespace.typ() == LinuxNamespaceType::Pid
+            && let Some(path) = known.pid_namespace
+        {
+            namespace.set_path(Some(path.to_owned()));
+        }
+        // Opened by this process, and to be found by another.
+        let own = namespace
+            .path()
+            .as_ref()
+            .and_then(|p| p.strip_prefix("/proc/self").ok());
+        if let Some(own) = own {
+            let path = Path::new("/proc")
+                .join(std::process::id().to_string())
+                .join(own);
+            namespace.set_path(Some(path));
+        }
+    }
+    Ok(())
+}
+
+fn process_of(mut process: Process, known: &Known<'_>) -> Result<Process, BundleError> {
+    let build = |e: oci_spec::OciSpecError| BundleError::Build(chain(&e));
+    let user = UserBuilder::default()
+        .uid(known.user.uid)
+        .gid(known.user.gid)
+        .additional_gids(known.user.groups.clone())
+        .umask(process.user().umask().unwrap_or(0o022))
+        .build()
+        .map_err(build)?;
+    let mut env = Vec::new();
+    for variable in &known.create.env {
+        let text = std::str::from_utf8(variable).map_err(|_| BundleError::Environment {
+            name: String::from_utf8_lossy(
+                variable.split(|b| *b == b'=').next().unwrap_or_default(),
+            )
+            .into_owned(),
+            handler: known.handler.to_owned(),
+        })?;
+        env.push(text.to_owned());
+    }
+    if !env.iter().any(|e| e.starts_with("HOME=") && e.len() > 5) {
+        env.retain(|e| !e.starts_with("HOME="));
+        env.push(format!("HOME={}", known.user.home));
+    }
+    process
+        .set_user(user)
+        .set_env(Some(env))
+        .set_oom_score_adj(known.oom_score_adj);
+    Ok(process)
+}
+
+/// A scope of systemd's in the form that runtimes want: `slice:prefix:name`, of which they make
+/// `prefix-name.scope`. Without a prefix they take the name as it is.
+fn scope(cgroup: &Path) -> Option<String> {
+    let name = cgroup.file_name()?.to_str()?.strip_suffix(".scope")?;
+    let slice = match cgroup.parent()? {
+        root if root == Path::new("/") => "-.slice",
+        parent => parent
+            .file_name()?
+            .to_str()
+            .filter(|name| name.ends_with(".slice"))?,
+    };
+    // The container's id, which has no dash in it, is last.
+    let (prefix, name) = name.rsplit_once('-').unwrap_or(("", name));
+    Some(format!("{slice}:{prefix}:{name}"))
+}
+
+/// `mount_setattr(2)`'s attributes by the options that name them for whole trees.
+const RECURSIVE: [(&str, &str, u64); 5] = [
+    ("rro", "ro", 1),
+    ("rnosuid", "nosuid", 2),
+    ("rnodev", "nodev", 4),
+    ("rnoexec", "noexec", 8),
+    ("rnosymfollow", "nosymfollow", 0x20_0000),
+];
+
+/// Binds the sources whose options hold for all that is mounted below them aside, with those options set, and points
+/// the spec's mounts at that: so it depends on no runtime whether they hold. (Some that don't know them pass them over.)
+///
+/// # Errors
+/// [`BundleError::Recursive`].
+pub fn arrange_recursive(spec: &mut Spec, aside: &Path) -> Result<(), BundleError> {
+    for (n, entry) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        let options = entry.options().clone().unwrap_or_default();
+        let asked = |name: &str| options.iter().any(|o| o == name);
+        let attributes = RECURSIVE.iter().filter(|(name, ..)| asked(name));
+        let attributes = attributes.fold(0, |all, (.., attribute)| all | attribute);
+        if attributes == 0 || !crate::creator::is_bind(entry) {
+            continue;
+        }
+        let source = entry.source().clone().unwrap_or_default();
+        let at = aside.join(n.to_string());
+        set_aside(&source, &at, attributes).map_err(|e| BundleError::Recursive {
+            path: source.clone(),
+            source: e,
+        })?;
+        point_at(entry, &at, options);
+    }
+    Ok(())
+}
+
+fn set_aside(source: &Path, at: &Path, attributes: u64) -> io::Result<()> {
+    use std::os::fd::AsFd as _;
+    let found = tree(source, true)?;
+    sys::mount_setattr(found.as_fd(), attributes, None, true)?;
+    make_place(
+        Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())),
+        at,
+    )?;
+    attach(&found, at)
+}
+
+/// The options that hold for the tree already hold for the mount itself, too, and runtimes that remount it must say so.
+fn point_at(entry: &mut Mount, at: &Path, options: Vec<String>) {
+    let mut kept: Vec<String> = Vec::new();
+    for option in options {
+        let plain = RECURSIVE.iter().find(|(name, ..)| *name == option);
+        let option = plain.map_or(option, |(_, plain, _)| (*plain).to_owned());
+        if !kept.contains(&option) {
+            kept.push(option);
+        }
+    }
+    entry
+        .set_source(Some(at.to_owned()))
+        .set_options(Some(kept));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known<'a>(create: &'a CreateContainer, user: &'a Resolved) -> Known<'a> {
+        Known {
+            handler: "crun",
+            create,
+            user,
+            rootfs: Path::new("/b/rootfs"),
+            pid_namespace: None,
+            oom_score_adj: Some(7),
+        }
+    }
+
+    fn spec() -> Spec {
+        serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "x"},
+            "process": {"cwd": "/", "args": ["a"], "user": {"uid": 0, "gid": 0}},
+            "linux": {
+                "cgroupsPath": "/a.slice/a-b.slice/slipway-0123.scope",
+                "rootfsPropagation": "shared",
+                "namespaces": [{"type": "pid"}, {"type": "network", "path": "/proc/self/fd/9"}],
+            },
+        }))
+        .unwrap()
+    }
+
+    fn user() -> Resolved {
+        Resolved {
+            uid: 5,
+            gid: 6,
+            groups: vec![6, 7],
+            home: "/home/x".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_specification_is_completed() {
+        let create = CreateContainer {
+            env: vec![b"A=1".to_vec(), b"HOME=".to_vec()],
+            systemd: true,
+            ..Default::default()
+        };
+        let (mut spec, user) = (spec(), user());
+        let mut known = known(&create, &user);
+        known.pid_namespace = Some(Path::new("/proc/3/ns/pid"));
+        complete(&mut spec, &known).unwrap();
+        let process = spec.process().clone().unwrap();
+        assert_eq!((process.user().uid(), process.user().gid()), (5, 6));
+        assert_eq!(
+            process.user().additional_gids().as_deref(),
+            Some(&[6, 7][..])
+        );
+        let env = process.env().clone().unwrap();
+        assert_eq!(env, ["A=1", "HOME=/home/x"]);
+        assert_eq!(process.oom_score_adj(), Some(7));
+        let linux = spec.linux().clone().unwrap();
+        assert_eq!(
+            linux.cgroups_path().as_deref(),
+            Some(Path::new("a-b.slice:slipway:0123"))
+        );
+        assert_eq!(linux.rootfs_propagation().as_deref(), Some("rshared"));
+        let namespaces = linux.namespaces().clone().unwrap();
+        assert_eq!(
+            namespaces[0].path().as_deref(),
+            Some(Path::new("/proc/3/ns/pid"))
+        );
+        let own = format!("/proc/{}/fd/9", std::process::id());
+        assert_eq!(namespaces[1].path().as_deref(), Some(Path::new(&own)));
+        assert_eq!(spec.root().clone().unwrap().path(), Path::new("/b/rootfs"));
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_refused_by_name() {
+        let create = CreateContainer {
+            env: vec![b"RAW=\xff".to_vec()],
+            ..Default::default()
+        };
+        let user = user();
+        let error = complete(&mut spec(), &known(&create, &user)).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("RAW") && text.contains("crun"), "{text}");
+    }
+
+    #[test]
+    fn scopes() {
+        for (path, form) in [
+            (
+                "/k.slice/k-p.slice/slipway-ab.scope",
+                Some("k-p.slice:slipway:ab"),
+            ),
+            ("/k.slice/cri-x-ab.scope", Some("k.slice:cri-x:ab")),
+            ("/slipway-ab.scope", Some("-.slice:slipway:ab")),
+            ("/k.slice/ab", None),
+            ("/k/slipway-ab.scope", None),
+        ] {
+            assert_eq!(scope(Path::new(path)).as_deref(), form, "{path}");
+        }
+    }
+
+    #[test]
+    fn what_holds_for_the_tree_is_said_of_the_mount() {
+        let mut entry = Mount::default();
+        let options = ["rbind", "ro", "rro", "rnodev"].map(str::to_owned).to_vec();
+        point_at(&mut entry, Path::new("/aside/1"), options);
+        assert_eq!(entry.options().clone().unwrap(), ["rbind", "ro", "nodev"]);
+    }
+}

@@ -1,0 +1,323 @@
+//! Making a container by its runtime: what the creator is for native ones ([`crate::creator`]), up to where that calls
+//! libcontainer.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sched::CloneFlags;
+use oci_spec::runtime::Spec;
+use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
+
+use super::bundle::{self, Known};
+use super::command::{self, Call, Streams};
+use super::{BundleError, CommandError, Runtime};
+use crate::cgroup::Hierarchies;
+use crate::creator::{self, SPEC_FILE, Stdio, set_oom_score};
+use crate::image_volume::{self, ImageVolumeError};
+use crate::mapped::{self, MappedError};
+use crate::places::{self, PlaceError};
+use crate::rootfs::{self, RootfsError};
+use crate::user::{self, UserError};
+use crate::{detach, terminal, volumes, wire};
+
+/// How long a terminal may trail the end of the runtime that made it.
+const TERMINAL: Duration = Duration::from_secs(2);
+/// How long a runtime may take to delete what it failed to create.
+const UNDO: Duration = Duration::from_secs(5);
+
+/// Why a container could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// What precedes the runtime's part, and is as in native containers.
+    #[error(transparent)]
+    Creator(#[from] creator::CreateError),
+    /// The specification.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The runtime.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// The runtime says that the command can't be executed. No defect of the container's, which StartContainer is to
+    /// tell.
+    #[error("{0}")]
+    NoCommand(String),
+    /// What the runtime left is not what it should.
+    #[error("runtime handler {handler:?} created the container, but {problem}")]
+    Result {
+        /// The handler.
+        handler: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// Makes an error of the creator's of what the shared steps say.
+macro_rules! shared {
+    ($($kind:ty),*) => {$(
+        impl From<$kind> for CreateError {
+            fn from(error: $kind) -> Self {
+                Self::Creator(error.into())
+            }
+        }
+    )*};
+}
+shared!(
+    RootfsError,
+    UserError,
+    PlaceError,
+    ImageVolumeError,
+    MappedError
+);
+
+impl CreateError {
+    /// The class of the failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Creator(error) => error.kind(),
+            Self::Command(error) => error.kind(),
+            Self::Bundle(BundleError::Environment { .. }) => ErrorKind::Invalid,
+            Self::Bundle(_) | Self::Result { .. } => ErrorKind::Internal,
+            Self::NoCommand(_) => ErrorKind::CannotRun,
+        }
+    }
+}
+
+/// What the job takes over from the keeper.
+pub struct Inherited<'a> {
+    /// The call.
+    pub create: &'a CreateContainer,
+    /// The directory below which all pods' run directories are.
+    pub run_root: &'a Path,
+    /// The host's cgroups.
+    pub cgroups: &'a Hierarchies,
+    /// The container's standard streams.
+    pub stdio: Stdio,
+    /// Path of the PID namespace to join instead of the spec's (mode TARGET).
+    pub pid_namespace: Option<PathBuf>,
+}
+
+/// Creates the container. Runs in a job.
+///
+/// # Errors
+/// [`CreateError`]; what the runtime made until then it was told to delete.
+pub fn create(
+    runtime: &Runtime,
+    inherited: Inherited<'_>,
+) -> Result<CreateContainerResult, CreateError> {
+    let until = Instant::now() + runtime.create_timeout;
+    let Inherited {
+        create,
+        run_root,
+        cgroups,
+        stdio,
+        pid_namespace,
+    } = inherited;
+    let mut spec: Spec =
+        serde_json::from_slice(&create.spec).map_err(creator::CreateError::Spec)?;
+    let dir = Path::new(&create.dir);
+    let target = dir.join("rootfs");
+    creator::write_private(&dir.join(SPEC_FILE), &create.spec)?;
+    let made = |path: &Path, result: io::Result<()>| {
+        result.map_err(|source| creator::CreateError::Bundle {
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let mut private = fs::DirBuilder::new();
+    private.recursive(true).mode(0o700);
+    made(&runtime.root, private.create(&runtime.root))?;
+
+    // As for native containers: the root file system is mounted here and nowhere else.
+    let namespace = creator::CreateError::Namespace;
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| namespace(e.into()))?;
+    command::hide_v2(cgroups).map_err(namespace)?;
+    let kept = detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(namespace)?;
+    made(&target, fs::create_dir_all(&target))?;
+    if let Some(overlay) = &create.overlay {
+        rootfs::mount_overlay(overlay, &target, None)?;
+    }
+    image_volume::mount_all(create, dir, None)?;
+    let root = rootfs::open_root(&target)?;
+    let user = user::resolve(
+        root.as_fd(),
+        create.user.as_ref().unwrap_or(&Default::default()),
+    )?;
+    if !create.working_dir.is_empty() {
+        rootfs::make_dir(&root, Path::new(&create.working_dir), None)?;
+    }
+    volumes::arrange(&root, &target, &create.volumes, &mut spec, None)?;
+    places::secure(&root, &mut spec, None)?;
+    drop(root);
+    mapped::arrange(&mut spec, &dir.join("mapped"), None)?;
+    bundle::arrange_recursive(&mut spec, &dir.join("recursive"))?;
+    set_oom_score(create.oom_score_adj);
+    let known = Known {
+        handler: &runtime.handler,
+        create,
+        user: &user,
+        rootfs: &target,
+        pid_namespace: pid_namespace.as_deref(),
+        oom_score_adj: own_oom_score(),
+    };
+    bundle::complete(&mut spec, &known)?;
+    creator::write_spec(&dir.join("config.json"), &spec)?;
+
+    let result = run(runtime, create, cgroups, dir, &stdio, until);
+    drop(kept);
+    let made = |pid, cannot_run| CreateContainerResult {
+        pid,
+        uid: user.uid,
+        gid: user.gid,
+        groups: user.groups.clone(),
+        home: user.home.clone(),
+        cannot_run,
+    };
+    match result {
+        Ok(pid) => Ok(made(pid, String::new())),
+        // Found now, and told when the container is started, as by those who find it then.
+        Err(CreateError::NoCommand(said)) => Ok(made(0, said)),
+        Err(error) => {
+            let args = ["delete", "--force", create.id.as_str()];
+            let _ = super::simple(runtime, cgroups, &args, dir, UNDO);
+            Err(error)
+        }
+    }
+}
+
+/// What the kernel lets this process have: what it inherits, its children may set again.
+fn own_oom_score() -> Option<i32> {
+    let text = fs::read_to_string("/proc/self/oom_score_adj").ok()?;
+    text.trim().parse().ok()
+}
+
+fn run(
+    runtime: &Runtime,
+    create: &CreateContainer,
+    cgroups: &Hierarchies,
+    dir: &Path,
+    stdio: &Stdio,
+    until: Instant,
+) -> Result<i32, CreateError> {
+    let wrong = |problem: String| CreateError::Result {
+        handler: runtime.handler.clone(),
+        problem,
+    };
+    let pid_file = dir.join("init.pid");
+    let _ = fs::remove_file(&pid_file);
+    let texts = (dir.to_string_lossy(), pid_file.to_string_lossy());
+    let mut args = vec!["create", "--bundle", &texts.0, "--pid-file", &texts.1];
+    let console = match stdio {
+        Stdio::Terminal(_) => {
+            Some(Console::listen(dir).map_err(|e| wrong(format!("no terminal can be made: {e}")))?)
+        }
+        Stdio::Pipes { .. } => None,
+    };
+    if let Some(console) = &console {
+        args.extend(["--console-socket", &console.path]);
+    }
+    args.push(&create.id);
+    let mut streams = Streams::default();
+    if let Stdio::Pipes {
+        stdin,
+        stdout,
+        stderr,
+    } = stdio
+    {
+        streams.stdin = stdin.as_ref().map(AsFd::as_fd);
+        streams.stdout = Some(stdout.as_fd());
+        streams.stderr = Some(stderr.as_fd());
+    }
+    let systemd: &[&str] = match create.systemd {
+        true => &["--systemd-cgroup"],
+        false => &[],
+    };
+    let call = Call::new(&args, dir, until)
+        .of(runtime.create_timeout)
+        .streams(streams);
+    let ran = command::run(runtime, cgroups, call.prepared().global(systemd));
+    ran.map_err(|error| match super::command_failure(error.said()) {
+        Some(_) => CreateError::NoCommand(error.said().to_owned()),
+        None => CreateError::Command(error),
+    })?;
+    let pid = fs::read_to_string(&pid_file).unwrap_or_default();
+    let pid: i32 = pid
+        .trim()
+        .parse()
+        .ok()
+        .filter(|pid| *pid > 1)
+        .ok_or_else(|| wrong(format!("wrote no process id to {}", pid_file.display())))?;
+    // The keeper will signal whatever has this number.
+    if let Some(parent) = parent_of(pid)
+        && parent != nix::unistd::getppid().as_raw()
+    {
+        let problem = format!("its process {pid} is a child of {parent}, and none of the pod's");
+        return Err(wrong(problem));
+    }
+    if let (Some(console), Stdio::Terminal(socket)) = (console, stdio) {
+        console
+            .forward(socket)
+            .map_err(|e| wrong(format!("its terminal did not come: {e}")))?;
+    }
+    Ok(pid)
+}
+
+/// The parent of a process; `None` when it is gone.
+pub fn parent_of(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split(' ').nth(1)?.parse().ok()
+}
+
+/// Where a runtime sends the master end of the terminal that it made.
+pub struct Console {
+    listener: UnixListener,
+    /// For the runtime's `--console-socket`.
+    pub path: String,
+    _dir: OwnedFd,
+}
+
+impl Console {
+    /// In this directory.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn listen(dir: &Path) -> io::Result<Self> {
+        let name = format!("console-{}.sock", std::process::id());
+        let file = dir.join(&name);
+        let _ = fs::remove_file(&file);
+        let dir = OwnedFd::from(fs::File::open(dir)?);
+        // sun_path holds 108 bytes.
+        let path = command::short_path(&dir, &name);
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            listener,
+            path,
+            _dir: dir,
+        })
+    }
+
+    /// Takes the terminal from the runtime, which has ended, and sends it on.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn forward(&self, to: &OwnedFd) -> io::Result<()> {
+        let (stream, _) = self.listener.accept()?;
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(TERMINAL))?;
+        let master = terminal::receive(&stream)?;
+        wire::send_with_fds(to.as_fd(), b"t", &[master.as_fd()])?;
+        Ok(())
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}

@@ -1,0 +1,206 @@
+//! A command in a container, by its runtime.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::{Process, Spec};
+use slipway_proto::keeper::ErrorKind;
+
+use super::command::{self, Call, Streams};
+use super::create::{Console, parent_of};
+use super::{CommandError, Runtime};
+use crate::cgroup::Hierarchies;
+use crate::creator;
+
+/// Why a command could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// What the container was made from is lost or damaged.
+    #[error("can't read {}", path.display())]
+    Bundle {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A command that is no text.
+    #[error("runtime handler {0:?} takes commands as text, and this is not UTF-8")]
+    Text(String),
+    /// The file for the runtime.
+    #[error(transparent)]
+    File(#[from] creator::CreateError),
+    /// The runtime.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// What it left is not what it should.
+    #[error("runtime handler {handler:?} started the command, but {problem}")]
+    Result {
+        /// The handler.
+        handler: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+impl ExecError {
+    /// The class of the failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Command(error) => error.kind(),
+            Self::Text(_) => ErrorKind::Invalid,
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// What is to be run.
+pub struct Session<'a> {
+    /// In which container.
+    pub id: &'a str,
+    /// That one's run directory.
+    pub dir: &'a Path,
+    /// Command and arguments.
+    pub args: &'a [Vec<u8>],
+    /// On a terminal.
+    pub tty: bool,
+    /// Three streams, or the socket that gets a terminal's master end.
+    pub stdio: &'a [OwnedFd],
+    /// How long starting it may take.
+    pub timeout: Duration,
+}
+
+/// Starts a command and returns its process id; the process becomes the keeper's child. `Err` with an exit code: the
+/// runtime says that the command can't be executed, and has said it on the standard error, too. Runs in a job.
+///
+/// # Errors
+/// [`ExecError`].
+pub fn exec(
+    runtime: &Runtime,
+    cgroups: &Hierarchies,
+    session: &Session<'_>,
+) -> Result<Result<i32, i32>, ExecError> {
+    let until = Instant::now() + session.timeout;
+    let wrong = |problem: String| ExecError::Result {
+        handler: runtime.handler.clone(),
+        problem,
+    };
+    let own = std::process::id();
+    let process_file = session.dir.join(format!("exec-{own}.json"));
+    let pid_file = session.dir.join(format!("exec-{own}.pid"));
+    let process = process(runtime, session)?;
+    creator::write_private(&process_file, &process)?;
+    let _files = Files([&process_file, &pid_file]);
+    let console = match session.tty {
+        true => Some(
+            Console::listen(session.dir)
+                .map_err(|e| wrong(format!("no terminal can be made: {e}")))?,
+        ),
+        false => None,
+    };
+    for fd in session.stdio.iter().filter(|_| !session.tty) {
+        own_pipe(fd, &process);
+    }
+    let texts = (process_file.to_string_lossy(), pid_file.to_string_lossy());
+    let mut args = vec![
+        "exec",
+        "--process",
+        &texts.0,
+        "--detach",
+        "--pid-file",
+        &texts.1,
+    ];
+    if let Some(console) = &console {
+        args.extend(["--console-socket", &console.path]);
+    }
+    args.push(session.id);
+    let mut streams = Streams::default();
+    if let [stdin, stdout, stderr] = session.stdio {
+        streams.stdin = Some(stdin.as_fd());
+        streams.stdout = Some(stdout.as_fd());
+        streams.stderr = Some(stderr.as_fd());
+    }
+    let call = Call::new(&args, session.dir, until).streams(streams);
+    if let Err(error) = command::run(runtime, cgroups, call) {
+        return match super::command_failure(error.said()) {
+            Some(code) => Ok(Err(code)),
+            None => Err(error.into()),
+        };
+    }
+    let pid = fs::read_to_string(&pid_file).unwrap_or_default();
+    let pid: i32 = pid
+        .trim()
+        .parse()
+        .ok()
+        .filter(|pid| *pid > 1)
+        .ok_or_else(|| wrong("wrote no process id".to_owned()))?;
+    if let Some(parent) = parent_of(pid)
+        && parent != nix::unistd::getppid().as_raw()
+    {
+        let problem = format!("process {pid} is a child of {parent}, and none of the pod's");
+        return Err(wrong(problem));
+    }
+    if let (Some(console), [socket]) = (console, session.stdio) {
+        console
+            .forward(socket)
+            .map_err(|e| wrong(format!("its terminal did not come: {e}")))?;
+    }
+    Ok(Ok(pid))
+}
+
+/// The process for the runtime: as the container's init, but for the command.
+fn process(runtime: &Runtime, session: &Session<'_>) -> Result<Vec<u8>, ExecError> {
+    let path = session.dir.join("config.json");
+    let failed = |source: io::Error| ExecError::Bundle {
+        path: path.clone(),
+        source,
+    };
+    let text = fs::read(&path).map_err(failed)?;
+    let spec: Spec = serde_json::from_slice(&text).map_err(|e| failed(e.into()))?;
+    let missing = || failed(io::ErrorKind::InvalidData.into());
+    let mut process: Process = spec.process().clone().ok_or_else(missing)?;
+    let args = session.args.iter().map(|a| String::from_utf8(a.clone()));
+    let args = args
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| ExecError::Text(runtime.handler.clone()))?;
+    let mut env = process.env().clone().unwrap_or_default();
+    if session.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
+        env.push("TERM=xterm".to_owned());
+    }
+    process
+        .set_args(Some(args))
+        .set_env(Some(env))
+        .set_terminal(Some(session.tty));
+    serde_json::to_vec(&process).map_err(|e| failed(e.into()))
+}
+
+/// A process that is not root could not open /dev/stdout otherwise.
+fn own_pipe(fd: &OwnedFd, process: &[u8]) {
+    let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
+        rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
+    });
+    let process: Option<Process> = serde_json::from_slice(process).ok();
+    if let (true, Some(process)) = (pipe, process) {
+        let uid = rustix::fs::Uid::from_raw(process.user().uid());
+        let _ = rustix::fs::fchown(fd, Some(uid), None);
+    }
+}
+
+/// Files that are of no use once the runtime has ended.
+struct Files<'a>([&'a PathBuf; 2]);
+
+impl Drop for Files<'_> {
+    fn drop(&mut self) {
+        for file in self.0 {
+            let _ = fs::remove_file(file);
+        }
+    }
+}
+
+/// The descriptors that the job must not close.
+pub fn descriptors(stdio: &[OwnedFd]) -> Vec<i32> {
+    stdio.iter().map(AsRawFd::as_raw_fd).collect()
+}

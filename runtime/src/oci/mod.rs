@@ -1,0 +1,194 @@
+//! Containers that a command-line runtime of others makes: runc, crun, youki, runsc, by the arguments that they all
+//! have (`liboci-cli` names them).
+//!
+//! The keeper supervises them as its own: it is the subreaper, so a container's init becomes its child when the runtime
+//! has ended; it holds the streams, and its cgroup is the one that the spec names. A runtime's command runs in
+//! a forked job, never in the keeper itself, and always has a deadline ([`command`]).
+//!
+//! ```text
+//! keeper --fork--> job --fork--> RUNTIME --root R --log F --log-format json create --bundle B --pid-file P ID
+//!                   |               \-- init (becomes the keeper's child)
+//!                   \-- mounts the root file system in a mount namespace of its own, writes the bundle
+//! ```
+
+mod bundle;
+mod command;
+mod create;
+mod exec;
+mod words;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::LinuxResources;
+use slipway_proto::keeper::{ErrorKind, Runtime as Settings};
+
+use crate::cgroup::Hierarchies;
+use crate::removal::{self, RemovalError};
+
+pub use bundle::BundleError;
+use command::Call;
+pub use command::CommandError;
+pub use create::{Inherited, create};
+pub use exec::{Session, descriptors, exec};
+pub use words::{command_failure, of as words};
+
+/// How long `delete --force` may take before the container is removed without it. All of a pod's share it, so that
+/// a runtime that hangs does not hold up its pod's end: less than limits.delete_timeout.
+pub const DELETE: Duration = Duration::from_secs(10);
+/// How long `kill` may take before the signal is sent without it: less than a caller waits for an answer.
+pub const KILL: Duration = Duration::from_secs(4);
+/// How long `start` may take: less than limits.start_timeout.
+pub const START: Duration = Duration::from_secs(25);
+/// Likewise, for `update`.
+pub const UPDATE: Duration = Duration::from_secs(20);
+/// How long `exec` may take to start a command.
+pub const EXEC: Duration = Duration::from_secs(60);
+
+/// A runtime of others.
+#[derive(Debug, Clone)]
+pub struct Runtime {
+    /// The handler's name, for messages.
+    pub handler: String,
+    path: PathBuf,
+    root: PathBuf,
+    arguments: Vec<String>,
+    /// How long a create may take.
+    pub create_timeout: Duration,
+}
+
+impl Runtime {
+    /// As the daemon describes it.
+    pub fn new(settings: &Settings) -> Self {
+        Self {
+            handler: settings.handler.clone(),
+            path: PathBuf::from(&settings.path),
+            root: PathBuf::from(&settings.root),
+            arguments: settings.arguments.clone(),
+            create_timeout: Duration::from_millis(settings.create_timeout_ms.max(1)),
+        }
+    }
+
+    /// Removes a container, by force: every process is killed, the runtime is told to delete what it knows of it, and
+    /// then its cgroup and what is left of its state are removed, whatever the runtime did. Runs in a job.
+    ///
+    /// # Errors
+    /// [`RemovalError`]; never what the runtime says, without which it works as well.
+    pub fn remove(
+        &self,
+        cgroups: &Hierarchies,
+        container: &Removed<'_>,
+        until: Instant,
+    ) -> Result<(), RemovalError> {
+        let Removed {
+            id,
+            dir,
+            cgroup,
+            init,
+        } = container;
+        removal::kill_cgroup(cgroups, cgroup, init)?;
+        let call = Call::new(&["delete", "--force", id], dir, until);
+        let _ = command::run(self, cgroups, call);
+        // It may have begun anew what it should end.
+        removal::kill_cgroup(cgroups, cgroup, &[])?;
+        removal::remove_cgroup(cgroups, cgroup)?;
+        let Some(state) = self.state_of(id) else {
+            return Ok(());
+        };
+        match std::fs::remove_dir_all(&state) {
+            Err(source) if !is_gone(&source) => Err(RemovalError::Directory {
+                path: state,
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Where a container's state is, in runc, crun and youki. runsc has files there, which go with `delete`.
+    fn state_of(&self, id: &str) -> Option<PathBuf> {
+        // An id is one component; anything else must not lead elsewhere.
+        let plain = !id.is_empty() && !id.contains('/') && id != "." && id != "..";
+        plain.then(|| self.root.join(id))
+    }
+}
+
+/// A container to be removed.
+pub struct Removed<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its run directory.
+    pub dir: &'a Path,
+    /// Its cgroup.
+    pub cgroup: &'a Path,
+    /// Its init, if it is known.
+    pub init: &'a [std::os::fd::OwnedFd],
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
+}
+
+/// Runs a command that has no more to it than its arguments. Runs in a job.
+///
+/// # Errors
+/// [`CommandError`].
+pub fn simple(
+    runtime: &Runtime,
+    cgroups: &Hierarchies,
+    args: &[&str],
+    dir: &Path,
+    timeout: Duration,
+) -> Result<(), CommandError> {
+    command::run(
+        runtime,
+        cgroups,
+        Call::new(args, dir, Instant::now() + timeout),
+    )
+}
+
+/// Tells a runtime of limits that the container's cgroup has already: its own record is to agree, and one that is not a
+/// cgroup's matter alone (a virtual machine's) has to act. Runs in a job.
+///
+/// # Errors
+/// [`CommandError`].
+pub fn update(
+    runtime: &Runtime,
+    cgroups: &Hierarchies,
+    id: &str,
+    dir: &Path,
+    resources: &LinuxResources,
+) -> Result<(), CommandError> {
+    let path = dir.join(format!("update-{}.json", std::process::id()));
+    let text = serde_json::to_vec(resources).unwrap_or_default();
+    if let Err(source) = std::fs::write(&path, text) {
+        return Err(CommandError::Around {
+            handler: runtime.handler.clone(),
+            step: "write the new limits",
+            source,
+        });
+    }
+    let file = path.to_string_lossy();
+    let told = simple(
+        runtime,
+        cgroups,
+        &["update", "--resources", &file, id],
+        dir,
+        UPDATE,
+    );
+    let _ = std::fs::remove_file(&path);
+    told
+}
+
+impl CommandError {
+    /// The class of the failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::TimedOut { .. } => ErrorKind::TimedOut,
+            _ => ErrorKind::Internal,
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! What a runtime says: its log in JSON, its standard error, and what that means.
+
+use std::path::Path;
+
+use crate::confine::{NOT_EXECUTABLE, NOT_FOUND};
+
+/// Most bytes of a runtime's log that are read: the last ones.
+const LONGEST_LOG: u64 = 64 << 10;
+/// Most bytes of a message.
+const LONGEST: usize = 2048;
+
+/// What a failed runtime has to say: the errors of its log, or, of one that kept no such log, the end of what it
+/// wrote to its standard error.
+pub fn of(log: &str, stderr: &str) -> String {
+    let mut said: Vec<String> = Vec::new();
+    for line in log.lines() {
+        let Some((level, message)) = entry(line) else {
+            continue;
+        };
+        // Several layers of one runtime may tell of one error.
+        if is_error(&level) && !message.is_empty() && !said.contains(&message) {
+            said.push(message);
+        }
+    }
+    if said.is_empty() {
+        said.extend(tail(stderr));
+    }
+    cut(&said.join("; "))
+}
+
+/// Level and message of a line of a log (`--log-format json`).
+fn entry(line: &str) -> Option<(String, String)> {
+    let value: serde_json::Value = serde_json::from_str(line.trim()).ok()?;
+    let text = |key: &str| value.get(key).and_then(|v| v.as_str());
+    // "message" is tracing's, youki's.
+    let message = text("msg").or_else(|| text("message")).or_else(|| {
+        let fields = value.get("fields")?;
+        fields.get("message")?.as_str()
+    })?;
+    Some((
+        text("level").unwrap_or("error").to_ascii_lowercase(),
+        message.trim().to_owned(),
+    ))
+}
+
+fn is_error(level: &str) -> bool {
+    ["error", "fatal", "panic"].contains(&level)
+}
+
+/// The last lines of what stands on a standard error. Some runtimes write JSON there, too.
+fn tail(stderr: &str) -> Option<String> {
+    let lines = stderr
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty());
+    let lines: Vec<String> = lines
+        .map(|line| entry(line).map_or_else(|| line.to_owned(), |(_, message)| message))
+        .collect();
+    let last = lines.len().saturating_sub(4);
+    let text = lines[last..].join("; ");
+    Some(text).filter(|text| !text.is_empty())
+}
+
+fn cut(text: &str) -> String {
+    if text.len() <= LONGEST {
+        return text.to_owned();
+    }
+    let mut end = LONGEST;
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}…", &text[..end])
+}
+
+/// The end of a runtime's log file; one that is missing says nothing.
+pub fn read_log(path: &Path) -> String {
+    use std::io::{Read, Seek, SeekFrom};
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(path)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(LONGEST_LOG)))?;
+        let mut bytes = Vec::new();
+        file.take(LONGEST_LOG).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+/// Whether a runtime's words say that the container's command can't be executed, and the exit code that shells give
+/// that. runc, crun and youki look for the command when the container is created; by themselves they tell it apart
+/// from nothing else that can go wrong there.
+pub fn command_failure(said: &str) -> Option<i32> {
+    let lower = said.to_lowercase();
+    let has = |part: &str| lower.contains(part);
+    // runc: exec: "x": …; crun: executable file `x` not found…, open executable: …; youki: executable 'x' for
+    // container not found…
+    let of_command = has("exec: \"") || has("executable") || has("exec user process");
+    if !of_command {
+        return None;
+    }
+    if has("not found") || has("no such file") {
+        return Some(NOT_FOUND);
+    }
+    let denied = [
+        "permission denied",
+        "not permitted",
+        "is a directory",
+        "exec format error",
+    ];
+    let denied = denied.iter().any(|part| has(part));
+    (denied || has("permission")).then_some(NOT_EXECUTABLE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_log_are_told_once() {
+        let log = concat!(
+            "{\"level\":\"warning\",\"msg\":\"DEPRECATED: x\",\"time\":\"t\"}\n",
+            "not JSON\n",
+            "{\"msg\":\"no room\",\"level\":\"error\",\"time\":\"t\"}\n",
+            "{\"level\":\"error\",\"msg\":\"no room\"}\n",
+            "{\"level\":\"fatal\",\"msg\":\"giving up\"}\n",
+            "{\"timestamp\":\"t\",\"level\":\"ERROR\",\"fields\":{\"message\":\"of youki\"},\"target\":\"x\"}\n",
+        );
+        assert_eq!(of(log, "ignored"), "no room; giving up; of youki");
+    }
+
+    #[test]
+    fn without_a_log_the_standard_error_speaks() {
+        assert_eq!(of("", "one\n\n two \n"), "one; two");
+        assert_eq!(
+            of("garbage", "{\"msg\":\"no\",\"level\":\"error\"}\n"),
+            "no"
+        );
+        assert_eq!(of("", "1\n2\n3\n4\n5\n"), "2; 3; 4; 5");
+        assert_eq!(of("", ""), "");
+        let long = of("", &"ä".repeat(LONGEST));
+        assert!(long.ends_with('…') && long.len() < LONGEST + 8);
+    }
+
+    #[test]
+    fn commands_that_can_not_be_executed_are_known() {
+        let create = "runc create failed: unable to start container process: ";
+        for (said, code) in [
+            (
+                format!("{create}exec: \"nosuch\": executable file not found in $PATH"),
+                127,
+            ),
+            (
+                format!("{create}exec: \"/nosuch\": stat /nosuch: no such file or directory"),
+                127,
+            ),
+            (format!("{create}exec: \"/noexec\": permission denied"), 126),
+            (
+                "exec failed: unable to start container process: exec: \"/bin\": permission denied"
+                    .into(),
+                126,
+            ),
+            (
+                "executable file `nosuch` not found in $PATH: No such file or directory".into(),
+                127,
+            ),
+            ("open executable: Permission denied".into(), 126),
+            ("open executable: Operation not permitted".into(), 126),
+            (
+                "executable 'nosuch' for container not found in $PATH".into(),
+                127,
+            ),
+        ] {
+            assert_eq!(command_failure(&said), Some(code), "{said}");
+        }
+        for said in [
+            "container does not exist",
+            "error opening file `/run/x/status`: No such file or directory",
+            "mount `/nosuch` to `data`: No such file or directory",
+            "runc create failed: unable to apply cgroup configuration: mkdir x: permission denied",
+            "",
+        ] {
+            assert_eq!(command_failure(said), None, "{said}");
+        }
+    }
+}

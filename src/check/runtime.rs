@@ -1,0 +1,252 @@
+//! Runtimes of others: where they are, and what they say of themselves.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+/// How long a runtime may take to say what it can do.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// What is read of its answer, in bytes.
+const LONGEST: u64 = 1 << 20;
+/// Where programs are looked for, after PATH.
+const USUAL: [&str; 6] = [
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/bin",
+    "/sbin",
+    "/bin",
+];
+
+/// What a runtime says of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct RuntimeFacts {
+    /// The first line of `--version`.
+    pub version: String,
+    /// What its `features` command says; none of a runtime that has no such command.
+    pub features: Option<RuntimeFeatures>,
+}
+
+/// What a runtime can do (features.md of the runtime specification), as far as anything here depends on it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RuntimeFeatures {
+    /// The newest version of the specification that it knows.
+    pub oci_version_max: String,
+    /// Stages of hooks.
+    pub hooks: Vec<String>,
+    /// Options of mounts.
+    pub mount_options: Vec<String>,
+    /// For Linux.
+    pub linux: LinuxFeatures,
+    /// What else it says.
+    pub annotations: std::collections::BTreeMap<String, String>,
+}
+
+/// See [`RuntimeFeatures`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LinuxFeatures {
+    /// Kinds of namespaces.
+    pub namespaces: Vec<String>,
+    /// Versions and managers of cgroups.
+    pub cgroup: serde_json::Value,
+    /// Extensions of mounts.
+    pub mount_extensions: serde_json::Value,
+}
+
+/// A program's file, to tell whether it was replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity([u64; 5]);
+
+impl Identity {
+    /// Of the file at this path now; `None` without one.
+    pub fn of(path: &Path) -> Option<Self> {
+        let m = std::fs::metadata(path).ok()?;
+        let changed = [m.ctime().cast_unsigned(), m.ctime_nsec().cast_unsigned()];
+        Some(Self([m.dev(), m.ino(), m.size(), changed[0], changed[1]]))
+    }
+}
+
+/// The program of this name or path.
+///
+/// # Errors
+/// What is wrong with it, for the operator.
+pub fn find_program(name: &Path) -> Result<PathBuf, String> {
+    let executable = |path: &Path| {
+        let found = std::fs::metadata(path);
+        found.is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    };
+    if name.is_absolute() {
+        return match std::fs::metadata(name) {
+            Err(e) => Err(format!("{}: {e}", name.display())),
+            Ok(_) if !executable(name) => Err(format!("{} is no program", name.display())),
+            Ok(_) => Ok(name.to_owned()),
+        };
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(USUAL.map(PathBuf::from))
+        .filter(|dir| dir.is_absolute())
+        .map(|dir| dir.join(name))
+        .find(|path| executable(path))
+        .ok_or_else(|| {
+            format!(
+                "there is no program {:?} in PATH",
+                name.display().to_string()
+            )
+        })
+}
+
+/// Asks a runtime what it can do. Blocks, for a few seconds at most.
+///
+/// # Errors
+/// Why it can't be used, for the operator.
+pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
+    let until = Instant::now() + PATIENCE;
+    let shown = path.display();
+    let hung = || format!("{shown} does not answer within {} s", PATIENCE.as_secs());
+    let answer = run(path, "features", until).map_err(|e| format!("can't run {shown}: {e}"))?;
+    let features = match answer {
+        None => return Err(hung()),
+        Some((status, text, _)) if status.success() => serde_json::from_str(&text).ok(),
+        // Runtimes from before there was such a command.
+        Some(_) => None,
+    };
+    match run(path, "--version", until).map_err(|e| format!("can't run {shown}: {e}"))? {
+        None => Err(hung()),
+        Some((status, text, _)) if status.success() || features.is_some() => Ok(RuntimeFacts {
+            version: text.lines().next().unwrap_or_default().trim().to_owned(),
+            features,
+        }),
+        Some((status, text, error)) => {
+            let said = error
+                .lines()
+                .chain(text.lines())
+                .find(|l| !l.trim().is_empty());
+            let said = said.map_or("it said nothing", str::trim);
+            let said: String = said.chars().take(300).collect();
+            Err(format!("{shown} --version failed ({status}): {said}"))
+        }
+    }
+}
+
+/// Exit status, standard output and standard error; `None` when it did not end in time and was killed.
+fn run(
+    path: &Path,
+    argument: &str,
+    until: Instant,
+) -> io::Result<Option<(ExitStatus, String, String)>> {
+    // Files, not pipes: what it has started may hold those open for ever.
+    let (out, error) = (tempfile::tempfile()?, tempfile::tempfile()?);
+    let mut child = Command::new(path)
+        .arg(argument)
+        .env_clear()
+        .env("PATH", USUAL.join(":"))
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(error.try_clone()?)
+        .spawn()?;
+    if !ends(&child, until) {
+        end_group(&child);
+        child.kill()?;
+        // One that the kernel holds is left to whom it is reparented to.
+        if ends(&child, Instant::now() + Duration::from_secs(1)) {
+            child.wait()?;
+        }
+        return Ok(None);
+    }
+    end_group(&child);
+    let status = child.wait()?;
+    Ok(Some((status, text(out)?, text(error)?)))
+}
+
+fn end_group(child: &Child) {
+    if let Some(pid) = Pid::from_raw(child.id().cast_signed()) {
+        let _ = kill_process_group(pid, Signal::KILL);
+    }
+}
+
+fn ends(child: &Child, until: Instant) -> bool {
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let Some(Ok(process)) = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) else {
+        return false;
+    };
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let Ok(timeout) = rustix::event::Timespec::try_from(left) else {
+            return false;
+        };
+        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return false,
+            Err(rustix::io::Errno::INTR) => {}
+            other => return other.is_ok(),
+        }
+    }
+}
+
+fn text(mut file: File) -> io::Result<String> {
+    file.rewind()?;
+    let mut bytes = Vec::new();
+    file.take(LONGEST).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn script(dir: &Path, text: &str) -> PathBuf {
+        let path = dir.join("runtime");
+        // By rename: a file that some other test's fork still holds open for writing can't be executed.
+        std::fs::write(dir.join("draft"), format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(dir.join("draft"), PermissionsExt::from_mode(0o755)).unwrap();
+        let copied = Command::new("cp")
+            .arg(dir.join("draft"))
+            .arg(&path)
+            .status();
+        assert!(copied.unwrap().success());
+        path
+    }
+
+    #[test]
+    fn what_runtimes_say() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = "[ $1 = --version ] && echo 'crun version 1.8.1' && exit; echo unknown command >&2; exit 1";
+        let facts = ask_runtime(&script(dir.path(), old)).unwrap();
+        assert_eq!(facts.version, "crun version 1.8.1");
+        assert_eq!(facts.features, None);
+        let new = r#"[ $1 = --version ] && echo 'x 2' && exit; echo '{"ociVersionMax":"1.2.0","mountOptions":["rro"],
+            "linux":{"namespaces":["user"]},"other":1}'"#;
+        let facts = ask_runtime(&script(dir.path(), new)).unwrap();
+        let features = facts.features.unwrap();
+        assert_eq!(features.mount_options, ["rro"]);
+        assert_eq!(features.linux.namespaces, ["user"]);
+    }
+
+    #[test]
+    fn runtimes_that_can_not_be_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = ask_runtime(&script(dir.path(), "echo no luck >&2; exit 3")).unwrap_err();
+        assert!(error.contains("no luck") && error.contains('3'), "{error}");
+        let began = Instant::now();
+        let error = ask_runtime(&script(dir.path(), "sleep 60 & sleep 60")).unwrap_err();
+        assert!(error.contains("does not answer"), "{error}");
+        assert!(began.elapsed() < PATIENCE * 2);
+        assert!(find_program(Path::new("/nonexistent/x")).is_err());
+        assert!(find_program(dir.path()).is_err());
+        let error = find_program(Path::new("no-such-runtime")).unwrap_err();
+        assert!(error.contains("no-such-runtime"), "{error}");
+        assert!(find_program(Path::new("sh")).unwrap().is_absolute());
+    }
+}
