@@ -1,11 +1,13 @@
 """Makers of static pods, and the list of tests."""
-import collections
+import collections, math
 
-from node import REGISTRY
+from node import REGISTRY, SLOWNESS
 
 IMAGE = f"{REGISTRY}/slipway/test:latest"
 # Runs until it is told to end, and then ends at once.
 FOREVER = "trap 'exit 0' TERM; sleep 100000 & wait"
+# Seconds of a pod that names none.
+GRACE = math.ceil(min(2 * SLOWNESS, 10))
 TESTS = []
 Test = collections.namedtuple("Test", "name pods run")
 
@@ -19,13 +21,17 @@ def test(*pods):
 
 
 def container(name, script=FOREVER, **fields):
+    for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+        if kind in fields:
+            # A second by default, which is not much on an emulated machine.
+            fields[kind] = {"timeoutSeconds": math.ceil(SLOWNESS), **fields[kind]}
     return {"name": name, "image": IMAGE, "imagePullPolicy": "IfNotPresent", "command": ["sh", "-c", script], **fields}
 
 
 def pod(name, *containers, labels=None, annotations=None, **spec):
     return {"apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": name, "namespace": "default", "labels": labels or {}, "annotations": annotations or {}},
-            "spec": {"terminationGracePeriodSeconds": 2, **spec,
+            "spec": {"terminationGracePeriodSeconds": GRACE, **spec,
                      "containers": [c if isinstance(c, dict) else container(c) for c in containers]}}
 
 

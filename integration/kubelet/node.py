@@ -1,6 +1,6 @@
 """A node of its own: registry, Slipway and a kubelet without an API server, in the namespaces that
 integration/test-kubelet has made."""
-import json, os, signal, socket, ssl, subprocess, time, urllib.error, urllib.request
+import json, os, re, signal, socket, ssl, subprocess, time, urllib.error, urllib.request
 
 REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 ADDRESS = "192.0.2.1"
@@ -10,8 +10,16 @@ REGISTRY = "127.0.0.1:5000"
 SLOWNESS = float(os.environ.get("SLIPWAY_TEST_SLOWNESS", "1"))
 
 
+# Of the kubelet and of Slipway; integration/test-kubelet has checked that it can be.
+DRIVER = os.environ.get("SLIPWAY_TEST_CGROUP_DRIVER", "cgroupfs")
+
+
 class Failed(Exception):
     """What a test found; the text says what was expected and what there was."""
+
+
+class Skipped(Exception):
+    """What this machine lacks for a test."""
 
 
 def need(condition, what):
@@ -48,6 +56,11 @@ def wait(what, probe, patience=30, every=0.1):
         time.sleep(every)
 
 
+def systemctl(*arguments):
+    """Over the bus: systemd's own socket is not for clients in another PID namespace."""
+    return run("env", "SYSTEMCTL_FORCE_BUS=1", "systemctl", *arguments)
+
+
 class Node:
     """The place, the processes and the kubelet's port."""
 
@@ -66,7 +79,14 @@ class Node:
         """Mounts, interfaces and settings, all of them gone with the namespaces."""
         for name in ("manifests", "cni", "kubelet", "logs", "plugins", "tunables"):
             os.makedirs(self.path(name), exist_ok=True)
+        kept = [d for d in ("systemd", "dbus") if DRIVER == "systemd" and os.path.isdir("/run/" + d)]
+        for name in kept:
+            os.makedirs(self.path("run", name))
+            run("mount", "--rbind", "/run/" + name, self.path("run", name))
         run("mount", "-t", "tmpfs", "-o", "mode=755", "slipway-kubelet", "/run")
+        for name in kept:
+            os.makedirs("/run/" + name)
+            run("mount", "--move", self.path("run", name), "/run/" + name)
         os.makedirs("/run/lock")
         os.makedirs(self.evidence)
         # Small, so that a test can fill it; the kubelet knows file systems by their mounts.
@@ -125,12 +145,15 @@ run_root = "/run/slipway"
 state_root = {json.dumps(self.path("state"))}
 [log]
 level = "debug"
+[cgroup]
+driver = "{DRIVER}"
 [images]
 insecure_registries = ["{REGISTRY}"]
 [network]
 conf_dir = {json.dumps(self.path("cni"))}
 bin_dirs = ["/usr/lib/cni", "/opt/cni/bin"]
 cache_dir = "/run/cni-results"
+timeout = "{60 * SLOWNESS:g}s"
 """
         write(self.path("slipway.toml"), config)
         log = open(os.path.join(self.logs, "slipway.log"), "a")
@@ -148,13 +171,13 @@ cache_dir = "/run/cni-results"
             "address": "0.0.0.0", "port": 10250, "readOnlyPort": 10255, "enableServer": True,
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
             "authorization": {"mode": "AlwaysAllow"},
-            "cgroupDriver": "cgroupfs", "cgroupRoot": self.group, "cgroupsPerQOS": True, "enforceNodeAllocatable": ["pods"],
+            "cgroupDriver": DRIVER, "cgroupRoot": self.group or "/", "cgroupsPerQOS": True, "enforceNodeAllocatable": ["pods"],
             "failCgroupV1": False, "failSwapOn": False, "makeIPTablesUtilChains": False, "oomScoreAdj": 0, "maxOpenFiles": 65536,
-            "podLogsDir": self.path("logs"), "resolvConf": self.path("resolv.conf"),
+            "runtimeRequestTimeout": f"{120 * SLOWNESS:g}s", "podLogsDir": self.path("logs"), "resolvConf": self.path("resolv.conf"),
             "clusterDNS": ["192.0.2.54"], "clusterDomain": "cluster.test",
             "volumePluginDir": self.path("plugins"), "allowedUnsafeSysctls": ["net.core.*", "kernel.msg*"],
             "containerLogMaxSize": "16Ki", "containerLogMaxFiles": 3, "containerLogMonitorInterval": "3s",
-            "crashLoopBackOff": {"maxContainerRestartPeriod": "2s"},
+            "crashLoopBackOff": {"maxContainerRestartPeriod": f"{min(2 * SLOWNESS, 10):g}s"},
             "imageMinimumGCAge": "1s", "evictionHard": {"imagefs.available": "100Mi", "memory.available": "1Mi"},
             "evictionPressureTransitionPeriod": "5s", "featureGates": gates, **changes,
         }
@@ -267,11 +290,15 @@ cache_dir = "/run/cni-results"
         """The directory of a pod's cgroup in the hierarchy that has the controller."""
         uid = self.pod(pod)["metadata"]["uid"]
         top = "/sys/fs/cgroup" if self.pure_v2() else f"/sys/fs/cgroup/{controller}"
-        for dir, names, _ in os.walk(top + self.group):
-            for name in names:
-                if name == f"pod{uid}":
-                    return os.path.join(dir, name)
+        for dir in self.pod_cgroups(top):
+            if pod_of(os.path.basename(dir)) == uid:
+                return dir
         raise Failed(f"no cgroup of pod {pod} ({uid}) below {top}{self.group}")
+
+    def pod_cgroups(self, hierarchy):
+        """Directories of all pods' cgroups in a hierarchy. With the systemd driver a kubelet's slice is at the top, which has
+        all controllers."""
+        return [os.path.join(dir, n) for dir, names, _ in os.walk(hierarchy + self.group) for n in names if pod_of(n)]
 
     def shut(self):
         for process in (self.kubelet, self.slipway):
@@ -282,6 +309,12 @@ cache_dir = "/run/cni-results"
                 self.registry.wait(10)
             except subprocess.TimeoutExpired:
                 self.registry.kill()
+
+
+def pod_of(cgroup):
+    """The uid of the pod whose cgroup has this name with either driver: podUID, or ...-podUID.slice with _ for -."""
+    found = re.fullmatch(r"(?:.*-)?pod([0-9a-f][0-9a-f_-]{30,})(?:\.slice)?", cgroup)
+    return found and found[1].replace("_", "-")
 
 
 def full(pod):
