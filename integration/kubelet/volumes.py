@@ -75,9 +75,10 @@ def a_read_only_host_path(node):
 @test(pod("missing-source", container("main", volumeMounts=[mount("gone", "/gone")]), "other",
           volumes=[host_path("gone", "/run/evidence/not-there-yet")]))
 def a_host_path_that_comes_late(node):
-    def main():
-        return node.status("missing-source", "main")["state"]
-    state = wait("its state is known", lambda: main().get("waiting") and main())
-    need("/run/evidence/not-there-yet" in state["waiting"].get("message", ""), f"the message does not name it: {state}")
+    def named():
+        state = node.status("missing-source", "main")["state"]
+        need("/run/evidence/not-there-yet" in state.get("waiting", {}).get("message", ""), f"no message names it: {state}")
+        return True
+    wait("the message names it", named)
     os.makedirs("/run/evidence/not-there-yet")
     node.ready("missing-source")
