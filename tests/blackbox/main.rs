@@ -97,6 +97,7 @@ fn main() -> std::process::ExitCode {
         devices::TESTS,
         resources::TESTS,
         v2::TESTS,
+        v2::ALONE,
         systemd::TESTS,
         stats::TESTS,
         stream::TESTS,

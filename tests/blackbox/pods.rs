@@ -14,6 +14,7 @@ tests![
     namespaces_of_the_node,
     a_shared_pid_namespace_reaps,
     a_target_pid_namespace_is_joined,
+    a_debug_container_comes_later_and_leaves_nothing,
     the_host_name_is_set,
     an_unknown_handler_is_refused,
     a_config_without_metadata_is_refused,
@@ -296,6 +297,63 @@ async fn a_target_pid_namespace_is_joined(env: Env) -> Result<()> {
         "{status}"
     );
     assert!(status.message().contains("nothing"), "{status}");
+    Ok(())
+}
+
+/// What a kubelet calls for an ephemeral container (`kubectl debug --target`): a pod that has run for a while, another
+/// image, the process namespace of one container, a terminal. The others of the pod go on.
+async fn a_debug_container_comes_later_and_leaves_nothing(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let target = pod
+        .run(
+            &["sh", "-c", "echo found >/tmp/secret; exec sleep 4321"],
+            |_| {},
+        )
+        .await?;
+    let bystander = pod.sleeper().await?;
+    daemon.end().await?;
+    daemon.launch().await?;
+    let aim = |c: &mut cri::ContainerConfig| {
+        let security = container_security(c);
+        let modes = security.namespace_options.get_or_insert_default();
+        modes.pid = cri::NamespaceMode::Target.into();
+        modes.target_id = target.id.clone();
+        // As the profile "general" of kubectl debug.
+        let capabilities = security.capabilities.get_or_insert_default();
+        capabilities.add_capabilities = vec!["SYS_PTRACE".into()];
+        (c.stdin, c.stdin_once, c.tty) = (true, true, true);
+    };
+    let debug = pod.run(&["sh"], aim).await?;
+    let seen = debug.exec_output(&["ps", "-o", "args"]).await?;
+    assert!(seen.contains("sleep 4321"), "{seen}");
+    assert!(!seen.contains("sleep 1000"), "the other's too: {seen}");
+    // Whose files, network and memory it may look at.
+    let secret = ["cat", "/proc/1/root/tmp/secret"];
+    assert_eq!(debug.exec_output(&secret).await?, "found");
+    for (namespace, same) in [("pid", true), ("net", true), ("ipc", true), ("mnt", false)] {
+        let script = "for p in 1 self; do readlink /proc/$p/ns/$0; done";
+        let text = debug.exec_output(&["sh", "-c", script, namespace]).await?;
+        let (theirs, own) = text.split_once('\n').context("two namespaces")?;
+        assert_eq!(theirs == own, same, "{namespace}: {text}");
+    }
+    // Its end is nobody else's.
+    debug.stop(0).await?;
+    assert_eq!(debug.status().await?.exit_code, 137);
+    debug.remove().await?;
+    for container in [&target, &bystander] {
+        assert_eq!(container.exec_output(&["echo", "well"]).await?, "well");
+    }
+    // The end of the target, whose process 1 it is, is its own.
+    let debug = pod.run(&["sh"], aim).await?;
+    target.stop(0).await?;
+    assert_eq!(debug.exited().await?.exit_code, 137);
+    assert_eq!(bystander.exec_output(&["echo", "well"]).await?, "well");
+    // A target that has ended can't be joined, and says so.
+    let status = pod.try_create(aim).await.expect_err("the target has ended");
+    assert!(status.message().contains(&target.id), "{status}");
+    pod.stop().await?;
+    pod.remove().await?;
     Ok(())
 }
 

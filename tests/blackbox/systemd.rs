@@ -15,6 +15,7 @@ tests![
     limits_are_systemds_too,
     new_limits_are_systemds_too,
     refused_limits_are_not_systemds,
+    systemds_own_device_policy_can_not_widen,
     the_driver_is_refused_where_it_can_not_work,
     the_kubelets_slice_stays,
     a_slice_with_prefix_and_name,
@@ -336,6 +337,47 @@ async fn refused_limits_are_not_systemds(env: Env) -> Result<()> {
     in_force(&scope, &[("memory.max", "67108864"), ("cpuset.cpus", "")])?;
     assert_eq!(show(&unit, "MemoryMax").await?, "67108864");
     assert_eq!(show(&unit, "AllowedCPUs").await?, "");
+    Ok(())
+}
+
+/// systemd has no opinion on a container's devices; where an administrator gives it one, that counts beside
+/// Slipway's filter and never in its place.
+async fn systemds_own_device_policy_can_not_widen(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = pod_in(&daemon, &slice(&env, "devices")).await?;
+    let container = pod.sleeper().await?;
+    let unit = format!("slipway-{}.scope", container.id);
+    let policy = async || show(&unit, "DevicePolicy").await;
+    let node = ["mknod", "/tmp/kmsg", "c", "1", "11"];
+    container.exec_output(&node).await?;
+    let found = async || -> Result<String> {
+        let nodes = ["probe", "writable", "/tmp/kmsg", "/dev/null"];
+        Ok(container.exec(&nodes).await?.stdout)
+    };
+    let ours = "/tmp/kmsg EPERM\n/dev/null OK\n";
+    assert_eq!(found().await?, ours);
+    assert_eq!(policy().await?, "auto");
+    assert_eq!(show(&unit, "DeviceAllow").await?, "");
+    let set = async |properties: &[&str]| -> Result<String> {
+        systemctl(&[&["set-property", "--runtime", &unit], properties].concat()).await
+    };
+    set(&["DeviceAllow=/dev/kmsg rw", "DeviceAllow=/dev/null rw"]).await?;
+    assert_eq!(found().await?, ours, "systemd allows what Slipway does not");
+    systemctl(&["daemon-reload"]).await?;
+    assert_eq!(found().await?, ours);
+    let change = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 64 << 20,
+        ..Default::default()
+    };
+    container.update(change).await?;
+    assert_eq!(found().await?, ours);
+    assert_eq!(policy().await?, "auto");
+    // The last thing: systemd 252 does not give back what it took away.
+    set(&["DeviceAllow=", "DevicePolicy=strict"]).await?;
+    let narrow = "/tmp/kmsg EPERM\n/dev/null EPERM\n";
+    assert_eq!(found().await?, narrow, "both are asked");
+    pod.stop().await?;
+    pod.remove().await?;
     Ok(())
 }
 

@@ -19,6 +19,7 @@ tests![
     processors,
     a_slow_disk,
     huge_pages,
+    the_device_filter_holds_while_limits_change,
     processes_are_counted_with_those_of_execs,
     the_container_sees_its_own_cgroup,
     a_subtree_of_the_containers_own,
@@ -31,6 +32,7 @@ tests![
     a_parent_that_cannot_hand_controllers_down,
     a_parent_that_may_have_no_children,
 ];
+tests![alone: a_hundred_pods_leave_no_cgroup];
 
 const MIB: i64 = 1 << 20;
 const TOP: &str = "/sys/fs/cgroup";
@@ -379,6 +381,60 @@ async fn huge_pages(env: Env) -> Result<()> {
     Ok(())
 }
 
+/// A container that opens devices all the time never sees one that it must not have, and never misses one that
+/// it has, whatever is done to its cgroup.
+async fn the_device_filter_holds_while_limits_change(env: Env) -> Result<()> {
+    needs_v2()?;
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let kmsg = env.dir("devices")?.join("kmsg");
+    nix::sys::stat::mknod(
+        &kmsg,
+        nix::sys::stat::SFlag::S_IFCHR,
+        nix::sys::stat::Mode::from_bits_truncate(0o660),
+        nix::sys::stat::makedev(1, 11),
+    )
+    .context("mknod")?;
+    // Whom no filter hinders may open it.
+    if let Err(error) = std::fs::File::open("/dev/loop-control") {
+        return skip(format!("/dev/loop-control can't be opened here: {error}"));
+    }
+    // 1:11 may be written to; 10:237, made by the container itself, may not be opened at all.
+    let script = "mknod /tmp/loop c 10 237; echo began; while [ ! -e /tmp/end ]; do \
+         (: >/dev/null) 2>/dev/null || echo lost null; \
+         (: >/dev/the-log) 2>/dev/null || echo lost the log; \
+         (: <>/dev/the-log) 2>/dev/null && echo may read; \
+         (: </tmp/loop) 2>/dev/null && echo may open; \
+         n=$((n + 1)); done; echo $((n > 0))";
+    let container = pod
+        .run(&["sh", "-c", script], |c| {
+            c.devices = vec![cri::Device {
+                host_path: kmsg.display().to_string(),
+                container_path: "/dev/the-log".into(),
+                permissions: "w".into(),
+            }];
+            resources(c).memory_limit_in_bytes = 64 * MIB;
+        })
+        .await?;
+    container.says("began").await?;
+    for round in 1..=10 {
+        let change = cri::LinuxContainerResources {
+            memory_limit_in_bytes: (64 + round) * MIB,
+            cpu_quota: 50_000 + round * 1000,
+            cpu_period: 100_000,
+            ..Default::default()
+        };
+        container.update(change).await?;
+        if env.driver == Driver::Systemd && round % 5 == 0 {
+            systemctl(&["daemon-reload"]).await?;
+        }
+    }
+    container.exec_output(&["touch", "/tmp/end"]).await?;
+    assert_eq!(container.exited().await?.exit_code, 0);
+    assert_eq!(container.stdout()?, "began\n1\n");
+    Ok(())
+}
+
 async fn processes_are_counted_with_those_of_execs(env: Env) -> Result<()> {
     needs_v2()?;
     let daemon = env.daemon().await?;
@@ -704,5 +760,47 @@ async fn a_parent_that_may_have_no_children(env: Env) -> Result<()> {
     assert!(status.message().contains("/full/pod"), "{status}");
     std::fs::write(full.join("cgroup.max.descendants"), "max")?;
     pod.sleeper().await?;
+    Ok(())
+}
+
+/// All there at once, each in a pod's cgroup of its own as a kubelet makes it, and then none.
+async fn a_hundred_pods_leave_no_cgroup(env: Env) -> Result<()> {
+    const PODS: usize = 100;
+    const AT_ONCE: usize = 10;
+    needs_v2()?;
+    let daemon = env.daemon().await?;
+    daemon.pull("test").await?;
+    let mut pods = Vec::new();
+    for first in (0..PODS).step_by(AT_ONCE) {
+        let mut tasks = tokio::task::JoinSet::new();
+        for n in first..first + AT_ONCE {
+            let daemon = daemon.clone();
+            tasks.spawn(async move {
+                let pod = pod_below(&daemon, &format!("p{n}")).await?;
+                pod.sleeper().await?;
+                anyhow::Ok(pod)
+            });
+        }
+        while let Some(pod) = tasks.join_next().await {
+            pods.push(pod??);
+        }
+    }
+    // At least a pod's and a container's.
+    let there = below(&env).len();
+    assert!(there >= 2 * PODS, "{there} cgroups of {PODS} pods");
+    while !pods.is_empty() {
+        let mut tasks = tokio::task::JoinSet::new();
+        for pod in pods.split_off(pods.len().saturating_sub(AT_ONCE)) {
+            tasks.spawn(async move {
+                pod.stop().await?;
+                pod.remove().await
+            });
+        }
+        while let Some(gone) = tasks.join_next().await {
+            gone??;
+        }
+    }
+    // When the last call has returned, not some time later.
+    assert_eq!(below(&env), Vec::<PathBuf>::new());
     Ok(())
 }
