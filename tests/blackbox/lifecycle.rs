@@ -119,6 +119,10 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
         assert!(status.finished_at > 0);
         container.remove().await?;
     }
+    if handler() == "crun" {
+        // It looks with root's privileges, and the kernel without: when the container is started already.
+        return Ok(());
+    }
     // root's own program may be run by root only.
     let container = pod.run(&["probe-root", "exit", "5"], |_| {}).await?;
     assert_eq!(container.exited().await?.exit_code, 5);

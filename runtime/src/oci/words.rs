@@ -94,7 +94,13 @@ pub fn command_failure(said: &str) -> Option<i32> {
     let has = |part: &str| lower.contains(part);
     // runc: exec: "x": …; crun: executable file `x` not found…, open executable: …; youki: executable 'x' for
     // container not found…
-    let of_command = has("exec: \"") || has("executable") || has("exec user process");
+    let of_command = [
+        "exec: \"",
+        "process: exec ",
+        "executable",
+        "exec user process",
+    ];
+    let of_command = of_command.iter().any(|part| has(part));
     if !of_command {
         return None;
     }
@@ -192,6 +198,10 @@ mod tests {
                 127,
             ),
             ("open executable: Permission denied".into(), 126),
+            (
+                format!("{create}exec /bin/probe-root: permission denied"),
+                126,
+            ),
             ("open executable: Operation not permitted".into(), 126),
             (
                 "open executable: Too many levels of symbolic links".into(),
