@@ -96,7 +96,7 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
 }
 
 /// Whether the host's cgroups, which are hidden afterwards, are to be seen in it.
-fn shows_cgroups(source: &Path) -> bool {
+pub fn shows_cgroups(source: &Path) -> bool {
     source.starts_with("/sys") || Path::new("/sys").starts_with(source)
 }
 

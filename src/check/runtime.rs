@@ -114,14 +114,14 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
     let until = Instant::now() + PATIENCE;
     let shown = path.display();
     let hung = || format!("{shown} does not answer within {} s", PATIENCE.as_secs());
-    let answer = run(path, "features", until).map_err(|e| format!("can't run {shown}: {e}"))?;
+    let answer = run(path, &["features"], until).map_err(|e| format!("can't run {shown}: {e}"))?;
     let features = match answer {
         None => return Err(hung()),
         Some((status, text, _)) if status.success() => serde_json::from_str(&text).ok(),
         // Runtimes from before there was such a command.
         Some(_) => None,
     };
-    match run(path, "--version", until).map_err(|e| format!("can't run {shown}: {e}"))? {
+    match run(path, &["--version"], until).map_err(|e| format!("can't run {shown}: {e}"))? {
         None => Err(hung()),
         Some((status, text, _)) if status.success() || features.is_some() => Ok(RuntimeFacts {
             version: text.lines().next().unwrap_or_default().trim().to_owned(),
@@ -139,16 +139,33 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
     }
 }
 
+/// Has a runtime do something beside what its keepers have it do, for a few seconds at most. Blocks.
+///
+/// # Errors
+/// Why it did not, for the operator.
+pub fn tell_runtime(path: &Path, arguments: &[&str]) -> Result<(), String> {
+    let shown = path.display();
+    let answer = run(path, arguments, Instant::now() + PATIENCE);
+    match answer.map_err(|e| format!("can't run {shown}: {e}"))? {
+        None => Err(format!(
+            "{shown} did not end within {} s",
+            PATIENCE.as_secs()
+        )),
+        Some((status, ..)) if status.success() => Ok(()),
+        Some((status, _, error)) => Err(format!("{shown} ({status}): {}", error.trim())),
+    }
+}
+
 /// Exit status, standard output and standard error; `None` when it did not end in time and was killed.
 fn run(
     path: &Path,
-    argument: &str,
+    arguments: &[&str],
     until: Instant,
 ) -> io::Result<Option<(ExitStatus, String, String)>> {
     // Files, not pipes: what it has started may hold those open for ever.
     let (out, error) = (tempfile::tempfile()?, tempfile::tempfile()?);
     let mut child = Command::new(path)
-        .arg(argument)
+        .args(arguments)
         .env_clear()
         .env("PATH", USUAL.join(":"))
         .current_dir("/")

@@ -141,7 +141,7 @@ pub enum PodError {
     },
     /// A user namespace where there can be none.
     #[error(
-        "pod sandbox {id}: runtime handler {runtime:?} has no user namespaces on this machine; slipway check says why. \
+        "pod sandbox {id}: runtime handler {runtime:?} has no user namespaces {why}. \
          Run the pod without (hostUsers: true)"
     )]
     NoUserNamespaces {
@@ -149,6 +149,8 @@ pub enum PodError {
         id: String,
         /// The handler.
         runtime: String,
+        /// The end of a sentence.
+        why: &'static str,
     },
     /// A feature that is not there yet.
     #[error("{0}")]

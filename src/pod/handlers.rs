@@ -73,6 +73,27 @@ impl Driver {
     }
 }
 
+impl Driver {
+    /// Ends what a keeper that died has left of a container in its runtime's state. Blocks, for a few seconds at most; does
+    /// nothing where nothing is left.
+    pub fn forget(&self, id: &str) {
+        let state = self.root.join(id);
+        if !state.is_dir() {
+            return;
+        }
+        let root = self.root.to_string_lossy();
+        let arguments = ["--root", &root, "delete", "--force", id];
+        if let Err(reason) = slipway_check::tell_runtime(&self.path, &arguments) {
+            tracing::warn!(container = id, reason, "its runtime can't delete it");
+        }
+        if let Err(error) = std::fs::remove_dir_all(&state)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::error!(container = id, state = %state.display(), %error, "its state can't be removed");
+        }
+    }
+}
+
 /// What is known of a runtime's program.
 #[derive(Debug, Clone)]
 struct Known {

@@ -320,6 +320,10 @@ impl Node {
             }
         }
         self.poststop(container).await;
+        if let Some(driver) = pod.record.driver.clone() {
+            let id = id.to_owned();
+            let _ = tokio::task::spawn_blocking(move || driver.forget(&id)).await;
+        }
         self.tell_stopped(container).await;
         let turn = self.turn().await;
         if let Some(turn) = &turn {

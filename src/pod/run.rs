@@ -66,7 +66,11 @@ impl Node {
         let id = new_id()?;
         let plan = assemble::pod(&self, &id, &config)?;
         if plan.setup.users.is_some() && !handler.features.user_namespaces {
-            return Err(PodError::NoUserNamespaces { id, runtime });
+            let why = match driver {
+                None => "on this machine; slipway check says why",
+                Some(_) => "in this version: only those of type \"native\" have",
+            };
+            return Err(PodError::NoUserNamespaces { id, runtime, why });
         }
         let wishes = Wishes::new(&config, &plan)?;
         let dir = self.pods_dir().join(&id);

@@ -166,6 +166,9 @@ impl Node {
             let trash = layers.join(format!(".removed-{id}"));
             rename_if_there(&layers.join(&id), &trash)?;
             self.sweep_later(trash);
+            if let Some(driver) = pod.record.driver.clone() {
+                let _ = tokio::task::spawn_blocking(move || driver.forget(&id)).await;
+            }
         }
         let turn = self.turn().await;
         if let Some(turn) = &turn {

@@ -153,6 +153,9 @@ async fn hooks_are_run_with_the_state(env: Env) -> Result<()> {
 }
 
 async fn a_failing_hook_is_told(env: Env) -> Result<()> {
+    if handler() == "crun" {
+        return skip("crun drops what hooks write");
+    }
     let (daemon, [low, _]) = daemon(&env).await?;
     let pod = daemon.pod(|_| {}).await?;
     let hook = |script: &str| {

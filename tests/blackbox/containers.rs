@@ -109,6 +109,7 @@ async fn environment_of_image_and_config(env: Env) -> Result<()> {
 }
 
 async fn environment_is_bytes(env: Env) -> Result<()> {
+    native_only("its configuration is text")?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let value = vec![0xff, 0xfe, b'\n', b'x'];

@@ -55,6 +55,10 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
         ("/etc", 126),
         ("/bin/bad-format", 126),
     ] {
+        if handler() != "native" && command == "/bin/bad-format" {
+            // Only the kernel can refuse it, and other runtimes have said by then that it runs.
+            continue;
+        }
         let exec = container.exec(&[command]).await?;
         assert_eq!(exec.code, code, "{command}: {exec:?}");
         assert!(exec.stderr.contains(command), "{command}: {exec:?}");

@@ -286,6 +286,12 @@ async fn system_mounts_are_as_expected(env: Env) -> Result<()> {
         .run(&["sh", "-c", "for d in /sys/fs/cgroup /sys/fs/cgroup/*; do mkdir $d/escape 2>/dev/null && echo $d; done; echo done"], |_| {})
         .await?;
     write.exited().await?;
-    assert_eq!(write.stdout()?, "done\n", "cgroups are writable");
+    let written = write.stdout()?;
+    // Others leave the container's own tmpfs writable that v1's hierarchies are on.
+    let written = match handler() != "native" && !stage::unified() {
+        true => written.trim_start_matches("/sys/fs/cgroup\n"),
+        false => &written,
+    };
+    assert_eq!(written, "done\n", "cgroups are writable");
     Ok(())
 }

@@ -16,6 +16,7 @@ tests![
     a_missing_runtime_is_told,
     a_runtime_that_comes_later,
     settings_of_a_handler,
+    user_namespaces_are_refused_by_name,
     everything_of_a_container,
     commands_that_cannot_run,
     a_runtime_that_hangs,
@@ -330,6 +331,44 @@ async fn settings_of_a_handler(env: Env) -> Result<()> {
     Ok(())
 }
 
+async fn user_namespaces_are_refused_by_name(env: Env) -> Result<()> {
+    let (daemon, all) = with_all(&env).await?;
+    let status = daemon
+        .runtime()
+        .status(cri::StatusRequest::default())
+        .await?;
+    let handlers = status.into_inner().runtime_handlers;
+    for handler in all {
+        let told = handlers
+            .iter()
+            .find(|h| h.name == handler)
+            .context("in Status")?;
+        let features = told.features.unwrap_or_default();
+        assert!(
+            !features.user_namespaces && features.recursive_read_only_mounts,
+            "{told:?}"
+        );
+        let mut config = config::pod(&daemon);
+        let mapping = cri::IdMapping {
+            host_id: 1 << 20,
+            container_id: 0,
+            length: 65536,
+        };
+        config::pod_namespaces(&mut config).userns_options = Some(cri::UserNamespace {
+            mode: cri::NamespaceMode::Pod.into(),
+            uids: vec![mapping],
+            gids: vec![mapping],
+        });
+        let refusal = daemon.run_pod_under(handler, config).await.map(|p| p.id);
+        refused(
+            refusal,
+            Code::FailedPrecondition,
+            &[handler, "user namespaces", "hostUsers"],
+        );
+    }
+    Ok(())
+}
+
 /// What a user of the container sees must not depend on who made it.
 async fn everything_of_a_container(env: Env) -> Result<()> {
     let (daemon, all) = with_all(&env).await?;
@@ -411,7 +450,7 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
             let status = container.status().await?;
             assert_eq!(status.exit_code, code, "{handler} {command}: {status:?}");
             assert_eq!(
-                status.reason, "StartError",
+                status.reason, "ContainerCannotRun",
                 "{handler} {command}: {status:?}"
             );
             container.remove().await?;

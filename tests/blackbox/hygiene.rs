@@ -183,7 +183,10 @@ async fn the_session_is_the_containers(env: Env) -> Result<()> {
         .exec_output(&["sh", "-c", "cut -d' ' -f6,7 /proc/$$/stat; echo $$"])
         .await?;
     let words: Vec<&str> = exec.split_whitespace().collect();
-    assert_ne!(words[0], "0", "exec is in a session of the host: {exec}");
+    // crun's is in that of the runtime's own process, which is gone.
+    if handler() != "crun" {
+        assert_ne!(words[0], "0", "exec is in a session of the host: {exec}");
+    }
     assert_eq!(words[1], "0", "exec has a terminal: {exec}");
     Ok(())
 }

@@ -90,6 +90,11 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
         ("/etc", &[126]),
         ("/bin/loop", &[126, 127, 128]),
     ];
+    // What only the kernel can refuse, others than we find when the container is started already.
+    let by_kernel = |command: &str| command.starts_with("/bin/bad-");
+    let cases = cases
+        .iter()
+        .filter(|(c, _)| handler() == "native" || !by_kernel(c));
     for (command, codes) in cases {
         let container = pod.create(&[command], |_| {}).await?;
         let status = container.start().await.expect_err(command);
@@ -113,6 +118,10 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
         );
         assert!(status.finished_at > 0);
         container.remove().await?;
+    }
+    if handler() == "crun" {
+        // It looks with root's privileges, and the kernel without: when the container is started already.
+        return Ok(());
     }
     // root's own program may be run by root only.
     let container = pod.run(&["probe-root", "exit", "5"], |_| {}).await?;

@@ -177,6 +177,7 @@ async fn plugins_of_older_versions(env: Env) -> Result<()> {
 }
 
 async fn adjustments_take_effect(env: Env) -> Result<()> {
+    native_only("what newer specifications have, older runtimes pass over")?;
     let daemon = env.daemon().await?;
     let shared = env.dir("shared")?;
     std::fs::write(shared.join("file"), "from the host\n")?;
@@ -319,6 +320,7 @@ async fn adjustments_take_effect(env: Env) -> Result<()> {
 }
 
 async fn tuning_takes_effect(env: Env) -> Result<()> {
+    native_only("what newer specifications have, older runtimes pass over")?;
     let daemon = env.daemon().await?;
     let adjust = linux(api::LinuxContainerAdjustment {
         resources: Some(api::LinuxResources {
@@ -374,6 +376,7 @@ async fn tuning_takes_effect(env: Env) -> Result<()> {
 }
 
 async fn interfaces_move_in(env: Env) -> Result<()> {
+    native_only("what newer specifications have, older runtimes pass over")?;
     let daemon = env.daemon().await?;
     let name = format!("nri{}", env.number);
     let peer = format!("{name}p");

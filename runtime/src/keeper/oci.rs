@@ -151,7 +151,8 @@ impl Keeper {
     fn runtime_leaf(&mut self) -> Option<(PathBuf, OwnedFd)> {
         let own = scope::own_cgroup().ok()?;
         self.next_token += 1;
-        let name = format!("runtime-{}", self.next_token);
+        // Other pods' keepers are in there, too.
+        let name = format!("runtime-{}-{}", std::process::id(), self.next_token);
         self.cgroups.make_leaf(&own, &name).ok().flatten()
     }
 
@@ -184,16 +185,14 @@ impl Keeper {
             let early = self.containers.get_mut(id).and_then(Container::take_early);
             let early = String::from_utf8_lossy(&early.unwrap_or_default()).into_owned();
             let words = oci::words("", &early);
-            if !words.is_empty() && error.message.ends_with("said nothing") {
-                error.message = error
-                    .message
-                    .trim_end_matches("and said nothing")
-                    .to_owned();
-                error.message.push_str(&format!("and said: {words}"));
-            } else if error.kind() == ErrorKind::TimedOut && !error.message.contains("it said") {
-                if !words.is_empty() {
-                    error.message.push_str(&format!("; it said: {words}"));
-                }
+            let more = oci::beyond(&error.message, &early);
+            if let (false, Some(before)) = (
+                words.is_empty(),
+                error.message.strip_suffix("and said nothing"),
+            ) {
+                error.message = format!("{before}and said: {words}");
+            } else if !more.is_empty() {
+                error.message.push_str(&format!("; it wrote: {more}"));
             }
             Err(error)
         })
@@ -374,6 +373,7 @@ impl Keeper {
             ));
         }
         let (dir, cgroup) = (container.dir.clone(), container.cgroup.clone());
+        let oom_score_adj = container.oom_score_adj;
         let leaf = match self.cgroups.unified() {
             true => self.runtime_leaf(),
             false => {
@@ -402,6 +402,7 @@ impl Keeper {
                 tty,
                 stdio: &stdio,
                 timeout: oci::EXEC,
+                oom_score_adj,
             };
             match oci::exec(&runtime, &cgroups, &session) {
                 Ok(Ok(pid)) => Ok(Answer::CreateContainer(CreateContainerResult {

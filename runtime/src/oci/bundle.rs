@@ -13,7 +13,7 @@ use slipway_proto::keeper::CreateContainer;
 
 use crate::confine::chain;
 use crate::mapped::{attach, tree};
-use crate::propagation::make_place;
+use crate::propagation::{make_place, shows_cgroups};
 use crate::sys;
 use crate::user::Resolved;
 
@@ -197,10 +197,32 @@ pub fn arrange_recursive(spec: &mut Spec, aside: &Path) -> Result<(), BundleErro
     Ok(())
 }
 
+/// Binds aside the sources that show the host's cgroups, and points the spec's mounts at that.
+///
+/// # Errors
+/// [`BundleError::Recursive`].
+pub fn arrange_cgroups(spec: &mut Spec, aside: &Path) -> Result<(), BundleError> {
+    for (n, entry) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        let source = entry.source().clone().unwrap_or_default();
+        if !crate::creator::is_bind(entry) || !shows_cgroups(&source) {
+            continue;
+        }
+        let at = aside.join(n.to_string());
+        set_aside(&source, &at, 0).map_err(|e| BundleError::Recursive {
+            path: source.clone(),
+            source: e,
+        })?;
+        entry.set_source(Some(at));
+    }
+    Ok(())
+}
+
 fn set_aside(source: &Path, at: &Path, attributes: u64) -> io::Result<()> {
     use std::os::fd::AsFd as _;
     let found = tree(source, true)?;
-    sys::mount_setattr(found.as_fd(), attributes, None, true)?;
+    if attributes != 0 {
+        sys::mount_setattr(found.as_fd(), attributes, None, true)?;
+    }
     make_place(
         Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())),
         at,

@@ -308,8 +308,9 @@ fn become_runtime(
     call: &Call<'_>,
     stderr: &File,
 ) -> io::Result<()> {
-    // Its own group, so that it can be ended with what it has started.
-    nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+    // Its own group, so that it can be ended with what it has started; and its own session, which what crun makes
+    // without a terminal stays in.
+    nix::unistd::setsid()?;
     sys::die_with(parent)?;
     sys::reset_signals();
     if !call.prepared && cgroups.hidden_v2().is_some() {

@@ -135,8 +135,12 @@ pub fn create(
     // As for native containers: the root file system is mounted here and nowhere else.
     let namespace = creator::CreateError::Namespace;
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| namespace(e.into()))?;
-    command::hide_v2(cgroups).map_err(namespace)?;
     let kept = detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(namespace)?;
+    if cgroups.hidden_v2().is_some() {
+        // What the container is to see of the host's must be taken before it is hidden.
+        bundle::arrange_cgroups(&mut spec, &dir.join("cgroups"))?;
+    }
+    command::hide_v2(cgroups).map_err(namespace)?;
     made(&target, fs::create_dir_all(&target))?;
     if let Some(overlay) = &create.overlay {
         rootfs::mount_overlay(overlay, &target, None)?;
@@ -187,6 +191,14 @@ pub fn create(
             Err(error)
         }
     }
+}
+
+/// The container's command, for messages.
+fn command(create: &CreateContainer) -> String {
+    let spec: Option<Spec> = serde_json::from_slice(&create.spec).ok();
+    let args = spec.and_then(|spec| spec.process().clone()?.args().clone());
+    args.and_then(|args| args.into_iter().next())
+        .unwrap_or_default()
 }
 
 /// What the kernel lets this process have: what it inherits, its children may set again.
@@ -241,7 +253,7 @@ fn run(
         .streams(streams);
     let ran = command::run(runtime, cgroups, call.prepared().global(systemd));
     ran.map_err(|error| match super::command_failure(error.said()) {
-        Some(_) => CreateError::NoCommand(error.said().to_owned()),
+        Some(_) => CreateError::NoCommand(super::of_command(&command(create), error.said())),
         None => CreateError::Command(error),
     })?;
     let pid = fs::read_to_string(&pid_file).unwrap_or_default();
@@ -269,8 +281,16 @@ fn run(
 /// The parent of a process; `None` when it is gone.
 pub fn parent_of(pid: i32) -> Option<i32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parent_by(&stat)
+}
+
+/// By the text of `/proc/<pid>/stat`. One that is just being reaped still has an entry, and no parent.
+fn parent_by(stat: &str) -> Option<i32> {
     let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(1)?.parse().ok()
+    let mut fields = rest.split(' ');
+    let state = fields.next()?;
+    let parent = fields.next()?.parse().ok()?;
+    (parent != 0 || state != "X").then_some(parent)
 }
 
 /// Where a runtime sends the master end of the terminal that it made.
@@ -319,5 +339,23 @@ impl Console {
 impl Drop for Console {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_of_the_living_and_the_dead() {
+        assert_eq!(parent_by("7 (a) b) S 3 7 7 0"), Some(3));
+        assert_eq!(parent_by("2 (kthreadd) S 0 0 0 0"), Some(0));
+        assert_eq!(parent_by("7 (x) X 0 7 7 0"), None);
+        assert_eq!(parent_by(""), None);
+        assert_eq!(
+            parent_of(std::process::id().cast_signed()),
+            Some(nix::unistd::getppid().as_raw())
+        );
+        assert_eq!(parent_of(i32::MAX), None);
     }
 }

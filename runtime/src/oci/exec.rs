@@ -71,6 +71,8 @@ pub struct Session<'a> {
     pub stdio: &'a [OwnedFd],
     /// How long starting it may take.
     pub timeout: Duration,
+    /// The container's score for the OOM killer, which crun leaves as it is.
+    pub oom_score_adj: i32,
 }
 
 /// Starts a command and returns its process id; the process becomes the keeper's child. `Err` with an exit code: the
@@ -91,6 +93,7 @@ pub fn exec(
     let own = std::process::id();
     let process_file = session.dir.join(format!("exec-{own}.json"));
     let pid_file = session.dir.join(format!("exec-{own}.pid"));
+    creator::set_oom_score(session.oom_score_adj);
     let process = process(runtime, session)?;
     creator::write_private(&process_file, &process)?;
     let _files = Files([&process_file, &pid_file]);
@@ -126,7 +129,16 @@ pub fn exec(
     let call = Call::new(&args, session.dir, until).streams(streams);
     if let Err(error) = command::run(runtime, cgroups, call) {
         return match super::command_failure(error.said()) {
-            Some(code) => Ok(Err(code)),
+            Some(code) => {
+                let command = session.args.first().map(|a| String::from_utf8_lossy(a));
+                let command = command.unwrap_or_default();
+                if let (false, [_, _, stderr]) = (error.said().contains(&*command), session.stdio) {
+                    // The runtime has said the rest.
+                    let text = format!("can't execute {command:?}\n");
+                    let _ = rustix::io::write(stderr, text.as_bytes());
+                }
+                Ok(Err(code))
+            }
             None => Err(error.into()),
         };
     }

@@ -32,7 +32,7 @@ use command::Call;
 pub use command::CommandError;
 pub use create::{Inherited, create};
 pub use exec::{Session, descriptors, exec};
-pub use words::{command_failure, of as words};
+pub use words::{beyond, command_failure, of as words, of_command};
 
 /// How long `delete --force` may take before the container is removed without it. All of a pod's share it, so that
 /// a runtime that hangs does not hold up its pod's end: less than limits.delete_timeout.
@@ -156,6 +156,27 @@ pub fn simple(
 /// # Errors
 /// [`CommandError`].
 pub fn update(
+    runtime: &Runtime,
+    cgroups: &Hierarchies,
+    id: &str,
+    dir: &Path,
+    resources: &LinuxResources,
+) -> Result<(), CommandError> {
+    let told = tell(runtime, cgroups, id, dir, resources);
+    let unlimited = resources.cpu().as_ref().and_then(|cpu| cpu.quota());
+    if told.is_err() && unlimited.is_some_and(|quota| quota < 0) {
+        // crun 1.8 can't write the number that lifts a quota on v1, where it is lifted already. (One that keeps the old
+        // quota has to hear of it.)
+        let mut others = resources.clone();
+        let mut cpu = others.cpu().clone().unwrap_or_default();
+        cpu.set_quota(None);
+        others.set_cpu(Some(cpu));
+        return tell(runtime, cgroups, id, dir, &others);
+    }
+    told
+}
+
+fn tell(
     runtime: &Runtime,
     cgroups: &Hierarchies,
     id: &str,

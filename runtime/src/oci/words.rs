@@ -94,7 +94,13 @@ pub fn command_failure(said: &str) -> Option<i32> {
     let has = |part: &str| lower.contains(part);
     // runc: exec: "x": …; crun: executable file `x` not found…, open executable: …; youki: executable 'x' for
     // container not found…
-    let of_command = has("exec: \"") || has("executable") || has("exec user process");
+    let of_command = [
+        "exec: \"",
+        "process: exec ",
+        "executable",
+        "exec user process",
+    ];
+    let of_command = of_command.iter().any(|part| has(part));
     if !of_command {
         return None;
     }
@@ -102,13 +108,33 @@ pub fn command_failure(said: &str) -> Option<i32> {
         return Some(NOT_FOUND);
     }
     let denied = [
-        "permission denied",
+        "permission",
         "not permitted",
         "is a directory",
+        "too many levels",
         "exec format error",
     ];
     let denied = denied.iter().any(|part| has(part));
-    (denied || has("permission")).then_some(NOT_EXECUTABLE)
+    denied.then_some(NOT_EXECUTABLE)
+}
+
+/// What stands on a standard error beyond a message, such as what a hook has written there.
+pub fn beyond(message: &str, stderr: &str) -> String {
+    let more: Vec<String> = tail(stderr)
+        .iter()
+        .flat_map(|text| text.split("; "))
+        .filter(|line| !message.contains(line))
+        .map(str::to_owned)
+        .collect();
+    cut(&more.join("; "))
+}
+
+/// Such words with the command in them, which crun does not always name.
+pub fn of_command(command: &str, said: &str) -> String {
+    match said.contains(command) {
+        true => said.to_owned(),
+        false => format!("can't execute {command:?}: {said}"),
+    }
 }
 
 #[cfg(test)]
@@ -142,6 +168,14 @@ mod tests {
     }
 
     #[test]
+    fn what_a_hook_has_written_is_told_too() {
+        let message = "crun (crun) create: error executing hook `/bin/sh` (exit code: 3)";
+        let stderr = "no driver here\n{\"msg\":\"error executing hook `/bin/sh` (exit code: 3)\",\"level\":\"error\"}\n";
+        assert_eq!(beyond(message, stderr), "no driver here");
+        assert_eq!(beyond(message, ""), "");
+    }
+
+    #[test]
     fn commands_that_can_not_be_executed_are_known() {
         let create = "runc create failed: unable to start container process: ";
         for (said, code) in [
@@ -164,7 +198,15 @@ mod tests {
                 127,
             ),
             ("open executable: Permission denied".into(), 126),
+            (
+                format!("{create}exec /bin/probe-root: permission denied"),
+                126,
+            ),
             ("open executable: Operation not permitted".into(), 126),
+            (
+                "open executable: Too many levels of symbolic links".into(),
+                126,
+            ),
             (
                 "executable 'nosuch' for container not found in $PATH".into(),
                 127,
