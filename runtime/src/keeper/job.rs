@@ -23,6 +23,9 @@ pub(super) enum Purpose {
     PostStart,
     Update,
     Checkpoint,
+    Restore(String),
+    /// Kills what a failed restore left; the error that the caller gets then.
+    Unrestore(String, String, i32),
     Teardown,
 }
 
@@ -205,6 +208,10 @@ impl Keeper {
                 self.reply(job.connection, Ok(answer.unwrap_or_else(warned)));
             }
             Purpose::Update | Purpose::Checkpoint => self.reply(job.connection, answer),
+            Purpose::Restore(id) => self.restored(&id, job.connection, answer),
+            Purpose::Unrestore(id, message, kind) => {
+                self.restore_failed(&id, job.connection, WireError { kind, message });
+            }
             Purpose::Teardown => self.torn_down(job.connection, answer),
         }
     }

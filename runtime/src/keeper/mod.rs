@@ -13,6 +13,7 @@ mod exec;
 mod job;
 mod oom;
 mod output;
+mod restore;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -276,7 +277,7 @@ impl Keeper {
         } else if self.pod_init == Some(pid) {
             self.pod_init = None;
             self.init_lost();
-        } else if self.containers.values().any(Container::is_creating) {
+        } else if self.containers.values().any(Container::is_becoming) {
             self.unclaimed.insert(pid, code);
         }
     }
@@ -290,6 +291,7 @@ impl Keeper {
         }
         self.doomed = true;
         self.kill_makers();
+        self.end_unrestored();
         let alive = self.containers.values().filter(|c| !c.has_exited());
         for cgroup in alive.map(|c| c.cgroup.clone()).collect::<Vec<_>>() {
             self.cgroups.signal_all(&cgroup, libc::SIGKILL);
@@ -305,7 +307,7 @@ impl Keeper {
         let making = |job: &Job| {
             matches!(
                 job.purpose,
-                Purpose::Create(_) | Purpose::Setup | Purpose::Checkpoint
+                Purpose::Create(_) | Purpose::Setup | Purpose::Checkpoint | Purpose::Restore(_)
             )
         };
         for (pid, _) in self.jobs.iter().filter(|(_, job)| making(job)) {

@@ -201,6 +201,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         systemd: input.options.cgroup_driver == CgroupDriver::Systemd,
         image_volumes: mounts.image_volumes,
         volumes: volumes(image, &mut warnings)?,
+        restore: None,
     };
     Ok(ContainerPlan {
         create,
