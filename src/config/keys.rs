@@ -275,6 +275,15 @@ pub(crate) const KEYS: &[Key] = &[
         "Save established TCP connections; otherwise a checkpoint has them closed.",
     ),
     live(
+        "checkpoint.restore",
+        "Restore containers from checkpoints: archives on this node, and images. A checkpoint can do what its\n\
+         processes could; read docs/checkpoint.md on whose to trust.",
+    ),
+    live(
+        "checkpoint.restore_limit",
+        "The largest checkpoint that is restored, unpacked.",
+    ),
+    live(
         "runtimes",
         "Runtime handlers by name, for RuntimeClass. type: \"native\" (in-process).\n\
          With privileged_without_host_devices, privileged containers get only the devices that they ask for.",
@@ -447,6 +456,8 @@ mod tests {
             criu = "/a"
             timeout = "1s"
             tcp_established = true
+            restore = true
+            restore_limit = 1
             [runtimes.d]
             type = "native"
         "#;
