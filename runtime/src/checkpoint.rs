@@ -197,6 +197,7 @@ fn dump(
         freeze_cgroup: Some(freezer.dir().to_string_lossy().into_owned()),
         timeout: Some(u32::try_from(left.as_secs()).unwrap_or(u32::MAX).max(1)),
         orphan_pts_master: Some(true),
+        ..rpc::Options::default()
     };
     let call = criu::Call {
         criu: Path::new(&criu.path),

@@ -241,6 +241,13 @@ impl Keeper {
                         .to_owned(),
             });
         }
+        if create.restore.is_some() && self.hello().await?.protocol < wire::RESTORES {
+            return Err(ClientError::Keeper {
+                kind: ErrorKind::Unsupported,
+                message: "the pod's keeper is of an older version, which restores no checkpoints; make the pod anew"
+                    .to_owned(),
+            });
+        }
         let call = Call::CreateContainer(create);
         match self
             .call("CreateContainer", call, &[], Some(timeout))

@@ -125,6 +125,25 @@ pub struct Confinement {
     env: Vec<CString>,
 }
 
+/// See [`Confinement::bounds`]. Capabilities are bits.
+#[derive(Debug)]
+pub struct Bounds<'a> {
+    /// Who it begins as.
+    pub user: &'a Resolved,
+    /// The bounding set.
+    pub bounding: u64,
+    /// What can be permitted, effective and ambient.
+    pub held: u64,
+    /// What can be inheritable.
+    pub inheritable: u64,
+    /// Whether it must have no_new_privs.
+    pub no_new_privileges: bool,
+    /// The filter that it must have.
+    pub seccomp: Option<&'a Filter>,
+    /// `apparmor:PROFILE` or `selinux:LABEL`.
+    pub lsm: Option<String>,
+}
+
 impl Confinement {
     /// From the process section of an OCI spec, the resolved user, the environment as raw bytes and the
     /// compiled seccomp filter. HOME is set from the user when the environment has none.
@@ -190,6 +209,31 @@ impl Confinement {
     /// The user that the processes run as.
     pub fn user(&self) -> &Resolved {
         &self.user
+    }
+
+    /// The most that a process of the container's can have without having got it from somebody else.
+    pub fn bounds(&self) -> Bounds<'_> {
+        let bits = |set: &HashSet<Capability>| set.iter().fold(0, |all, cap| all | cap.bitmask());
+        let bounding = bits(&self.bounding);
+        let is_root = self.user.uid == 0;
+        // Executing a program gives root all that bounds it, others only what is ambient.
+        let held = match is_root {
+            true => bounding,
+            false => bits(&self.ambient),
+        };
+        Bounds {
+            user: &self.user,
+            bounding,
+            inheritable: held | bits(&self.inheritable),
+            held,
+            no_new_privileges: self.no_new_privileges,
+            seccomp: self.seccomp.as_ref(),
+            lsm: match (&self.apparmor, &self.selinux) {
+                (Some(profile), _) => Some(format!("apparmor:{profile}")),
+                (None, Some(label)) => Some(format!("selinux:{label}")),
+                (None, None) => None,
+            },
+        }
     }
 
     /// Raises hard limits as far as is wanted. For a process that is about to enter a user namespace, in which

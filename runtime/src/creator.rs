@@ -545,6 +545,9 @@ pub fn write_spec(path: &Path, spec: &Spec) -> Result<(), CreateError> {
 }
 
 /// Writes a file that only root may read: a spec holds the container's environment.
+///
+/// # Errors
+/// [`CreateError::Bundle`].
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), CreateError> {
     let mut options = File::options();
     options.write(true).create(true).truncate(true).mode(0o600);

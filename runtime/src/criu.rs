@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prost::Message as _;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -20,10 +20,15 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use crate::sys;
 
+pub mod image;
 pub mod rpc;
 
 /// The longest message of criu's.
 const MESSAGE: usize = 64 << 10;
+/// How often it is looked for the end of what criu restores, and how often in a row that is seen before criu, which
+/// may be about to answer, is given up.
+const LOOK: Duration = Duration::from_millis(500);
+const LOST: u32 = 4;
 /// How many lines of criu's log go into an error.
 const LOG_LINES: usize = 4;
 /// What criu itself starts (`tar`, `iptables`) is looked up here.
@@ -93,6 +98,7 @@ pub struct Call<'a> {
 pub fn run(call: Call<'_>, born: impl FnOnce(i32)) -> Result<rpc::Response, CriuError> {
     let action = match call.kind {
         rpc::Kind::Dump => "dump",
+        rpc::Kind::Restore => "restore",
         _ => "ask",
     };
     let started = |source: io::Error| CriuError::Start {
@@ -114,7 +120,7 @@ pub fn run(call: Call<'_>, born: impl FnOnce(i32)) -> Result<rpc::Response, Criu
         opts: call.options.clone(),
         notify_success: None,
     };
-    let answer = converse(&ours, &request, call.deadline);
+    let answer = converse(&ours, &request, call.deadline, || has_ended_child(child));
     if !matches!(&answer, Ok(Some(response)) if response.success) {
         // It may be in the middle of anything.
         sys::kill_child(child);
@@ -171,14 +177,24 @@ fn converse(
     socket: &OwnedFd,
     request: &rpc::Request,
     deadline: Instant,
+    is_lost: impl Fn() -> bool,
 ) -> Result<Option<rpc::Response>, Errno> {
     send(socket, request)?;
     let mut buffer = vec![0; MESSAGE];
+    let mut lost = 0;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = rustix::event::Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+        let timeout =
+            rustix::event::Timespec::try_from(left.min(LOOK)).map_err(|_| Errno::INVAL)?;
         match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return Err(Errno::TIMEDOUT),
+            Ok(0) if left <= LOOK => return Err(Errno::TIMEDOUT),
+            Ok(0) => {
+                lost = if is_lost() { lost + 1 } else { 0 };
+                match lost {
+                    LOST => return Ok(None),
+                    _ => continue,
+                }
+            }
             Ok(_) => {}
             Err(Errno::INTR) => continue,
             Err(e) => return Err(e),
@@ -198,6 +214,21 @@ fn converse(
         };
         send(socket, &go_on)?;
     }
+}
+
+/// Whether a child of this process other than criu has ended: what it was restoring. criu does not notice that of one
+/// that is not its own child.
+fn has_ended_child(criu: i32) -> bool {
+    let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+    let others = children
+        .split_whitespace()
+        .filter_map(|pid| pid.parse::<i32>().ok());
+    others.filter(|pid| *pid != criu).any(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(") ")
+            .next()
+            .is_some_and(|rest| rest.starts_with(['Z', 'X']))
+    })
 }
 
 fn send(socket: &OwnedFd, request: &rpc::Request) -> Result<(), Errno> {
@@ -255,6 +286,26 @@ mod tests {
             error_lines(log),
             ["inet: Connected TCP socket", "Dumping FAILED."]
         );
+    }
+
+    #[test]
+    fn the_end_of_what_is_restored_is_seen() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = child.id().cast_signed();
+        assert!(!has_ended_child(0));
+        // Its input ends, and so it does; nobody waits for it.
+        drop(child.stdin.take());
+        let patience = Instant::now() + Duration::from_secs(20);
+        while !has_ended_child(0) {
+            assert!(Instant::now() < patience);
+            std::thread::yield_now();
+        }
+        assert!(!has_ended_child(pid));
+        child.wait().unwrap();
+        assert!(!has_ended_child(0));
     }
 
     #[test]

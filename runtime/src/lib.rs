@@ -37,6 +37,7 @@ mod places;
 mod propagation;
 pub mod removal;
 mod resize;
+mod restore;
 mod rootfs;
 pub mod sandbox;
 mod scope;

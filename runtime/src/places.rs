@@ -113,7 +113,10 @@ fn leads_nowhere(root: &OwnedFd, place: &Path) -> bool {
 }
 
 /// The place without symbolic links, clamped to the root; what does not exist is taken at its word.
-fn resolve(root: &OwnedFd, place: &Path) -> io::Result<PathBuf> {
+///
+/// # Errors
+/// Too many links.
+pub fn resolve(root: &OwnedFd, place: &Path) -> io::Result<PathBuf> {
     let names = |path: &Path| -> Vec<OsString> {
         let parts = path.components().filter_map(|part| match part {
             Component::Normal(name) => Some(name.to_owned()),

@@ -11,13 +11,16 @@ use rustix::net::{
 };
 
 /// Version of the protocol that this build speaks; see `keeper.proto` for what changes may do.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// The first version with terminals, open standard input and attach.
 pub const SESSIONS: u32 = 2;
 
-/// The first version with checkpoints and restores.
+/// The first version with checkpoints.
 pub const CHECKPOINTS: u32 = 3;
+
+/// The first version that restores them.
+pub const RESTORES: u32 = 4;
 
 /// Largest message that either side accepts, in bytes (an OCI spec with a large environment fits).
 pub const MAX_MESSAGE: usize = 16 << 20;

@@ -13,6 +13,8 @@ use std::time::Instant;
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
 
+pub mod apply;
+
 /// overlayfs' own attributes.
 const OVERLAY: &[u8] = b"trusted.overlay.";
 const OPAQUE: &std::ffi::CStr = c"trusted.overlay.opaque";

@@ -280,6 +280,15 @@ pub(crate) const KEYS: &[Key] = &[
         "Save established TCP connections; otherwise a checkpoint has them closed.",
     ),
     live(
+        "checkpoint.restore",
+        "Restore containers from checkpoints: archives on this node, and images. A checkpoint can do what its\n\
+         processes could; read docs/checkpoint.md on whose to trust.",
+    ),
+    live(
+        "checkpoint.restore_limit",
+        "The largest checkpoint that is restored, unpacked.",
+    ),
+    live(
         "runtimes",
         "Runtime handlers by name, for RuntimeClass. Each is described in one file. docs/handlers.md has more.\n\
          type: \"native\" (in-process), \"oci\" (a command-line runtime) or \"shim-v2\" (a shim of containerd's protocol).\n\
@@ -460,6 +469,8 @@ mod tests {
             criu = "/a"
             timeout = "1s"
             tcp_established = true
+            restore = true
+            restore_limit = 1
             [runtimes.d]
             type = "native"
         "#;

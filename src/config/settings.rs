@@ -431,6 +431,10 @@ pub struct Checkpoint {
     pub timeout: Duration,
     /// Established TCP connections are saved; otherwise the checkpoint has them closed.
     pub tcp_established: bool,
+    /// Containers may be restored from checkpoints.
+    pub restore: bool,
+    /// The most that a checkpoint may hold that is restored.
+    pub restore_limit: Size,
 }
 
 impl Default for Checkpoint {
@@ -439,6 +443,8 @@ impl Default for Checkpoint {
             criu: "criu".to_owned(),
             timeout: Duration::from_secs(120),
             tcp_established: false,
+            restore: false,
+            restore_limit: Size::mib(16 << 10),
         }
     }
 }

@@ -16,7 +16,6 @@ mod session;
 mod signal;
 mod stats;
 mod stream;
-mod unimplemented;
 
 pub use code::status;
 pub use images::Images;

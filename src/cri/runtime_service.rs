@@ -10,7 +10,6 @@ use tracing::Instrument as _;
 use super::call::{Kind, call, container_span, node_span, pod_span};
 use super::session::{self, Streams};
 use super::stream::{self, Batches};
-use super::unimplemented::later;
 use super::{containers, events, exec, info, metrics, pods, stats};
 use crate::pod::Node;
 
@@ -372,9 +371,14 @@ impl RuntimeService for Runtime {
 
     async fn restore_pod(
         &self,
-        _: Request<cri::RestorePodRequest>,
+        request: Request<cri::RestorePodRequest>,
     ) -> Result<Response<cri::RestorePodResponse>, Status> {
-        later("RestorePod")
+        let r = request.into_inner();
+        let node = &self.0;
+        let span = node_span("RestorePod");
+        call(Kind::Change, async move { node.restore_pod(r).await })
+            .instrument(span)
+            .await
     }
 
     async fn list_metric_descriptors(

@@ -243,6 +243,17 @@ pub(crate) fn parse(
     }
 }
 
+/// The annotations of a manifest or index; none of a document that can't be understood.
+pub(crate) fn annotations(bytes: &[u8]) -> std::collections::HashMap<String, String> {
+    #[derive(Deserialize)]
+    struct Annotated {
+        #[serde(default)]
+        annotations: Option<std::collections::HashMap<String, String>>,
+    }
+    let annotated = serde_json::from_slice::<Annotated>(bytes).ok();
+    annotated.and_then(|a| a.annotations).unwrap_or_default()
+}
+
 /// Whether a media type is a file system layer's. Unknown ones of the container vendors are let
 /// through, because the content is sniffed and verified anyway; artifacts and encrypted layers not.
 pub(crate) fn is_layer(media_type: &str) -> bool {

@@ -16,7 +16,7 @@
 //! Locks, in order: `commit` (blocking threads only; held over the disk operations of a change),
 //! then `state` (no I/O under it).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
@@ -33,7 +33,7 @@ use crate::error::{ErrorKind, ImageError};
 use crate::image::{FsInfo, Image, LayerRef};
 use crate::inflight::Inflight;
 use crate::layers::{self, Prepared};
-use crate::manifest::ConfigFile;
+use crate::manifest::{self, ConfigFile, MAX_MANIFEST};
 use crate::reference::ImageName;
 use crate::registry::Registry;
 use crate::state::{Layer, State};
@@ -189,6 +189,26 @@ impl ImageStore {
             inner: Arc::clone(&self.inner),
             image: Arc::clone(&entry.image),
         })
+    }
+
+    /// What the manifests and indexes that led to an image say of it, read anew; empty for an image that is gone.
+    ///
+    /// # Errors
+    /// When a document can't be read any more.
+    pub fn annotations(&self, image_id: &str) -> Result<BTreeMap<String, String>, ImageError> {
+        let documents = {
+            let state = self.inner.state();
+            let entry = state.images.get(image_id);
+            entry.map_or_else(Vec::new, |entry| entry.record.manifests.clone())
+        };
+        let mut found = BTreeMap::new();
+        for text in documents {
+            if let Ok(digest) = Digest::parse(&text) {
+                let document = self.inner.blobs.get(&digest, MAX_MANIFEST)?;
+                found.extend(manifest::annotations(&document));
+            }
+        }
+        Ok(found)
     }
 
     /// The space that layers take, from sums that were kept while unpacking.

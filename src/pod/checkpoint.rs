@@ -22,13 +22,14 @@ use super::state::{PodStage, Stage};
 
 pub mod archive;
 mod tool;
+pub mod unpack;
 
 pub use tool::Tool;
 
 /// Longest time that a caller can ask for.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 /// Description of a pod's checkpoint: which archive is which container's. The peers' name.
-const POD_OPTIONS: &str = "pod.options";
+pub(super) const POD_OPTIONS: &str = "pod.options";
 /// The configuration of the pod.
 const POD_DUMP: &str = "pod.dump";
 
@@ -42,14 +43,18 @@ struct PodOptions {
 }
 
 /// A directory for what becomes an archive; removed when this goes.
-struct Staging(PathBuf);
+pub(super) struct Staging(PathBuf);
 
 impl Staging {
-    fn new(root: &Path) -> Result<Self, PodError> {
+    pub(super) fn new(root: &Path) -> Result<Self, PodError> {
         std::fs::create_dir_all(root).map_err(file("create", root))?;
         let dir = root.join(new_id()?);
         archive::private_dir(&dir)?;
         Ok(Self(dir))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
     }
 }
 
@@ -278,13 +283,13 @@ impl Node {
 }
 
 /// Runs what reads and writes files off the runtime's threads.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, PodError> + Send + 'static,
 ) -> Result<T, PodError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(_) => Err(PodError::Lost {
-            what: "writing the checkpoint",
+            what: "writing or reading the checkpoint",
         }),
     }
 }
@@ -390,8 +395,11 @@ fn describe(
         runtime: handler.to_owned(),
         created_time: time(record.created_at),
         checkpointed_time: time(now()),
-        restored_time: time(0),
-        restored: false,
+        restored_time: time(match record.checkpoint {
+            Some(_) => record.created_at,
+            None => 0,
+        }),
+        restored: record.checkpoint.is_some(),
     };
     write_json(&dir.join(archive::CONFIG), &config)?;
     let path = container.dir.join(slipway_runtime::SPEC_FILE);

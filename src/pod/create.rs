@@ -18,6 +18,7 @@ use super::names::{container_name, title};
 use super::node::{Node, new_id, now};
 use super::phases::{Phases, Trace, describe};
 use super::record::{self, ContainerRecord, PodRecord};
+use super::restore::Checkpoint;
 use super::sandbox::{Cell, Pod};
 use super::state::{PodStage, Status};
 
@@ -69,9 +70,24 @@ impl Node {
         if pod.stage() != PodStage::Ready {
             return Err(not_ready(&pod));
         }
-        let config = request.config.unwrap_or_default();
+        let mut config = request.config.unwrap_or_default();
         let asked = config.image.clone().unwrap_or_default();
-        let lease = self.lease(&asked.image)?;
+        let (lease, checkpoint) = match self.checkpoint_of(&asked.image)? {
+            None => (self.lease(&asked.image)?, None),
+            Some(source) => {
+                // A large future, which ordinary containers are not to carry along.
+                if pod.record.driver.is_some() {
+                    return Err(PodError::Unsupported(format!(
+                        "containers are restored by the handler \"native\" only, and the pod's is {:?}",
+                        pod.record.runtime
+                    )));
+                }
+                let opened = Box::pin(self.open_checkpoint(&asked.image, source));
+                let (checkpoint, base) = opened.await?;
+                checkpoint.complete(&mut config, base.image());
+                (base, Some(checkpoint))
+            }
+        };
         if let Some(kind) = lease.image().artifact.clone() {
             return Err(PodError::Image {
                 action: "run",
@@ -99,7 +115,7 @@ impl Node {
                 &id,
                 config,
                 ready,
-                lease,
+                (lease, checkpoint),
                 volumes,
                 cell.clone(),
                 phases,
@@ -184,7 +200,7 @@ impl Node {
         id: &str,
         config: cri::ContainerConfig,
         ready: Assembled,
-        lease: ImageLease,
+        (lease, checkpoint): (ImageLease, Option<Checkpoint>),
         volumes: Vec<ImageLease>,
         cell: Arc<Cell>,
         mut phases: Phases,
@@ -227,6 +243,12 @@ impl Node {
             // The keeper ends it in time, and says what the runtime said.
             timeout = Duration::from_millis(runtime.create_timeout_ms) + AFTER_RUNTIME;
         }
+        if let Some(checkpoint) = &checkpoint {
+            let own = self.config().checkpoint.timeout;
+            let patience = u64::try_from(own.as_millis()).unwrap_or(u64::MAX);
+            create.restore = Some(checkpoint.move_to(&layers, patience)?);
+            timeout = timeout.max(own);
+        }
         let made = pod
             .keeper
             .create(create, timeout)
@@ -265,6 +287,7 @@ impl Node {
             volume_images: volumes.iter().map(|v| v.image().id.clone()).collect(),
             poststart_ms: milliseconds(poststart),
             poststop_ms: milliseconds(poststop),
+            checkpoint: checkpoint.map(|checkpoint| checkpoint.name().to_owned()),
             resources: plan.resources,
             phases: phases.laps().to_vec(),
             config,

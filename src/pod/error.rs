@@ -108,6 +108,33 @@ pub enum PodError {
         /// The pod.
         id: String,
     },
+    /// There is no checkpoint.
+    #[error("there is no checkpoint {}", path.display())]
+    NoCheckpoint {
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// A checkpoint that can't be used.
+    #[error("the checkpoint {what} can't be restored: {reason}")]
+    Checkpoint {
+        /// Its path or image.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A checkpoint whose image is not here.
+    #[error(
+        "the checkpoint {checkpoint} can't be restored: the image {image:?} that its container had is not here ({reason}); \
+         pull or import it"
+    )]
+    NoBaseImage {
+        /// Its path or image.
+        checkpoint: String,
+        /// The image.
+        image: String,
+        /// Why it could not be pulled.
+        reason: String,
+    },
     /// The handler is not configured.
     #[error("runtime handler {handler:?} is not configured; known are {known}")]
     UnknownHandler {
@@ -305,7 +332,10 @@ impl PodError {
     /// The class of this failure.
     pub fn class(&self) -> Class {
         match self {
-            Self::NoPod { .. } | Self::NoContainer { .. } => Class::NotFound,
+            Self::NoPod { .. } | Self::NoContainer { .. } | Self::NoCheckpoint { .. } => {
+                Class::NotFound
+            }
+            Self::Checkpoint { .. } => Class::InvalidArgument,
             Self::Ambiguous { .. } | Self::Invalid(_) | Self::Dns(_) | Self::Seccomp { .. } => {
                 Class::InvalidArgument
             }
@@ -315,6 +345,7 @@ impl PodError {
             Self::PodNotReady { .. }
             | Self::WrongState { .. }
             | Self::NothingRuns { .. }
+            | Self::NoBaseImage { .. }
             | Self::NoUserNamespaces { .. }
             | Self::HandlerUnusable { .. }
             | Self::Plugin { .. } => Class::FailedPrecondition,

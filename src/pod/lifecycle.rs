@@ -17,6 +17,7 @@ use super::leftovers;
 use super::names::title;
 use super::node::{Node, now};
 use super::phases::{Phases, Trace, describe};
+use super::restore;
 use super::sandbox::Pod;
 use super::state::{PodStage, Stage};
 
@@ -26,6 +27,8 @@ const KILL: i32 = 9;
 const AFTER_KILL: Duration = Duration::from_secs(5);
 /// The keeper's event of an end may trail its answer by this at most.
 const EVENT_LAG: Duration = Duration::from_secs(2);
+/// How much longer than a restore may take its keeper is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest grace period: no timer needs to go further.
 const LONGEST_GRACE: Duration = Duration::from_secs(u32::MAX as u64);
 
@@ -76,14 +79,19 @@ impl Node {
             return Err(error);
         }
         let limits = self.config().limits.clone();
-        let result = container
-            .keeper
-            .start(container.id(), limits.start_timeout + container.poststart())
-            .await;
+        let mut timeout = limits.start_timeout + container.poststart();
+        if container.record.checkpoint.is_some() {
+            // The keeper gives up when that is over; this is for one that does not.
+            timeout = timeout.max(self.config().checkpoint.timeout + PATIENCE);
+        }
+        let result = container.keeper.start(container.id(), timeout).await;
         phases.mark("start");
         match result {
             Ok(()) => {
                 container.update(|status| status.running(now()));
+                if container.record.checkpoint.is_some() {
+                    self.sweep_later(self.layers_dir().join(container.id()).join(restore::DIR));
+                }
                 if let Some(turn) = &turn {
                     self.tell_after(turn, Event::PostStartContainer, container)
                         .await;

@@ -29,6 +29,7 @@ pub mod record;
 mod recovery;
 mod relabel;
 mod resize;
+mod restore;
 mod run;
 pub mod sandbox;
 mod session;

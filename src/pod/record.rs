@@ -121,6 +121,9 @@ pub struct ContainerRecord {
     /// The same of its `poststop` hooks.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub poststop_ms: u64,
+    /// What it was restored from: the path of an archive, or the name of an image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<String>,
     /// What limits are in force.
     #[serde(with = "proto_base64")]
     pub resources: cri::LinuxContainerResources,
@@ -283,6 +286,7 @@ mod tests {
             volume_images: vec!["sha256:3".into()],
             poststart_ms: 0,
             poststop_ms: 0,
+            checkpoint: Some("/c.tar".into()),
             resources: cri::LinuxContainerResources {
                 cpu_shares: 3,
                 ..Default::default()

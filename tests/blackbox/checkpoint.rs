@@ -23,14 +23,14 @@ tests![
 ];
 
 /// Counts in memory, and says so.
-const COUNTER: &[&str] = &[
+pub const COUNTER: &[&str] = &[
     "sh",
     "-c",
     "echo new > /made; rm /etc/group; i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done",
 ];
 
 /// A criu that works here.
-fn criu() -> Result<String> {
+pub fn criu() -> Result<String> {
     let name = std::env::var("SLIPWAY_TEST_CRIU").unwrap_or_else(|_| "criu".to_owned());
     match std::process::Command::new(&name).arg("check").output() {
         Ok(output) if output.status.success() => Ok(name),
@@ -46,7 +46,7 @@ fn criu() -> Result<String> {
 }
 
 /// A daemon with this criu.
-async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
+pub async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
     let daemon = env
         .daemon_with(|s| s.set("checkpoint.criu", &format!("{criu:?}")))
         .await?;
@@ -67,7 +67,11 @@ async fn with_criu(env: &Env) -> Result<Daemon> {
     daemon_with(env, &criu()?).await
 }
 
-async fn checkpoint(container: &Container, location: &Path, timeout: i64) -> Result<(), Status> {
+pub async fn checkpoint(
+    container: &Container,
+    location: &Path,
+    timeout: i64,
+) -> Result<(), Status> {
     let request = cri::CheckpointContainerRequest {
         container_id: container.id.clone(),
         location: location.display().to_string(),
@@ -77,13 +81,13 @@ async fn checkpoint(container: &Container, location: &Path, timeout: i64) -> Res
     client.checkpoint_container(request).await.map(drop)
 }
 
-async fn counter(daemon: &Daemon) -> Result<Container> {
+pub async fn counter(daemon: &Daemon) -> Result<Container> {
     let container = daemon.run(COUNTER).await?;
     container.says("3").await?;
     Ok(container)
 }
 
-fn count(container: &Container) -> Result<u64> {
+pub fn count(container: &Container) -> Result<u64> {
     let text = container.stdout()?;
     text.lines()
         .last()
@@ -124,7 +128,7 @@ async fn thawed(container: &Container) -> Result<()> {
 }
 
 /// Nothing is left of a checkpoint that came to nothing.
-async fn nothing_left(daemon: &Daemon, location: &Path) -> Result<()> {
+pub async fn nothing_left(daemon: &Daemon, location: &Path) -> Result<()> {
     assert!(!location.exists());
     let dir = daemon.env().root.join("state/checkpoints");
     eventually("an empty directory of checkpoints", seconds(20), || async {
@@ -134,7 +138,7 @@ async fn nothing_left(daemon: &Daemon, location: &Path) -> Result<()> {
     .await
 }
 
-fn files(archive: impl std::io::Read) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
+pub fn files(archive: impl std::io::Read) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
     let mut found = BTreeMap::new();
     for entry in tar::Archive::new(archive).entries()? {
         let mut entry = entry?;

@@ -55,6 +55,7 @@ mod operations;
 mod pods;
 mod resources;
 mod restart;
+mod restore;
 mod seccomp;
 mod selinux;
 mod stats;
@@ -105,6 +106,7 @@ fn main() -> std::process::ExitCode {
         update::TESTS,
         network::TESTS,
         checkpoint::TESTS,
+        restore::TESTS,
         nri::TESTS,
         cdi::TESTS,
         cni::TESTS,

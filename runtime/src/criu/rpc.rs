@@ -9,6 +9,8 @@ pub enum Kind {
     Empty = 0,
     /// Dump a process tree.
     Dump = 1,
+    /// Restore one.
+    Restore = 2,
     /// criu tells of a step.
     Notify = 6,
     /// Which criu this is.
@@ -21,6 +23,17 @@ pub enum Kind {
 pub enum CgroupMode {
     /// criu leaves cgroups alone.
     Ignore = 0,
+}
+
+/// `inherit_fd`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct InheritFd {
+    /// What it stands for in the images: `pipe:[INODE]`.
+    #[prost(string, required, tag = "1")]
+    pub key: String,
+    /// A descriptor of criu's.
+    #[prost(int32, required, tag = "2")]
+    pub fd: i32,
 }
 
 /// `criu_opts`.
@@ -50,12 +63,21 @@ pub struct Options {
     /// Name of the log in the work directory.
     #[prost(string, optional, tag = "10")]
     pub log_file: Option<String>,
+    /// The root file system of what is restored; a mount point.
+    #[prost(string, optional, tag = "13")]
+    pub root: Option<String>,
     /// Directory of log and statistics, as `images_dir_fd`.
     #[prost(int32, optional, tag = "17")]
     pub work_dir_fd: Option<i32>,
     /// Before `manage_cgroups_mode` there was only this.
     #[prost(bool, optional, tag = "24")]
     pub manage_cgroups: Option<bool>,
+    /// What is restored becomes a child of the process that made the socket.
+    #[prost(bool, optional, tag = "26")]
+    pub rst_sibling: Option<bool>,
+    /// Descriptors that take the place of what was open.
+    #[prost(message, repeated, tag = "27")]
+    pub inherit_fd: Vec<InheritFd>,
     /// What to do with cgroups.
     #[prost(enumeration = "CgroupMode", optional, tag = "34")]
     pub manage_cgroups_mode: Option<i32>,
@@ -80,6 +102,9 @@ pub struct Options {
     /// Established TCP connections are closed in the restored tree.
     #[prost(bool, optional, tag = "52")]
     pub tcp_close: Option<bool>,
+    /// `selinux:LABEL` or `apparmor:PROFILE` in place of those of the images.
+    #[prost(string, optional, tag = "53")]
+    pub lsm_profile: Option<String>,
 }
 
 /// `criu_req`.
@@ -96,6 +121,14 @@ pub struct Request {
     pub notify_success: Option<bool>,
 }
 
+/// `criu_restore_resp`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Restored {
+    /// The root of the restored tree.
+    #[prost(int32, required, tag = "1")]
+    pub pid: i32,
+}
+
 /// `criu_resp`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Response {
@@ -105,6 +138,9 @@ pub struct Response {
     /// Whether it worked.
     #[prost(bool, required, tag = "2")]
     pub success: bool,
+    /// What was restored.
+    #[prost(message, optional, tag = "4")]
+    pub restore: Option<Restored>,
     /// An errno.
     #[prost(int32, optional, tag = "7")]
     pub cr_errno: Option<i32>,

@@ -16,6 +16,7 @@ use super::attach::Readers;
 use super::job::{Origin, Purpose, done};
 use super::oci::Driver;
 use super::output::{Output, Streams, pipe};
+use super::restore::Pending;
 use super::{Keeper, Source, now_ns, wire_error};
 use crate::confine::{Confinement, chain};
 use crate::creator::{self, Inherited};
@@ -34,7 +35,7 @@ pub(super) struct Container {
     pub(super) driver: Driver,
     pub(super) state: ContainerState,
     /// Process id of the creator while it works.
-    creator: Option<i32>,
+    pub(super) creator: Option<i32>,
     /// The init.
     pub(super) pidfd: Option<OwnedFd>,
     /// What exec sessions are confined with; known once created.
@@ -42,11 +43,11 @@ pub(super) struct Container {
     /// Ids of the user namespace that it is in, if that is not the host's.
     pub(super) ids: Option<IdMaps>,
     pub(super) oom_score_adj: i32,
-    own_pid_namespace: bool,
+    pub(super) own_pid_namespace: bool,
     /// How many OOM kills hit exec sessions: they are not what ends the container.
     pub(super) oom_kills_of_execs: u64,
     /// The call as it came; needed until the container is created.
-    create: Option<CreateContainer>,
+    pub(super) create: Option<CreateContainer>,
     /// A terminal is its output and its input; it is here, and has no `stderr`.
     pub(super) stdout: Option<Output>,
     pub(super) stderr: Option<Output>,
@@ -56,14 +57,18 @@ pub(super) struct Container {
     pub(super) terminal: Option<OwnedFd>,
     pub(super) readers: Readers,
     pub(super) log: LogFile,
-    start: Option<Start>,
-    poststart: Option<PostStart>,
+    pub(super) start: Option<Start>,
+    pub(super) poststart: Option<PostStart>,
+    /// What it is to be restored from; until its start.
+    pub(super) restore: Option<Pending>,
+    /// Process id of the job that restores it.
+    pub(super) restoring: Option<i32>,
     /// Set by DeleteContainer: exit is no longer worth an answer to anybody.
-    deleting: bool,
+    pub(super) deleting: bool,
 }
 
 /// The pipe on which the init tells of a failed execve.
-struct Start {
+pub(super) struct Start {
     pipe: OwnedFd,
     token: u64,
     /// Who waits for StartContainer.
@@ -72,7 +77,7 @@ struct Start {
 }
 
 /// The hooks that are run when the command has been executed.
-struct PostStart {
+pub(super) struct PostStart {
     list: Vec<Hook>,
     state: State,
 }
@@ -95,6 +100,11 @@ impl Container {
 
     pub(super) fn is_creating(&self) -> bool {
         self.creator.is_some()
+    }
+
+    /// Whether its init may be a child of this process already without being known.
+    pub(super) fn is_becoming(&self) -> bool {
+        self.is_creating() || self.restoring.is_some()
     }
 
     pub(super) fn state(&self) -> &ContainerState {
@@ -178,6 +188,9 @@ impl Keeper {
         let (start_read, start_write) = pipe(true).map_err(|e| internal("make a pipe", &e))?;
         let (stdio, ours) =
             Streams::new(&create).map_err(|e| internal("make the standard streams", &e))?;
+        if create.restore.is_some() {
+            return self.begin_prepare(connection, create, &spec, (cgroup, log), (stdio, ours));
+        }
         let mut keep = stdio.descriptors();
         keep.push(start_write.as_raw_fd());
         // The creator is born in the container's cgroup (v2), so that nothing has to be migrated. A scope of
@@ -241,7 +254,7 @@ impl Keeper {
                 return Err(internal("start the creator in the container's cgroup", &e));
             }
         };
-        let mut container = Container {
+        let container = Container {
             dir: PathBuf::from(&create.dir),
             cgroup,
             driver,
@@ -275,18 +288,31 @@ impl Keeper {
                 connection: None,
                 message: Vec::new(),
             }),
+            restore: None,
+            restoring: None,
             deleting: false,
         };
-        for (pipe, stream) in [(ours.stdout, Stream::Stdout), (ours.stderr, Stream::Stderr)] {
+        self.enter(container, ours.stdout, ours.stderr);
+        Ok(())
+    }
+
+    /// Takes up a container that is being created.
+    pub(super) fn enter(
+        &mut self,
+        mut container: Container,
+        stdout: Option<OwnedFd>,
+        stderr: Option<OwnedFd>,
+    ) {
+        let id = container.state.id.clone();
+        for (pipe, stream) in [(stdout, Stream::Stdout), (stderr, Stream::Stderr)] {
             let watched = pipe.map(|pipe| self.watch_output(&id, pipe, stream, false));
             match watched.transpose() {
                 Ok(output) => *container.output(stream) = output,
                 // Without its end: the creator's answer undoes all of it.
-                Err(_) => sys::kill_child(creator),
+                Err(_) => container.creator.into_iter().for_each(sys::kill_child),
             }
         }
         self.containers.insert(id, container);
-        Ok(())
     }
 
     fn pid_namespace_of(&self, target: &str) -> Result<PathBuf, WireError> {
@@ -373,6 +399,9 @@ impl Keeper {
 
     fn begin_start(&mut self, connection: u64, id: &str) -> Result<(), WireError> {
         let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
+        if container.restore.is_some() {
+            return self.begin_restore(connection, id);
+        }
         let phase = container.state.phase();
         let ready = phase == Phase::Created && container.creator.is_none();
         if ready && container.driver.runtime().is_some() {
@@ -557,6 +586,12 @@ impl Keeper {
             let message = format!("container {id} is neither created nor running");
             return Err(wire_error(ErrorKind::WrongState, message));
         }
+        if container.restore.as_ref().is_some_and(|r| r.create.systemd) {
+            let message = format!(
+                "container {id} is restored when it is started, and systemd makes its scope then; change its limits after that"
+            );
+            return Err(wire_error(ErrorKind::WrongState, message));
+        }
         let resources: LinuxResources = serde_json::from_slice(&update.resources).map_err(|e| {
             wire_error(
                 ErrorKind::Invalid,
@@ -616,6 +651,7 @@ impl Keeper {
         }
         if signal == libc::SIGKILL {
             self.end_without_init(id);
+            self.end_before_start(id);
         }
         Ok(false)
     }
@@ -630,6 +666,8 @@ impl Keeper {
             // Its caller is told that it was killed; what it made is removed below.
             sys::kill_child(creator);
         }
+        container.restoring.into_iter().for_each(sys::kill_child);
+        self.end_before_start(id);
         if let Err(e) = self.begin_delete(id, connection, Purpose::Delete(id.to_owned())) {
             let message = format!("can't delete container {id}: {e}");
             self.reply(connection, Err(wire_error(ErrorKind::Internal, message)));
@@ -707,6 +745,7 @@ fn adopt(
         container.confinement = Some(confinement);
     }
     container.driver.made(made);
+    // One that is to be restored has no process yet.
     container.pidfd = (made.pid > 0).then(|| cgroup::pin(made.pid)).flatten();
     container.state.pid = made.pid;
     container.state.created_at = now_ns();

@@ -29,6 +29,9 @@ pub(super) enum Purpose {
     PostStart,
     Update,
     Checkpoint,
+    Restore(String),
+    /// Kills what a failed restore left; the error that the caller gets then.
+    Unrestore(String, String, i32),
     Teardown,
 }
 
@@ -214,6 +217,10 @@ impl Keeper {
             }
             Purpose::Update | Purpose::Checkpoint | Purpose::Kill => {
                 self.reply(job.connection, answer)
+            }
+            Purpose::Restore(id) => self.restored(&id, job.connection, answer),
+            Purpose::Unrestore(id, message, kind) => {
+                self.restore_failed(&id, job.connection, WireError { kind, message });
             }
             Purpose::Teardown => self.torn_down(job.connection, answer),
         }

@@ -14,6 +14,7 @@ mod job;
 mod oci;
 mod oom;
 mod output;
+mod restore;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -287,7 +288,7 @@ impl Keeper {
 
     /// Whether a child may turn up of which nobody knows yet whose it is.
     fn expects_children(&self) -> bool {
-        !self.starting_execs.is_empty() || self.containers.values().any(Container::is_creating)
+        !self.starting_execs.is_empty() || self.containers.values().any(Container::is_becoming)
     }
 
     /// Process ids are used again: an end that nobody claimed must not become another's.
@@ -306,6 +307,7 @@ impl Keeper {
         }
         self.doomed = true;
         self.kill_makers();
+        self.end_unrestored();
         let alive = self.containers.values().filter(|c| !c.has_exited());
         for cgroup in alive.map(|c| c.cgroup.clone()).collect::<Vec<_>>() {
             self.cgroups.signal_all(&cgroup, libc::SIGKILL);
@@ -324,6 +326,7 @@ impl Keeper {
                 Purpose::Create(_)
                     | Purpose::Setup
                     | Purpose::Checkpoint
+                    | Purpose::Restore(_)
                     | Purpose::Start(_)
                     | Purpose::Exec
             )

@@ -22,7 +22,7 @@ impl Node {
     ///
     /// # Errors
     /// [`PodError::Unsupported`], with what it says.
-    pub(super) async fn criu(&self) -> Result<keeper::Criu, PodError> {
+    pub(in crate::pod) async fn criu(&self) -> Result<keeper::Criu, PodError> {
         let config = self.config().checkpoint.clone();
         let refused =
             |reason: String| PodError::Unsupported(format!("no checkpoints here: {reason}"));

@@ -202,6 +202,7 @@ pub fn container(input: &ContainerInput<'_>) -> Result<ContainerPlan> {
         image_volumes: mounts.image_volumes,
         volumes: volumes(image, &mut warnings)?,
         runtime: None,
+        restore: None,
     };
     Ok(ContainerPlan {
         create,
