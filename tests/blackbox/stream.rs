@@ -271,14 +271,20 @@ async fn in_a_user_namespace(env: Env) -> Result<()> {
     let [stdout, stderr, status] = client.rest().await?;
     let words: Vec<_> = stdout.split_whitespace().collect();
     assert_eq!(words, ["0", "0", "131072", "65536", "some", "words"]);
-    assert!(stderr.is_empty() && status.contains("Success"), "{stderr} {status}");
+    assert!(
+        stderr.is_empty() && status.contains("Success"),
+        "{stderr} {status}"
+    );
     // Its terminal is its own root's.
     let script = "stat -c %u $(tty); stat -c %u /dev/console; read a; echo said $a; exit 7";
     let mut client = exec(&container, script, true).await?;
     client.until(STDOUT, "0\r\n0\r\n").await?;
     client.send(STDIN, b"go\n").await?;
     let [stdout, _, status] = client.rest().await?;
-    assert!(stdout.ends_with("said go\r\n") && status.contains("\"7\""), "{stdout} {status}");
+    assert!(
+        stdout.ends_with("said go\r\n") && status.contains("\"7\""),
+        "{stdout} {status}"
+    );
     let mut client = attach(&container, true).await?;
     client.send(STDIN, b"it\n").await?;
     client.until(STDOUT, "got it\r\n").await?;
