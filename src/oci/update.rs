@@ -171,7 +171,7 @@ mod tests {
             "5",
             "c",
         ];
-        assert!(options(&args(&given[3..])).is_ok());
+        assert!(options(&args(&given[4..])).is_ok());
         let given = [
             "--memory",
             "1000",
