@@ -41,6 +41,13 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Be an OCI runtime for podman, containerd or conmon, without the daemon (see "slipway oci --help")
+    #[command(disable_help_flag = true)]
+    Oci {
+        /// What it takes in the place of runc
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
     #[command(flatten)]
     Client(slipway_client::Command),
 }
@@ -105,9 +112,17 @@ fn main() -> ExitCode {
     {
         slipway_runtime::zygote::main();
     }
+    // An OCI runtime's arguments are its own: its --root has the letter of our --runtime-endpoint.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|arg| arg == slipway_oci::COMMAND)
+    {
+        return slipway_oci::main(std::env::args_os().skip(2));
+    }
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Client(command) => return slipway_client::run(command, &cli.global),
+        Command::Oci { args } => return slipway_oci::main(args),
         Command::Check(args) => match check(args) {
             Ok(code) => return code,
             Err(error) => Err(error),

@@ -8,6 +8,7 @@ use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use caps::{CapSet, Capability};
@@ -92,6 +93,16 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         next = cause.source();
     }
     text
+}
+
+/// Every capability that is known here, by its number and name.
+pub fn capabilities() -> Vec<(u8, String)> {
+    let mut all: Vec<_> = caps::all()
+        .into_iter()
+        .map(|capability| (capability.index(), capability.to_string()))
+        .collect();
+    all.sort_unstable();
+    all
 }
 
 /// Asks the kernel for an SELinux label of what is executed next (proc_pid_attr(5)). The file must be procfs's: a
@@ -339,6 +350,49 @@ impl Confinement {
         Ok(())
     }
 
+    /// Looks for the command as [`Confinement::enter`] will, from within the container's root: so that one that is not
+    /// there is told of before anything waits for it. Whether this user may execute it shows only then.
+    ///
+    /// # Errors
+    /// [`ConfineError::Execute`].
+    pub fn look_for(&self, args: &[Vec<u8>]) -> Result<(), ConfineError> {
+        let command = args.first().map_or(&b""[..], Vec::as_slice);
+        let missing = |place: &str, number| ConfineError::Execute {
+            command: format!("{:?}{place}", String::from_utf8_lossy(command)),
+            source: io::Error::from_raw_os_error(number),
+        };
+        let dir = Path::new(OsStr::from_bytes(self.working_dir.as_bytes()));
+        let look = |candidate: &Path| match std::fs::metadata(dir.join(candidate)) {
+            Ok(found) if found.is_file() && found.permissions().mode() & 0o111 != 0 => Ok(()),
+            Ok(_) => Err(libc::EACCES),
+            Err(e) => Err(e.raw_os_error().unwrap_or(libc::ENOENT)),
+        };
+        if command.contains(&b'/') {
+            let found = look(Path::new(OsStr::from_bytes(command)));
+            return found.map_err(|number| missing("", number));
+        }
+        let mut denied = false;
+        for place in self.path().split(|b| *b == b':') {
+            let candidate = Path::new(OsStr::from_bytes(place)).join(OsStr::from_bytes(command));
+            match look(&candidate) {
+                Ok(()) => return Ok(()),
+                Err(number) => denied |= number == libc::EACCES,
+            }
+        }
+        Err(match denied {
+            true => missing("", libc::EACCES),
+            false => missing(", executable file not found in $PATH", libc::ENOENT),
+        })
+    }
+
+    /// Where commands without a slash are looked for.
+    fn path(&self) -> &[u8] {
+        self.env
+            .iter()
+            .find_map(|e| e.as_bytes().strip_prefix(b"PATH="))
+            .unwrap_or(b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    }
+
     /// As execvp(3) does it, but with the container's PATH, and without handing scripts to a shell.
     fn execute(&self, args: &[Vec<u8>]) -> ConfineError {
         let command = args.first().cloned().unwrap_or_default();
@@ -362,13 +416,8 @@ impl Confinement {
         if command.contains(&b'/') {
             return failed(sys::execve(&argv[0], &argv, &self.env));
         }
-        let path = self
-            .env
-            .iter()
-            .find_map(|e| e.as_bytes().strip_prefix(b"PATH="))
-            .unwrap_or(b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         let mut denied = None;
-        for dir in path.split(|b| *b == b':') {
+        for dir in self.path().split(|b| *b == b':') {
             let dir = if dir.is_empty() { &b"."[..] } else { dir };
             let candidate = Path::new(OsStr::from_bytes(dir)).join(OsStr::from_bytes(&command));
             let Ok(candidate) = CString::new(candidate.as_os_str().as_bytes()) else {

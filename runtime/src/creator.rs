@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -25,6 +26,7 @@ use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 use slipway_seccomp::Filter;
 use slipway_systemd::SystemdError;
 
+use crate::bundle::{Bundle, Step};
 use crate::cgroup::Hierarchies;
 use crate::cgroup_view::View;
 use crate::confine::{Confinement, SETUP_FAILED, chain};
@@ -188,6 +190,8 @@ pub struct Inherited<'a> {
     pub start_pipe: BorrowedFd<'a>,
     /// Path of the PID namespace to join instead of the spec's (mode TARGET).
     pub pid_namespace: Option<PathBuf>,
+    /// Set for a container of the OCI command line; then the call has no overlay and no user.
+    pub bundle: Option<&'a Bundle>,
 }
 
 /// Creates the container. Runs in the creator process.
@@ -203,10 +207,11 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         stdio,
         start_pipe,
         mut pid_namespace,
+        bundle,
     } = inherited;
     let mut spec: Spec = serde_json::from_slice(&create.spec).map_err(CreateError::Spec)?;
     let dir = Path::new(&create.dir);
-    let target = dir.join("rootfs");
+    let target = bundle.map_or_else(|| dir.join("rootfs"), |b| b.rootfs.clone());
     // As it was asked for, for people to look at; what libcontainer gets says less.
     write_private(&dir.join(SPEC_FILE), &create.spec)?;
     hooks::leave_poststop(&spec, &create.id, dir).map_err(|source| CreateError::Bundle {
@@ -232,8 +237,11 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     // The container's own copy of the mount table: its root file system is mounted nowhere else, and goes
     // when the last process that sees it goes.
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| CreateError::Namespace(e.into()))?;
-    let mut kept =
-        detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(CreateError::Namespace)?;
+    let mut kept = match bundle {
+        Some(_) => Kept::default(),
+        None => detach::run_root(&mut spec, run_root, &dir.join("kept"))
+            .map_err(CreateError::Namespace)?,
+    };
     let users = match IdMaps::of_spec(&spec) {
         None => None,
         Some(ids) => {
@@ -253,15 +261,20 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let namespace = users.as_ref().map(|users| users.namespace.as_fd());
     image_volume::mount_all(create, dir, namespace)?;
     let root = rootfs::open_root(&target)?;
-    let user = user::resolve(
-        root.as_fd(),
-        create.user.as_ref().unwrap_or(&Default::default()),
-    )?;
+    let user = match bundle {
+        Some(bundle) => bundle.user.clone(),
+        None => user::resolve(
+            root.as_fd(),
+            create.user.as_ref().unwrap_or(&Default::default()),
+        )?,
+    };
     let mut host_uid = user.uid;
     if let Some(users) = &users {
         users.ids.check(&user)?;
         host_uid = users.ids.host_uid(user.uid).unwrap_or(users.root.0);
-        users.own_pod_files(&spec, dir)?;
+        if bundle.is_none() {
+            users.own_pod_files(&spec, dir)?;
+        }
     }
     if !create.working_dir.is_empty() {
         rootfs::make_dir(&root, Path::new(&create.working_dir), owner)?;
@@ -281,7 +294,9 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         stderr,
     } = &stdio
     {
-        for pipe in stdin.iter().chain([stdout, stderr]) {
+        // A bundle's streams are its caller's, and may be files.
+        let ours = |fd: &&OwnedFd| bundle.is_none() || is_pipe(fd);
+        for pipe in stdin.iter().chain([stdout, stderr]).filter(ours) {
             let _ = rustix::fs::fchown(pipe, Some(host_uid), host_gid);
         }
     }
@@ -350,6 +365,9 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         working_dir: PathBuf::from(&create.working_dir),
         terminal,
         start_pipe: start_pipe.as_raw_fd(),
+        has_process: bundle.is_none_or(|b| b.has_process),
+        entered: bundle.map(|b| b.entered.clone()),
+        starting: bundle.map(|b| b.starting.clone()),
     };
     let user = executor.confinement.user().clone();
     let failed = |message: String| {
@@ -363,7 +381,9 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         .with_stdin(stdin)
         .with_stdout(stdout)
         .with_stderr(stderr)
+        .with_preserved_fds(bundle.map_or(0, |b| b.preserve_fds))
         .as_init(dir)
+        .with_no_pivot(bundle.is_some_and(|b| b.no_pivot))
         .with_systemd(false)
         .as_sibling(true)
         .with_detach(true)
@@ -627,6 +647,11 @@ struct Enter {
     /// Where the master end of the container's terminal goes, if it has one.
     terminal: Option<Rc<OwnedFd>>,
     start_pipe: RawFd,
+    /// There is a command.
+    has_process: bool,
+    /// What a bundle's init has to do besides.
+    entered: Option<Step>,
+    starting: Option<Step>,
 }
 
 impl Executor for Enter {
@@ -634,6 +659,10 @@ impl Executor for Enter {
         if let Some(Err(error)) = self.start_hooks.as_ref().map(StartHooks::run) {
             report(self.start_pipe, SETUP_FAILED, &chain(&error));
             sys::exit_now(SETUP_FAILED)
+        }
+        if let Some(Err(e)) = self.starting.as_ref().map(|step| step()) {
+            report(self.start_pipe, SETUP_FAILED, &e.to_string());
+            sys::exit_now(SETUP_FAILED);
         }
         let error = self.confinement.enter(&self.args);
         report(self.start_pipe, error.exit_code(), &error.chain());
@@ -674,7 +703,16 @@ impl Executor for Enter {
                 .take(socket.as_fd())
                 .map_err(failed("take the container's terminal"))?;
         }
-        Ok(())
+        let Some(entered) = &self.entered else {
+            return Ok(());
+        };
+        // Callers of the command line expect it from create.
+        let refused = ExecutorValidationError::ArgValidationError;
+        if self.has_process {
+            let found = self.confinement.look_for(&self.args);
+            found.map_err(|e| refused(e.chain()))?;
+        }
+        entered().map_err(|e| refused(e.to_string()))
     }
 
     fn setup_envs(
@@ -693,6 +731,29 @@ pub fn report(pipe: RawFd, code: i32, message: &str) {
     // SAFETY: the pipe was inherited for this purpose and is open until execve or exit.
     let pipe = unsafe { BorrowedFd::borrow_raw(pipe) };
     let _ = rustix::io::write(pipe, &bytes);
+}
+
+/// Whether a descriptor is a pipe's.
+pub fn is_pipe(fd: &OwnedFd) -> bool {
+    let kind = |mode| rustix::fs::FileType::from_raw_mode(mode);
+    rustix::fs::fstat(fd).is_ok_and(|s| kind(s.st_mode) == rustix::fs::FileType::Fifo)
+}
+
+/// Lets a container's init go: libcontainer's start protocol, spoken without its `chdir`. `dir` is the container's.
+///
+/// # Errors
+/// What connecting says: nobody listens any more once the init was let go.
+pub fn release(dir: &Path, id: &str) -> io::Result<()> {
+    let dir = dir.join(LIBCONTAINER_ROOT).join(id);
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY;
+    let dir = rustix::fs::open(
+        dir,
+        flags | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )?;
+    // Short whatever the run directory is: sun_path holds 108 bytes.
+    let path = format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd());
+    UnixStream::connect(path)?.write_all(b"start container")
 }
 
 /// Whether a mount shows something that is there already.

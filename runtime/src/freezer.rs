@@ -81,7 +81,11 @@ impl Freezer {
         self.dir.join(name)
     }
 
-    fn freeze(&self, deadline: Instant) -> Result<(), FreezeError> {
+    /// Freezes it: none of its processes runs when this returns. Nobody thaws it when this process dies.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; it may be on its way to be frozen then.
+    pub fn freeze(&self, deadline: Instant) -> Result<(), FreezeError> {
         let refused = |source| FreezeError::Refused {
             path: self.file(),
             source,
@@ -126,8 +130,22 @@ impl Freezer {
         Ok(text.lines().any(|line| line == "frozen 1"))
     }
 
-    /// A cgroup that has gone is no error.
-    fn thaw(&self) -> io::Result<()> {
+    /// Whether it is frozen, or on its way there.
+    ///
+    /// # Errors
+    /// What the cgroup file system says.
+    pub fn frozen(&self) -> io::Result<bool> {
+        match self.unified {
+            true => self.is_frozen(Some(&fs::File::open(self.dir.join("cgroup.events"))?)),
+            false => Ok(fs::read_to_string(self.file())?.trim() != "THAWED"),
+        }
+    }
+
+    /// Thaws it. A cgroup that has gone is no error.
+    ///
+    /// # Errors
+    /// What the cgroup file system says.
+    pub fn thaw(&self) -> io::Result<()> {
         let wanted = if self.unified { "0" } else { "THAWED" };
         match fs::write(self.file(), wanted) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -2,7 +2,8 @@
 //!
 //! A pod's user namespace owns the pod's other namespaces. It is made with them ([`crate::sandbox`]), and joined
 //! by path, by containers and exec sessions alike; libcontainer, which could make one for each container, never
-//! does. Besides, the owners of mounts are mapped as a user namespace says ([`crate::mapped`]).
+//! does. Besides, the owners of mounts are mapped as a user namespace says ([`crate::mapped`]). A pod has one range of
+//! users and one of groups; a bundle of the OCI command line may have several ([`crate::bundle`]).
 
 use std::fs;
 use std::io;
@@ -14,11 +15,11 @@ use slipway_proto::keeper::{IdRange, UserNamespace};
 use crate::sys;
 use crate::user::{Resolved, UserError};
 
-/// A range of users and one of groups.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Ranges of users and of groups.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdMaps {
-    uids: IdRange,
-    gids: IdRange,
+    uids: Vec<IdRange>,
+    gids: Vec<IdRange>,
 }
 
 impl IdMaps {
@@ -28,7 +29,10 @@ impl IdMaps {
     /// [`io::ErrorKind::InvalidInput`] when a range is missing: a namespace without ids is of no use.
     pub fn of_pod(asked: &UserNamespace) -> io::Result<Self> {
         match (asked.uids, asked.gids) {
-            (Some(uids), Some(gids)) => Ok(Self { uids, gids }),
+            (Some(uids), Some(gids)) => Ok(Self {
+                uids: vec![uids],
+                gids: vec![gids],
+            }),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "a range of ids is missing",
@@ -51,17 +55,18 @@ impl IdMaps {
         uids: &Option<Vec<LinuxIdMapping>>,
         gids: &Option<Vec<LinuxIdMapping>>,
     ) -> Option<Self> {
-        let range = |list: &Option<Vec<LinuxIdMapping>>| {
-            let ids = list.as_ref()?.first()?;
-            Some(IdRange {
+        let ranges = |list: &Option<Vec<LinuxIdMapping>>| {
+            let list = list.as_ref().filter(|list| !list.is_empty())?;
+            let range = |ids: &LinuxIdMapping| IdRange {
                 container: ids.container_id(),
                 host: ids.host_id(),
                 length: ids.size(),
-            })
+            };
+            Some(list.iter().map(range).collect())
         };
         Some(Self {
-            uids: range(uids)?,
-            gids: range(gids)?,
+            uids: ranges(uids)?,
+            gids: ranges(gids)?,
         })
     }
 
@@ -89,13 +94,13 @@ impl IdMaps {
     /// # Errors
     /// [`UserError::Unmapped`].
     pub fn check(&self, user: &Resolved) -> Result<(), UserError> {
-        let unmapped = |kind, id, range: &IdRange| UserError::Unmapped {
-            kind,
-            id,
-            last: range
-                .container
-                .saturating_add(range.length)
-                .saturating_sub(1),
+        let unmapped = |kind, id, ranges: &[IdRange]| {
+            let end = |range: &IdRange| range.container.saturating_add(range.length);
+            UserError::Unmapped {
+                kind,
+                id,
+                last: ranges.iter().map(end).max().unwrap_or(0).saturating_sub(1),
+            }
         };
         if self.host_uid(user.uid).is_none() {
             return Err(unmapped("user", user.uid, &self.uids));
@@ -113,17 +118,22 @@ impl IdMaps {
     /// # Errors
     /// What the kernel says.
     pub fn give(&self, pid: i32) -> io::Result<()> {
-        for (file, range) in [("uid_map", &self.uids), ("gid_map", &self.gids)] {
-            let line = format!("{} {} {}", range.container, range.host, range.length);
-            fs::write(format!("/proc/{pid}/{file}"), line)?;
+        for (file, ranges) in [("uid_map", &self.uids), ("gid_map", &self.gids)] {
+            // In one write: there is no second.
+            let line =
+                |range: &IdRange| format!("{} {} {}\n", range.container, range.host, range.length);
+            let lines: String = ranges.iter().map(line).collect();
+            fs::write(format!("/proc/{pid}/{file}"), lines)?;
         }
         Ok(())
     }
 }
 
-fn outside(range: &IdRange, id: u32) -> Option<u32> {
-    let within = id.checked_sub(range.container)?;
-    (within < range.length).then(|| range.host.checked_add(within))?
+fn outside(ranges: &[IdRange], id: u32) -> Option<u32> {
+    ranges.iter().find_map(|range| {
+        let within = id.checked_sub(range.container)?;
+        (within < range.length).then(|| range.host.checked_add(within))?
+    })
 }
 
 /// A user namespace with these ids that nobody is in.
@@ -168,8 +178,8 @@ mod tests {
             length,
         };
         IdMaps {
-            uids: range(100_000),
-            gids: range(200_000),
+            uids: vec![range(100_000)],
+            gids: vec![range(200_000)],
         }
     }
 
@@ -191,7 +201,13 @@ mod tests {
             host: u32::MAX,
             length: 10,
         };
-        assert_eq!(outside(&beyond, 5), None);
+        assert_eq!(outside(&[beyond], 5), None);
+        let second = IdRange {
+            container: 1000,
+            host: 7,
+            length: 1,
+        };
+        assert_eq!(outside(&[beyond, second], 1000), Some(7));
     }
 
     #[test]

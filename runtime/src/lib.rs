@@ -5,26 +5,28 @@
 //! ```
 //!
 //! [`client`] is the daemon's side (tokio); everything else runs in single-threaded processes that the
-//! zygote forked and knows neither gRPC, nor images, nor CNI.
+//! zygote forked and knows neither gRPC, nor images, nor CNI. The OCI command line (`slipway-oci`) has no keeper: it
+//! calls [`creator`] itself, with a [`bundle`].
 
+pub mod bundle;
 pub mod cgroup;
 mod cgroup_view;
 pub mod checkpoint;
 pub mod client;
-mod confine;
-mod creator;
+pub mod confine;
+pub mod creator;
 pub mod criu;
 pub mod descriptor;
 mod detach;
 mod device_filter;
-mod freezer;
+pub mod freezer;
 mod hook_output;
 pub mod hooks;
-mod ids;
+pub mod ids;
 mod image_volume;
 mod keeper;
 mod labels;
-mod limits;
+pub mod limits;
 mod limits_v2;
 pub mod log;
 pub mod loopback;
@@ -36,15 +38,15 @@ pub mod placement;
 mod places;
 mod propagation;
 pub mod removal;
-mod resize;
+pub mod resize;
 mod restore;
-mod rootfs;
+pub mod rootfs;
 pub mod sandbox;
-mod scope;
+pub mod scope;
 mod stage;
-mod sys;
+pub mod sys;
 pub mod terminal;
-mod user;
+pub mod user;
 mod volumes;
 pub mod wire;
 mod writable_layer;

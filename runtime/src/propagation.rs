@@ -34,6 +34,16 @@ impl Propagation {
         wanted
     }
 
+    /// Of the whole tree, as `linux.rootfsPropagation` names it.
+    fn named(name: &str) -> Option<Self> {
+        match name.strip_prefix('r').unwrap_or(name) {
+            "shared" => Some(Self::Shared),
+            "slave" | "unbindable" => Some(Self::Slave),
+            "private" => Some(Self::Private),
+            _ => None,
+        }
+    }
+
     /// The name that libcontainer knows for the whole tree.
     fn name(self) -> &'static str {
         match self {
@@ -68,9 +78,13 @@ pub fn is_bind(entry: &Mount) -> bool {
 /// What mounting says, with the source's name.
 pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
-    let binds = || mounts.iter().filter(|m| is_bind(m));
-    let top = binds()
+    let whole = spec.linux().as_ref();
+    let whole = whole.and_then(|l| l.rootfs_propagation().clone());
+    let binds = mounts.iter().filter(|m| is_bind(m));
+    // What the specification says of the whole counts as one more mount's wish: only a bundle says anything.
+    let top = binds
         .map(Propagation::of)
+        .chain(whole.as_deref().and_then(Propagation::named))
         .max()
         .unwrap_or(Propagation::Private);
     for (n, entry) in mounts.iter_mut().enumerate() {
@@ -89,8 +103,10 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         entry.set_source(Some(at));
     }
     spec.set_mounts(Some(mounts));
+    // "unbindable" is a slave here, too, and libcontainer makes it unbindable in the end.
+    let unbindable = whole.filter(|w| w == "unbindable" && top == Propagation::Slave);
     if let Some(linux) = spec.linux_mut().as_mut() {
-        linux.set_rootfs_propagation(Some(top.name().to_owned()));
+        linux.set_rootfs_propagation(unbindable.or_else(|| Some(top.name().to_owned())));
     }
     Ok(())
 }

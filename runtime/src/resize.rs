@@ -163,7 +163,7 @@ impl Change<'_> {
         for (file, value) in limits_v2::files(dir, resources) {
             self.write(&file, &value)?;
         }
-        Ok(())
+        self.weight(resources, ["io.bfq.weight", "io.weight"])
     }
 
     fn all_v1(&mut self, resources: &LinuxResources) -> Result<()> {
@@ -177,11 +177,37 @@ impl Change<'_> {
         for limit in resources.hugepage_limits().iter().flatten() {
             self.hugepages(limit)?;
         }
-        Ok(())
+        if let Some(pids) = resources.pids() {
+            let limit = Some(pids.limit()).filter(|n| *n > 0);
+            self.write(
+                "pids.max",
+                &limit.map_or("max".to_owned(), |n| n.to_string()),
+            )?;
+        }
+        self.weight(resources, ["blkio.bfq.weight", "blkio.weight"])
+    }
+
+    /// The share of block devices, in whichever of two files the kernel has.
+    fn weight(&mut self, resources: &LinuxResources, files: [&str; 2]) -> Result<()> {
+        let weight = resources.block_io().as_ref().and_then(|io| io.weight());
+        let Some(weight) = weight.filter(|weight| *weight > 0) else {
+            return Ok(());
+        };
+        let file = files.iter().find(|file| self.find(file).is_some());
+        let file = file.unwrap_or(&files[1]);
+        // Of v1's 10 to 1000 the two others make their 1 to 10000 and 1 to 1000.
+        let weight = match *file {
+            "io.weight" => 1 + (u64::from(weight).saturating_sub(10)) * 9999 / 990,
+            _ => u64::from(weight),
+        };
+        self.write(file, &weight.to_string())
     }
 
     fn memory(&mut self, memory: &LinuxMemory) -> Result<()> {
         let (limit, swap) = (memory.limit(), memory.swap());
+        if let Some(soft) = memory.reservation() {
+            self.write("memory.soft_limit_in_bytes", &soft.to_string())?;
+        }
         let both = self.find("memory.memsw.limit_in_bytes");
         let (Some(both), Some(swap)) = (both, swap) else {
             return limit.map_or(Ok(()), |limit| self.memory_alone(limit));
@@ -232,6 +258,12 @@ impl Change<'_> {
         }
         if let Some(shares) = cpu.shares() {
             self.write("cpu.shares", &shares.to_string())?;
+        }
+        if let Some(period) = cpu.realtime_period() {
+            self.write("cpu.rt_period_us", &period.to_string())?;
+        }
+        if let Some(runtime) = cpu.realtime_runtime() {
+            self.write("cpu.rt_runtime_us", &runtime.to_string())?;
         }
         let quota = cpu.quota().map(|q| q.to_string());
         let period = cpu.period().map(|p| p.to_string());

@@ -213,8 +213,34 @@ pub fn close_all_but(keep: &[RawFd]) {
 
 /// Marks every descriptor above 2 close-on-exec.
 pub fn cloexec_all() {
+    cloexec_from(3);
+}
+
+/// Marks this descriptor and all with greater numbers close-on-exec.
+pub fn cloexec_from(first: u32) {
     const CLOSE_RANGE_CLOEXEC: u32 = 4;
-    close_range(3, u32::MAX, CLOSE_RANGE_CLOEXEC);
+    close_range(first, u32::MAX, CLOSE_RANGE_CLOEXEC);
+}
+
+/// Joins a new session keyring, so that the process sees none of its parent's keys (keyctl(2),
+/// `KEYCTL_JOIN_SESSION_KEYRING`).
+///
+/// # Errors
+/// What the kernel says; `ENOSYS` from one without keys.
+pub fn new_session_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_ulong = 1;
+    // SAFETY: a null name asks for an anonymous keyring; nothing else is passed.
+    let keyring = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            std::ptr::null::<libc::c_char>(),
+        )
+    };
+    match keyring {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }
 
 fn close_range(first: u32, last: u32, flags: u32) {

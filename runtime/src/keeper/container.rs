@@ -1,8 +1,6 @@
 //! A container in its keeper: from create over start to exit.
 
-use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -239,6 +237,7 @@ impl Keeper {
                     stdio,
                     start_pipe: start,
                     pid_namespace,
+                    bundle: None,
                 };
                 creator::create(inherited)
                     .map(Answer::CreateContainer)
@@ -411,11 +410,7 @@ impl Keeper {
             .start
             .as_ref()
             .is_some_and(|s| s.connection.is_none());
-        let socket = container
-            .dir
-            .join(creator::LIBCONTAINER_ROOT)
-            .join(id)
-            .join("notify.sock");
+        let dir = container.dir.clone();
         let Some(mut start) = container.start.take_if(|_| ready && waiting) else {
             return Err(wire_error(
                 ErrorKind::WrongState,
@@ -430,7 +425,7 @@ impl Keeper {
             .and_then(|token| {
                 start.token = token;
                 start.connection = Some(connection);
-                release(&socket)
+                creator::release(&dir, id)
             });
         if released.is_err() {
             self.forget(&start.pipe, start.token);
@@ -750,19 +745,6 @@ fn adopt(
     container.state.pid = made.pid;
     container.state.created_at = now_ns();
     Ok(())
-}
-
-/// Lets a container's init go: libcontainer's start protocol, spoken without its `chdir`.
-fn release(socket: &Path) -> std::io::Result<()> {
-    let dir = socket.parent().unwrap_or(Path::new("/"));
-    let dir = rustix::fs::open(
-        dir,
-        rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    )?;
-    // Short whatever the run directory is: sun_path holds 108 bytes.
-    let path = format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd());
-    UnixStream::connect(path)?.write_all(b"start container")
 }
 
 /// Leaves the exit status where a daemon finds it when this keeper is gone too.

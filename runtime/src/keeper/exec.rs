@@ -14,7 +14,7 @@ use slipway_proto::keeper::{
 use super::container::{Container, not_found};
 use super::{Keeper, wire_error};
 use crate::confine::{Confinement, SETUP_FAILED};
-use crate::creator::{report, set_oom_score};
+use crate::creator::{is_pipe, report, set_oom_score};
 use crate::terminal::Terminal;
 use crate::{cgroup, sys};
 
@@ -161,18 +161,16 @@ impl Keeper {
             .map_err(|e| ("join the container's cgroup", e))?;
         set_oom_score(container.oom_score_adj);
         let uid = confinement.user().uid;
-        let host_uid = container.ids.map_or(Some(uid), |ids| ids.host_uid(uid));
+        let ids = container.ids.as_ref();
+        let host_uid = ids.map_or(Some(uid), |ids| ids.host_uid(uid));
         let host_uid = host_uid.map(rustix::fs::Uid::from_raw);
-        let host_gid = container.ids.and_then(|ids| ids.host_gid(0));
+        let host_gid = ids.and_then(|ids| ids.host_gid(0));
         let host_gid = host_gid.map(rustix::fs::Gid::from_raw);
         let pipes = || stdio.iter().filter(|_| stdio.len() > 1);
         for fd in pipes() {
             // A process that is not root could not open /dev/stdout otherwise. As the host's root: in a user namespace
             // the pipe is nobody's.
-            let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
-                rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
-            });
-            if pipe {
+            if is_pipe(fd) {
                 let _ = rustix::fs::fchown(fd, host_uid, host_gid);
             }
         }
