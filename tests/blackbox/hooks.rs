@@ -162,11 +162,6 @@ async fn hooks_after_the_start_and_the_end(env: Env) -> Result<()> {
         }),
     )?;
     let pod = daemon.pod(|_| {}).await?;
-    if handler() == "native" {
-        let refusal = pod.try_create(|_| {}).await;
-        refused(refusal, Code::Unimplemented, &["poststop", "10-late.json"]);
-        return Ok(());
-    }
     let container = pod.run(&["sleep", "1000"], |_| {}).await?;
     assert_eq!(recorded(&record).len(), 1, "after the start");
     container.stop(0).await?;

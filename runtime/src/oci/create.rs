@@ -280,8 +280,9 @@ fn run(
 
 /// The parent of a process; `None` when it is gone.
 pub fn parent_of(pid: i32) -> Option<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    parent_by(&stat)
+    let read = || parent_by(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?);
+    // The kernel looks at the state first: one that was reaped in between seems to be alive, once.
+    read().filter(|parent| *parent != 0).or_else(read)
 }
 
 /// By the text of `/proc/<pid>/stat`. One that is just being reaped still has an entry, and no parent.
