@@ -556,6 +556,10 @@ fn for_libcontainer(
     Ok(())
 }
 
+/// Writes a specification.
+///
+/// # Errors
+/// [`CreateError::Bundle`].
 pub fn write_spec(path: &Path, spec: &Spec) -> Result<(), CreateError> {
     let bytes = serde_json::to_vec(spec).map_err(|e| CreateError::Bundle {
         path: path.to_owned(),

@@ -295,6 +295,7 @@ pub fn prepare(inherited: &Inherited<'_>) -> Result<CreateContainerResult, Resto
         gid: user.gid,
         groups: user.groups.clone(),
         home: user.home.clone(),
+        cannot_run: String::new(),
     })
 }
 

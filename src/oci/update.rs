@@ -38,6 +38,8 @@ pub fn update(context: &Context, args: &Update) -> Result<()> {
         &cgroups,
         &container.record.cgroup,
         &resources,
+        // Nobody else keeps them.
+        || Ok(()),
     )?)
 }
 

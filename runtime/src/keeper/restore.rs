@@ -13,6 +13,7 @@ use slipway_proto::keeper::{
 use super::attach::Readers;
 use super::container::{Container, not_found};
 use super::job::{Origin, Purpose};
+use super::oci::Driver;
 use super::output::Streams;
 use super::{Keeper, now_ns, wire_error};
 use crate::cgroup::{self, Hierarchies};
@@ -107,6 +108,7 @@ impl Keeper {
         let container = Container {
             dir: PathBuf::from(&create.dir),
             cgroup,
+            driver: Driver::Native,
             state: ContainerState {
                 id,
                 ..ContainerState::default()
