@@ -180,7 +180,7 @@ impl Keeper {
         };
         let leaf = oci.leaf.take();
         self.drop_leaf(leaf);
-        answer.or_else(|mut error| {
+        answer.map_err(|mut error| {
             self.pump_all(id, Stream::Stderr);
             let early = self.containers.get_mut(id).and_then(Container::take_early);
             let early = String::from_utf8_lossy(&early.unwrap_or_default()).into_owned();
@@ -194,7 +194,7 @@ impl Keeper {
             } else if !more.is_empty() {
                 error.message.push_str(&format!("; it wrote: {more}"));
             }
-            Err(error)
+            error
         })
     }
 

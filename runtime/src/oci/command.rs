@@ -288,7 +288,7 @@ fn arguments(runtime: &Runtime, call: &Call<'_>, log: &Path) -> io::Result<Vec<C
     add(log.as_os_str().as_bytes());
     add(b"--log-format");
     add(b"json");
-    for argument in call.global.iter().copied() {
+    for argument in call.global {
         add(argument.as_bytes());
     }
     for argument in &runtime.arguments {
