@@ -40,6 +40,7 @@ mod resize;
 mod rootfs;
 pub mod sandbox;
 mod scope;
+mod shim;
 mod stage;
 mod sys;
 pub mod terminal;
@@ -50,4 +51,5 @@ mod writable_layer;
 pub mod zygote;
 
 pub use creator::SPEC_FILE;
-pub use keeper::PID_FILE;
+pub use keeper::{PID_FILE, descendants};
+pub use shim::RECORD as SHIM_RECORD;

@@ -1,7 +1,7 @@
 //! Pseudo terminals of containers and exec sessions, opened inside the container so that they are in its
 //! own `devpts`. The master end travels to whoever serves it through a socket.
 //!
-//! `unsafe` is confined to four `ioctl`s on descriptors that are open for the call.
+//! `unsafe` is confined to five `ioctl`s on descriptors that are open for the call.
 
 use std::fs::File;
 use std::io;
@@ -111,6 +111,31 @@ pub fn receive(socket: impl AsFd) -> io::Result<OwnedFd> {
     wire::recv_with_fds(socket, &mut byte, &mut fds)?;
     fds.pop()
         .ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "no descriptor came"))
+}
+
+/// A terminal's size in characters: width and height.
+///
+/// # Errors
+/// What the kernel says; `ENOTTY` for what is no terminal.
+pub fn size(terminal: impl AsFd) -> io::Result<(u16, u16)> {
+    let mut size = libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: see the module's header; the argument outlives the call.
+    let got = unsafe {
+        libc::ioctl(
+            terminal.as_fd().as_raw_fd(),
+            libc::TIOCGWINSZ,
+            &raw mut size,
+        )
+    };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((size.ws_col, size.ws_row))
 }
 
 /// Sets a terminal's size in characters; what runs on it gets SIGWINCH.

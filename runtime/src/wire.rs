@@ -11,7 +11,7 @@ use rustix::net::{
 };
 
 /// Version of the protocol that this build speaks; see `keeper.proto` for what changes may do.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// The first version with terminals, open standard input and attach.
 pub const SESSIONS: u32 = 2;

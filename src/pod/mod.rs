@@ -32,6 +32,7 @@ mod resize;
 mod run;
 pub mod sandbox;
 mod session;
+mod shim;
 pub mod state;
 pub mod stats;
 mod stop;

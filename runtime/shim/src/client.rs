@@ -30,7 +30,10 @@ pub fn connect(address: &Address, timeout: Duration) -> Result<OwnedFd, ShimErro
         address: address.socket.clone(),
         source,
     };
-    let path = address.socket.strip_prefix("unix://").unwrap_or(&address.socket);
+    let path = address
+        .socket
+        .strip_prefix("unix://")
+        .unwrap_or(&address.socket);
     let to = match path.strip_prefix(['@', '\0']) {
         Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes()),
         None => SocketAddrUnix::new(path),
@@ -136,9 +139,16 @@ impl Client {
             0 => 1,
             last => last.wrapping_add(2),
         };
-        let payload = request.write_to_bytes().map_err(|e| unreadable(e.to_string()))?;
-        let bytes = wire::request(self.stream, service, method, payload, timeout).map_err(unreadable)?;
-        let patience = if timeout.is_zero() { Duration::from_secs(10) } else { timeout };
+        let payload = request
+            .write_to_bytes()
+            .map_err(|e| unreadable(e.to_string()))?;
+        let bytes =
+            wire::request(self.stream, service, method, payload, timeout).map_err(unreadable)?;
+        let patience = if timeout.is_zero() {
+            Duration::from_secs(10)
+        } else {
+            timeout
+        };
         self.write(&bytes, Instant::now() + patience, method, patience)?;
         Ok(self.stream)
     }

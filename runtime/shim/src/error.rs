@@ -70,7 +70,9 @@ pub enum ShimError {
         source: io::Error,
     },
     /// The connection broke.
-    #[error("the shim closed the connection while {method} was waited for: it has ended, or crashed")]
+    #[error(
+        "the shim closed the connection while {method} was waited for: it has ended, or crashed"
+    )]
     Closed {
         /// The call.
         method: String,
@@ -123,9 +125,18 @@ impl ShimError {
     pub fn is_unimplemented(&self) -> bool {
         match self {
             Self::Refused { code: 12, .. } => true,
-            Self::Refused { code: 3 | 5, message, .. } => {
-                message.contains("does not exist") || message.contains("does not support")
-            }
+            Self::Refused {
+                code: 3 | 5,
+                message,
+                ..
+            } => [
+                "does not exist",
+                "not supported",
+                "not implemented",
+                "unknown service",
+            ]
+            .iter()
+            .any(|words| message.contains(words)),
             _ => false,
         }
     }

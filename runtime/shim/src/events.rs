@@ -32,7 +32,13 @@ impl Receiver {
         self.inbox.feed(bytes);
         let (mut answers, mut events) = (Vec::new(), Vec::new());
         while let Some(message) = self.inbox.next()? {
-            if let Incoming::Request { stream, method, payload, .. } = message {
+            if let Incoming::Request {
+                stream,
+                method,
+                payload,
+                ..
+            } = message
+            {
                 // Whatever it is, there is nothing to say to it.
                 answers.extend(wire::response(stream, Vec::new())?);
                 if method == "Forward" {
@@ -86,7 +92,13 @@ mod tests {
         inbox.feed(&answers);
         for stream in [1, 3] {
             let answer = inbox.next().unwrap();
-            assert_eq!(answer, Some(Incoming::Response { stream, result: Ok(Vec::new()) }));
+            assert_eq!(
+                answer,
+                Some(Incoming::Response {
+                    stream,
+                    result: Ok(Vec::new())
+                })
+            );
         }
         assert!(receiver.feed(&[0xff; 10]).is_err());
     }

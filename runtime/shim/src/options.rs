@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use containerd_shim_protos::protobuf::{CodedOutputStream, Message};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{CodedOutputStream, Message};
 use containerd_shim_protos::shim::oci::Options as RuncOptions;
 
 /// Name of runc's options.
@@ -54,7 +54,11 @@ impl Options {
     ///
     /// # Errors
     /// [`OptionsError`].
-    pub fn new(program: &Path, table: &str, defaults: Defaults<'_>) -> Result<Option<Self>, OptionsError> {
+    pub fn new(
+        program: &Path,
+        table: &str,
+        defaults: Defaults<'_>,
+    ) -> Result<Option<Self>, OptionsError> {
         let read: toml::Table =
             toml::from_str(table).map_err(|e| OptionsError::Toml(Box::new(e)))?;
         let name = program.file_name().unwrap_or_default().to_string_lossy();
@@ -157,19 +161,31 @@ mod tests {
             systemd: true,
             owner: (7, 8),
         };
-        let options = Options::new(Path::new(SHIM), "", defaults).unwrap().unwrap();
+        let options = Options::new(Path::new(SHIM), "", defaults)
+            .unwrap()
+            .unwrap();
         let read = RuncOptions::parse_from_bytes(&options.any().value).unwrap();
         assert_eq!(options.any().type_url, RUNC);
         assert_eq!((read.root.as_str(), read.systemd_cgroup), ("/run/r", true));
         assert_eq!((read.io_uid, read.io_gid), (7, 8));
         let table = "BinaryName = \"/usr/bin/crun\"\nSystemdCgroup = false\nIoUid = 5";
-        let options = Options::new(Path::new(SHIM), table, defaults).unwrap().unwrap();
+        let options = Options::new(Path::new(SHIM), table, defaults)
+            .unwrap()
+            .unwrap();
         let read = RuncOptions::parse_from_bytes(&options.any().value).unwrap();
         assert_eq!(read.binary_name, "/usr/bin/crun");
         assert_eq!((read.systemd_cgroup, read.io_uid), (false, 5));
-        for table in ["Nonsense = 1", "Root = 1", "IoUid = -1", "SystemdCgroup = \"yes\""] {
+        for table in [
+            "Nonsense = 1",
+            "Root = 1",
+            "IoUid = -1",
+            "SystemdCgroup = \"yes\"",
+        ] {
             let error = Options::new(Path::new(SHIM), table, defaults).unwrap_err();
-            assert!(matches!(error, OptionsError::Unknown { .. }), "{table}: {error}");
+            assert!(
+                matches!(error, OptionsError::Unknown { .. }),
+                "{table}: {error}"
+            );
         }
         let error = Options::new(Path::new(SHIM), "=", defaults).unwrap_err();
         assert!(matches!(error, OptionsError::Toml(_)));
@@ -180,10 +196,19 @@ mod tests {
         let shim = Path::new("/opt/containerd-shim-kata-v2");
         let none = Options::new(shim, "", Defaults::default()).unwrap();
         assert_eq!(none, None);
-        let path = Options::new(shim, "ConfigPath = \"/c\"\nTypeUrl = \"t\"", Defaults::default());
+        let path = Options::new(
+            shim,
+            "ConfigPath = \"/c\"\nTypeUrl = \"t\"",
+            Defaults::default(),
+        );
         let path = path.unwrap().unwrap().any();
-        assert_eq!((path.type_url.as_str(), path.value.as_slice()), (GENERIC, &b"\x0a\x01t\x12\x02/c"[..]));
-        let body = Options::new(shim, "a = 1", Defaults::default()).unwrap().unwrap();
+        assert_eq!(
+            (path.type_url.as_str(), path.value.as_slice()),
+            (GENERIC, &b"\x0a\x01t\x12\x02/c"[..])
+        );
+        let body = Options::new(shim, "a = 1", Defaults::default())
+            .unwrap()
+            .unwrap();
         assert_eq!(body.any().value, b"\x1a\x05a = 1");
     }
 }

@@ -322,8 +322,14 @@ mod tests {
             ("tcp://1.2.3.4:5", "no address"),
             ("/run/a\n/run/b", "no address"),
             ("{\"version\":3}", "no bootstrap answer"),
-            (r#"{"version":3,"address":"unix:///s","protocol":"grpc"}"#, "grpc"),
-            (r#"{"version":9,"address":"unix:///s","protocol":"ttrpc"}"#, "version 9"),
+            (
+                r#"{"version":3,"address":"unix:///s","protocol":"grpc"}"#,
+                "grpc",
+            ),
+            (
+                r#"{"version":9,"address":"unix:///s","protocol":"ttrpc"}"#,
+                "version 9",
+            ),
         ] {
             let error = Address::parse(answer).unwrap_err();
             assert!(error.contains(problem), "{answer}: {error}");
@@ -347,18 +353,34 @@ mod tests {
     fn programs_of_all_kinds() {
         let dir = tempfile::tempdir().unwrap();
         let start = |script: &str, timeout: u64| {
-            program(dir.path(), script).start("id1", dir.path(), None, Duration::from_millis(timeout))
+            program(dir.path(), script).start(
+                "id1",
+                dir.path(),
+                None,
+                Duration::from_millis(timeout),
+            )
         };
         // What it leaves running holds its streams open, and nobody waits for that.
-        let address = start("sleep 60 & echo \"unix:///$(pwd | wc -c)$TTRPC_ADDRESS $*\"", 5000);
+        let address = start(
+            "sleep 60 & echo \"unix:///$(pwd | wc -c)$TTRPC_ADDRESS $*\"",
+            5000,
+        );
         let address = address.unwrap().socket;
         let told = "/e -namespace ns -address /e -publish-binary /p -id id1 -debug start";
         assert!(address.ends_with(told), "{address}");
         for (script, timeout, words) in [
             ("echo oops >&2; exit 3", 5000, "exit status 3: oops"),
             ("kill -9 $$", 5000, "signal 9"),
-            ("echo half; sleep 60", 300, "did not end within 300ms and was killed; it said: half"),
-            ("echo garbage", 5000, "answered \"garbage\", which is no address"),
+            (
+                "echo half; sleep 60",
+                300,
+                "did not end within 300ms and was killed; it said: half",
+            ),
+            (
+                "echo garbage",
+                5000,
+                "answered \"garbage\", which is no address",
+            ),
             ("true", 5000, "answered \"\""),
         ] {
             let error = start(script, timeout).unwrap_err().to_string();
@@ -369,7 +391,9 @@ mod tests {
         let error = missing.start("a", dir.path(), None, Duration::from_secs(1));
         assert!(matches!(error, Err(ShimError::NotRun { .. })), "{error:?}");
         let gone = program(dir.path(), "printf '\\020\\211\\001'");
-        let exit = gone.delete("a", dir.path(), Duration::from_secs(5)).unwrap();
+        let exit = gone
+            .delete("a", dir.path(), Duration::from_secs(5))
+            .unwrap();
         assert_eq!(exit.code, 137);
     }
 }

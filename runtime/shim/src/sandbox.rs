@@ -94,7 +94,8 @@ impl Sandbox {
     pub fn send_wait(&mut self, id: &str) -> Result<u32, ShimError> {
         let mut request = WaitSandboxRequest::new();
         request.sandbox_id = id.to_owned();
-        self.client.send(SERVICE, "WaitSandbox", &request, Duration::ZERO)
+        self.client
+            .send(SERVICE, "WaitSandbox", &request, Duration::ZERO)
     }
 
     /// The state of the sandbox, in the shim's words, and its process id.
@@ -115,7 +116,8 @@ impl Sandbox {
     pub fn ping(&mut self, id: &str, timeout: Duration) -> Result<(), ShimError> {
         let mut request = PingRequest::new();
         request.sandbox_id = id.to_owned();
-        self.call("PingSandbox", &request, timeout).map(|_: PingResponse| ())
+        self.call("PingSandbox", &request, timeout)
+            .map(|_: PingResponse| ())
     }
 
     /// Stops the sandbox with all that is in it.
@@ -126,7 +128,8 @@ impl Sandbox {
         let mut request = StopSandboxRequest::new();
         request.sandbox_id = id.to_owned();
         request.timeout_secs = u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX);
-        self.call("StopSandbox", &request, timeout).map(|_: StopSandboxResponse| ())
+        self.call("StopSandbox", &request, timeout)
+            .map(|_: StopSandboxResponse| ())
     }
 
     /// Ends the shim, which may do so without an answer.

@@ -270,7 +270,8 @@ impl Task {
         let mut request = DeleteRequest::new();
         request.id = of.id.to_owned();
         request.exec_id = of.exec.to_owned();
-        self.client.send(self.service, "Delete", &request, Duration::ZERO)
+        self.client
+            .send(self.service, "Delete", &request, Duration::ZERO)
     }
 
     /// Asks for the end of a process, without waiting for it: [`wait_answer`] reads what comes under the number.
@@ -281,7 +282,8 @@ impl Task {
         let mut request = WaitRequest::new();
         request.id = of.id.to_owned();
         request.exec_id = of.exec.to_owned();
-        self.client.send(self.service, "Wait", &request, Duration::ZERO)
+        self.client
+            .send(self.service, "Wait", &request, Duration::ZERO)
     }
 
     /// Waits for the end of a process.
@@ -347,7 +349,12 @@ impl Task {
     ///
     /// # Errors
     /// [`ShimError`].
-    pub fn update(&mut self, id: &str, resources: &[u8], timeout: Duration) -> Result<(), ShimError> {
+    pub fn update(
+        &mut self,
+        id: &str,
+        resources: &[u8],
+        timeout: Duration,
+    ) -> Result<(), ShimError> {
         let mut request = UpdateTaskRequest::new();
         request.id = id.to_owned();
         request.resources = Some(json(RESOURCES, resources.to_vec())).into();
@@ -457,7 +464,10 @@ mod tests {
         let mut v2 = containerd_shim_protos::cgroups_v2::metrics::Metrics::new();
         v2.pids.mut_or_insert_default().current = 3;
         v2.cpu.mut_or_insert_default().usage_usec = 7;
-        let mut any = json("io.containerd.cgroups.v2.Metrics", v2.write_to_bytes().unwrap());
+        let mut any = json(
+            "io.containerd.cgroups.v2.Metrics",
+            v2.write_to_bytes().unwrap(),
+        );
         let metrics = Metrics::of(&any).unwrap();
         assert_eq!((metrics.pids(), metrics.cpu_nanoseconds()), (3, 7000));
         assert_eq!(metrics.memory_bytes(), (0, 0));

@@ -93,7 +93,10 @@ impl Inbox {
     ///
     /// # Errors
     /// What is wrong with what came; nothing that follows can be understood then.
-    #[expect(clippy::should_implement_trait, reason = "it can fail, and there may be more later")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it can fail, and there may be more later"
+    )]
     pub fn next(&mut self) -> Result<Option<Incoming>, String> {
         loop {
             if self.buffer.len() < MESSAGE_HEADER_LENGTH {
@@ -110,7 +113,11 @@ impl Inbox {
             if self.buffer.len() < end {
                 return Ok(None);
             }
-            let body: Vec<u8> = self.buffer.drain(..end).skip(MESSAGE_HEADER_LENGTH).collect();
+            let body: Vec<u8> = self
+                .buffer
+                .drain(..end)
+                .skip(MESSAGE_HEADER_LENGTH)
+                .collect();
             let stream = header.stream_id;
             match header.type_ {
                 MESSAGE_TYPE_REQUEST => {

@@ -14,6 +14,7 @@ mod job;
 mod oci;
 mod oom;
 mod output;
+mod shim;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -33,6 +34,7 @@ use crate::sys;
 use connection::Connection;
 use container::Container;
 use exec::Exec;
+pub use exec::descendants;
 use job::{Job, Purpose};
 use oom::OomLedger;
 
@@ -54,6 +56,13 @@ enum Source {
     Started(String),
     /// A job's result.
     Job(i32),
+    /// The shim has answered.
+    ShimLink,
+    /// The shim connects.
+    ShimEvents,
+    /// The shim delivers an event.
+    ShimDelivery,
+    ShimLog,
 }
 
 /// All that a keeper holds.
@@ -75,6 +84,12 @@ struct Keeper {
     execs: HashMap<i32, Exec>,
     /// Execs that a runtime is starting, by the job that has it do so.
     starting_execs: HashMap<i32, Exec>,
+    /// What the shim runs in containers: by the job, who waits for it, and what the job is told by when that one has gone.
+    shim_execs: HashMap<i32, (u64, OwnedFd)>,
+    /// The shim that makes this pod's containers, if one does.
+    shim: Option<shim::PodShim>,
+    /// The pod's directory, as long as the shim finds it by its number.
+    shim_dir: Option<OwnedFd>,
     /// Exit statuses of children that nobody claimed yet: a container's init may die before its creator's
     /// answer has been read.
     unclaimed: HashMap<i32, i32>,
@@ -157,6 +172,9 @@ impl Keeper {
             jobs: HashMap::new(),
             execs: HashMap::new(),
             starting_execs: HashMap::new(),
+            shim_execs: HashMap::new(),
+            shim: None,
+            shim_dir: None,
             unclaimed: HashMap::new(),
             pod_init: None,
             sandbox: Sandbox::default(),
@@ -232,6 +250,10 @@ impl Keeper {
             Source::Output(id, stream) => self.pump(&id, stream),
             Source::Started(id) => self.started(&id),
             Source::Job(pid) => self.job_readable(pid),
+            Source::ShimLink => self.shim_readable(),
+            Source::ShimEvents => self.shim_delivers(),
+            Source::ShimDelivery => self.shim_delivery(token),
+            Source::ShimLog => self.read_shim_log(),
         }
     }
 
@@ -276,7 +298,14 @@ impl Keeper {
         } else if self.execs.contains_key(&pid) {
             self.exec_exited(pid, code);
         } else if let Some(id) = self.container_of(pid) {
-            self.container_exited(&id, code);
+            // What the shim makes is its child, and comes here only when the shim is gone.
+            let of_shim = self
+                .containers
+                .get_mut(&id)
+                .is_some_and(|c| c.driver.shim().is_some());
+            if !of_shim {
+                self.container_exited(&id, code);
+            }
         } else if self.pod_init == Some(pid) {
             self.pod_init = None;
             self.init_lost();
@@ -326,6 +355,8 @@ impl Keeper {
                     | Purpose::Checkpoint
                     | Purpose::Start(_)
                     | Purpose::Exec
+                    | Purpose::Sandbox
+                    | Purpose::ShimExec
             )
         };
         for (pid, _) in self.jobs.iter().filter(|(_, job)| making(job)) {

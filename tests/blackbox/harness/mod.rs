@@ -3,6 +3,7 @@
 pub mod cgroups;
 pub mod config;
 pub mod daemon;
+pub mod fake_shim;
 pub mod leaks;
 pub mod liar;
 pub mod log;
