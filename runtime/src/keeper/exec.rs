@@ -251,7 +251,7 @@ impl Keeper {
         }
         // The jobs see it, and end what they run.
         self.shim_execs
-            .retain(|_, (caller, _)| *caller != connection);
+            .retain(|_, exec| exec.connection != connection);
     }
 
     /// Removes the cgroups of ended execs in which nobody is any more.

@@ -201,7 +201,7 @@ impl Keeper {
             // One that does not answer is found out by others; the container has ended.
             Purpose::Reap(id, code) => self.shim_exited(&id, code),
             Purpose::ShimExec => {
-                self.shim_execs.remove(&pid);
+                self.shim_exec_ended(pid, &answer);
                 self.reply(job.connection, answer);
             }
             Purpose::Clear => self.shim_cleared(),

@@ -84,8 +84,8 @@ struct Keeper {
     execs: HashMap<i32, Exec>,
     /// Execs that a runtime is starting, by the job that has it do so.
     starting_execs: HashMap<i32, Exec>,
-    /// What the shim runs in containers: by the job, who waits for it, and what the job is told by when that one has gone.
-    shim_execs: HashMap<i32, (u64, OwnedFd)>,
+    /// What the shim runs in containers, by the job.
+    shim_execs: HashMap<i32, shim::ShimExec>,
     /// The shim that makes this pod's containers, if one does.
     shim: Option<shim::PodShim>,
     /// The pod's directory, as long as the shim finds it by its number.

@@ -67,6 +67,15 @@ pub(super) struct ShimContainer {
     pub(super) oom: bool,
 }
 
+/// A command that the shim runs.
+pub(super) struct ShimExec {
+    /// Who waits for it.
+    pub(super) connection: u64,
+    container: String,
+    /// When this is closed, the job knows that nobody waits any more.
+    _held: OwnedFd,
+}
+
 /// What a job needs to call the shim for a container.
 pub(super) struct Call {
     pub(super) shim: Shim,
@@ -410,6 +419,10 @@ impl Keeper {
 
     /// A container has ended: when the shim has forgotten it, all of its output is there.
     fn reap_container(&mut self, id: &str, code: i32) {
+        // The cgroup goes with what the shim knows of it: its count is taken down first.
+        if let Some(cgroup) = self.containers.get(id).map(|c| c.cgroup.clone()) {
+            self.oom_kills(id, &cgroup);
+        }
         let reaped = self.shim_call().ok().and_then(|call| {
             let running = call.running?;
             let own = id.to_owned();
@@ -656,8 +669,27 @@ impl Keeper {
                 .map_err(|e| wire_error(e.kind(), format!("can't exec: {}", chain(&e))))
         });
         let pid = job.map_err(failed)?;
-        self.shim_execs.insert(pid, (connection, held));
+        let exec = ShimExec {
+            connection,
+            container: id,
+            _held: held,
+        };
+        self.shim_execs.insert(pid, exec);
         Ok(())
+    }
+
+    /// What the shim ran has ended. If it was for want of memory, that is not what ends the container.
+    pub(super) fn shim_exec_ended(&mut self, job: i32, answer: &Result<Answer, WireError>) {
+        let Some(exec) = self.shim_execs.remove(&job) else {
+            return;
+        };
+        if let Ok(Answer::Exec(end)) = answer
+            && end.exit_code == 128 + libc::SIGKILL
+            && let Some(container) = self.containers.get_mut(&exec.container)
+        {
+            let kills = self.cgroups.oom_kills(&container.cgroup);
+            container.oom_kills_of_execs = kills.min(container.oom_kills_of_execs + 1);
+        }
     }
 
     /// A container's input is closed for good: the shim may hold it open, too.
@@ -724,7 +756,9 @@ impl Keeper {
         match written {
             Ok(events) => {
                 for Event::Oom { id } in events {
-                    if let Some(own) = self.containers.get_mut(&id).and_then(|c| c.driver.shim()) {
+                    // Of a process on the host its cgroup says more.
+                    let container = self.containers.get_mut(&id).filter(|c| c.pid().is_none());
+                    if let Some(own) = container.and_then(|c| c.driver.shim()) {
                         own.oom = true;
                     }
                 }
