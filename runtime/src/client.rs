@@ -222,6 +222,22 @@ impl Keeper {
         }
     }
 
+    /// Starts the pod's shim, when the pod's network is there.
+    ///
+    /// # Errors
+    /// As the keeper says; nothing is left of the shim then.
+    pub async fn start_sandbox(
+        &self,
+        start: proto::StartSandbox,
+        timeout: Duration,
+    ) -> Result<proto::StartSandboxResult, ClientError> {
+        let call = Call::StartSandbox(start);
+        match self.call("StartSandbox", call, &[], Some(timeout)).await? {
+            Some(Answer::StartSandbox(r)) => Ok(r),
+            _ => Err(self.unexpected("StartSandbox")),
+        }
+    }
+
     /// Creates a container; its init waits for [`Keeper::start`].
     ///
     /// # Errors

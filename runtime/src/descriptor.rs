@@ -19,6 +19,18 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
 }
 
+/// Both ends of a FIFO, neither of which blocks: its read end, its write end.
+///
+/// # Errors
+/// What opening says.
+pub fn fifo(path: &std::path::Path) -> io::Result<(OwnedFd, OwnedFd)> {
+    use rustix::fs::{Mode, OFlags, open};
+    let flags = OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let read = open(path, flags | OFlags::RDONLY, Mode::empty())?;
+    let write = open(path, flags | OFlags::WRONLY, Mode::empty())?;
+    Ok((read, write))
+}
+
 /// A non-blocking descriptor that can be polled: a pipe, a socket, a terminal.
 #[derive(Debug)]
 pub struct Descriptor(AsyncFd<OwnedFd>);

@@ -43,6 +43,7 @@ mod restore;
 pub mod rootfs;
 pub mod sandbox;
 pub mod scope;
+mod shim;
 mod stage;
 pub mod sys;
 pub mod terminal;
@@ -53,4 +54,5 @@ mod writable_layer;
 pub mod zygote;
 
 pub use creator::SPEC_FILE;
-pub use keeper::PID_FILE;
+pub use keeper::{PID_FILE, descendants};
+pub use shim::RECORD as SHIM_RECORD;

@@ -113,8 +113,11 @@ pub fn receive(socket: impl AsFd) -> io::Result<OwnedFd> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "no descriptor came"))
 }
 
-/// A terminal's size in characters, width first; `None` for what is no terminal.
-pub fn size(terminal: impl AsFd) -> Option<(u16, u16)> {
+/// A terminal's size in characters: width and height.
+///
+/// # Errors
+/// What the kernel says; `ENOTTY` for what is no terminal.
+pub fn size(terminal: impl AsFd) -> io::Result<(u16, u16)> {
     let mut size = libc::winsize {
         ws_row: 0,
         ws_col: 0,
@@ -129,7 +132,10 @@ pub fn size(terminal: impl AsFd) -> Option<(u16, u16)> {
             &raw mut size,
         )
     };
-    (got >= 0).then_some((size.ws_col, size.ws_row))
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((size.ws_col, size.ws_row))
 }
 
 /// Sets a terminal's size in characters; what runs on it gets SIGWINCH.

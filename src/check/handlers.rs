@@ -1,7 +1,7 @@
 //! Runtime handlers: what each needs of the machine, as found by the other probes.
 
 use crate::finding::{Finding, Status};
-use crate::runtime::{ask_runtime, find_program};
+use crate::runtime::{ask_runtime, ask_shim, find_program, shim_program};
 use slipway_config::{Config, Runtime, RuntimeKind};
 
 /// What the native runtime can't do without.
@@ -33,14 +33,7 @@ pub(crate) fn check(config: &Config, findings: &[Finding]) -> Vec<Finding> {
             };
             match runtime.kind {
                 RuntimeKind::Native => native(name, default, findings),
-                RuntimeKind::Oci => oci(name, default, runtime, findings),
-                RuntimeKind::ShimV2 => Finding::warn(
-                    &format!("runtime-{name}"),
-                    &format!("runtime {name}"),
-                    format!("shim-v2{default}: this version has no shim v2"),
-                )
-                .cost("no pod with this handler runs")
-                .fix("use another type"),
+                RuntimeKind::Oci | RuntimeKind::ShimV2 => others(name, default, runtime, findings),
             }
         })
         .collect()
@@ -56,21 +49,27 @@ const OTHERS: [&str; 6] = [
     "overlay",
 ];
 
-fn oci(name: &str, default: &str, runtime: &Runtime, findings: &[Finding]) -> Finding {
+fn others(name: &str, default: &str, runtime: &Runtime, findings: &[Finding]) -> Finding {
+    let word = runtime.kind.as_str();
     let (id, what) = (format!("runtime-{name}"), format!("runtime {name}"));
     let cost = "no pod with this handler runs";
     let program = runtime.program(name);
-    let asked = find_program(&program).and_then(|path| Ok((ask_runtime(&path)?, path)));
+    let asked = match runtime.kind {
+        RuntimeKind::ShimV2 => {
+            find_program(&shim_program(&program)).and_then(|path| Ok((ask_shim(&path)?, path)))
+        }
+        _ => find_program(&program).and_then(|path| Ok((ask_runtime(&path)?, path))),
+    };
     let (facts, path) = match asked {
         Ok(found) => found,
         Err(reason) => {
             let fix = format!("install it, or set runtimes.{name}.path");
-            return Finding::warn(&id, &what, format!("oci{default}: {reason}"))
+            return Finding::warn(&id, &what, format!("{word}{default}: {reason}"))
                 .cost(cost)
                 .fix(fix);
         }
     };
-    let kind = format!("oci{default}: {} ({})", path.display(), facts.version);
+    let kind = format!("{word}{default}: {} ({})", path.display(), facts.version);
     let mut lacking = findings
         .iter()
         .filter(|f| OTHERS.contains(&f.id.as_str()) && f.status == Status::Fail);

@@ -41,7 +41,8 @@ pub use checkpoint::{criu_complaint, find_criu};
 pub use finding::{Finding, Report, Status};
 pub use mounts::user_namespaces;
 pub use runtime::{
-    Identity, LinuxFeatures, RuntimeFacts, RuntimeFeatures, ask_runtime, find_program, tell_runtime,
+    Identity, LinuxFeatures, RuntimeFacts, RuntimeFeatures, ask_runtime, ask_shim, find_program,
+    shim_program, tell_runtime,
 };
 
 use slipway_config::Config;

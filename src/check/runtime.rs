@@ -156,6 +156,40 @@ pub fn tell_runtime(path: &Path, arguments: &[&str]) -> Result<(), String> {
     }
 }
 
+/// The program of a shim: by its path, its name, or the name of its runtime as containerd has it
+/// (`io.containerd.runc.v2` is `containerd-shim-runc-v2`).
+pub fn shim_program(name: &Path) -> PathBuf {
+    let text = name.to_string_lossy();
+    let parts: Vec<&str> = text.split('.').collect();
+    match parts.as_slice() {
+        [_, .., name, version] if !text.contains('/') && !text.starts_with("containerd-shim-") => {
+            PathBuf::from(format!("containerd-shim-{name}-{version}"))
+        }
+        _ => name.to_owned(),
+    }
+}
+
+/// Asks a shim for its version. Blocks, for a few seconds at most.
+///
+/// # Errors
+/// Why it can't be used, for the operator.
+pub fn ask_shim(path: &Path) -> Result<RuntimeFacts, String> {
+    let shown = path.display();
+    let until = Instant::now() + PATIENCE;
+    let answer = run(path, &["-v"], until).map_err(|e| format!("can't run {shown}: {e}"))?;
+    let (_, text, _) =
+        answer.ok_or_else(|| format!("{shown} does not answer within {} s", PATIENCE.as_secs()))?;
+    // Go's print a name, and then a line for each thing.
+    let line = text
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Version:"));
+    let line = line.or_else(|| text.lines().next());
+    Ok(RuntimeFacts {
+        version: line.unwrap_or_default().trim().to_owned(),
+        features: None,
+    })
+}
+
 /// Exit status, standard output and standard error; `None` when it did not end in time and was killed.
 fn run(
     path: &Path,
@@ -249,6 +283,23 @@ mod tests {
         let features = facts.features.unwrap();
         assert_eq!(features.mount_options, ["rro"]);
         assert_eq!(features.linux.namespaces, ["user"]);
+    }
+
+    #[test]
+    fn shims() {
+        for (name, program) in [
+            ("io.containerd.runc.v2", "containerd-shim-runc-v2"),
+            ("containerd-shim-runc-v2", "containerd-shim-runc-v2"),
+            ("/opt/x.y.z/shim.v2", "/opt/x.y.z/shim.v2"),
+            ("kata", "kata"),
+        ] {
+            assert_eq!(shim_program(Path::new(name)), Path::new(program));
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let answer = "echo 'a-shim:'; echo '  Version:  1.2.3'; echo '  Revision: x'";
+        let facts = ask_shim(&script(dir.path(), answer)).unwrap();
+        assert_eq!(facts.version, "1.2.3");
+        assert!(ask_shim(Path::new("/nonexistent/shim")).is_err());
     }
 
     #[test]

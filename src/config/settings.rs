@@ -524,6 +524,16 @@ impl RuntimeOptions {
     }
 }
 
+impl RuntimeOptions {
+    /// The table as text, if it is one.
+    pub fn toml(&self) -> String {
+        match self {
+            Self::Arguments(_) => String::new(),
+            Self::Table(table) => table.to_string(),
+        }
+    }
+}
+
 impl Default for RuntimeOptions {
     fn default() -> Self {
         Self::Arguments(Vec::new())

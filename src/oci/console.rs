@@ -119,7 +119,7 @@ impl Relay {
 
     /// Gives the container's terminal the size of ours.
     pub fn resize(&self) {
-        if let Some((width, height)) = terminal::size(io::stdin()) {
+        if let Ok((width, height)) = terminal::size(io::stdin()) {
             let _ = terminal::resize(&self.master, width, height);
         }
     }

@@ -23,7 +23,7 @@ use super::sandbox::{Cell, Pod};
 use super::state::{PodStage, Status};
 
 /// What a keeper may take to end a runtime that did not end in time.
-const AFTER_RUNTIME: Duration = Duration::from_secs(20);
+pub const AFTER_RUNTIME: Duration = Duration::from_secs(20);
 /// Directory beside a container's writable layer that stands for the layers of an image without any.
 const EMPTY: &str = "lower";
 

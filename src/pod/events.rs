@@ -97,6 +97,13 @@ pub async fn keeper_died(pod: &Arc<Pod>) {
             );
         }
     }
+    if pod.record.driver.is_some() {
+        let (id, dir) = (pod.id().to_owned(), pod.dir.clone());
+        let end = move || super::shim::end(&id, &dir);
+        if let Err(error) = tokio::task::spawn_blocking(end).await {
+            tracing::error!(pod = pod.id(), %error, "can't end the pod's shim");
+        }
+    }
     let init = pod.record.namespaces.pid.clone();
     if !init.is_empty() {
         let kill = move || leftovers::kill_pid_namespace(Path::new(&init));

@@ -68,7 +68,7 @@ impl Driver {
             root: self.root.to_string_lossy().into_owned(),
             arguments: self.settings.options.arguments().to_vec(),
             create_timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
-            options: String::new(),
+            options: self.settings.options.toml(),
         }
     }
 }
@@ -242,12 +242,17 @@ impl Handler {
 }
 
 fn ask(kind: RuntimeKind, program: &Path) -> Result<Known, String> {
-    if kind == RuntimeKind::ShimV2 {
-        return Err("this version of Slipway has no shim v2".to_owned());
-    }
-    let path = slipway_check::find_program(program)?;
+    let shim = kind == RuntimeKind::ShimV2;
+    let name = match shim {
+        true => slipway_check::shim_program(program),
+        false => program.to_owned(),
+    };
+    let path = slipway_check::find_program(&name)?;
     let file = Identity::of(&path).ok_or_else(|| format!("{} is gone", path.display()))?;
-    let facts = slipway_check::ask_runtime(&path)?;
+    let facts = match shim {
+        true => slipway_check::ask_shim(&path)?,
+        false => slipway_check::ask_runtime(&path)?,
+    };
     Ok(Known { path, file, facts })
 }
 

@@ -33,6 +33,7 @@ pub fn kill_cgroup(cgroup: &str) -> Result<(), Vec<String>> {
 /// seconds.
 pub fn end_pod(id: &str, dir: &Path) {
     kill_keeper(id, dir);
+    super::shim::end(id, dir);
     kill_pid_namespace(&dir.join("ns/pid"));
     for cgroup in slipway_spec::default_cgroups(id) {
         remove_pod_cgroup(&cgroup, true);

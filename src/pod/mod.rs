@@ -33,6 +33,7 @@ mod restore;
 mod run;
 pub mod sandbox;
 mod session;
+mod shim;
 pub mod state;
 pub mod stats;
 mod stop;

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use slipway_config::MonitorCgroup;
 use slipway_network::{Bandwidth, DnsConfig, PodNetwork, PortMapping, Protocol};
@@ -12,6 +13,7 @@ use slipway_runtime::client::{Events, Keeper};
 use slipway_spec::SandboxPlan;
 
 use super::assemble;
+use super::create::AFTER_RUNTIME;
 use super::error::{PodError, file};
 use super::events;
 use super::feed::Kind;
@@ -143,9 +145,10 @@ impl Node {
                 source,
             }
         };
-        let (spawn_failed, setup_failed, follow_failed) = (
+        let (spawn_failed, setup_failed, sandbox_failed, follow_failed) = (
             failed("start the keeper of"),
             failed("make the namespaces of"),
+            failed("start the shim of"),
             failed("follow"),
         );
         make_dirs(dir, plan.log_directory.as_deref())?;
@@ -166,6 +169,7 @@ impl Node {
             .map_err(spawn_failed)?;
         phases.mark("keeper");
         let timeout = self.config().limits.sandbox_timeout;
+        let sandbox = (plan.hostname.clone(), plan.setup.systemd);
         let made = keeper
             .setup_sandbox(plan.setup, timeout)
             .await
@@ -183,6 +187,16 @@ impl Node {
             label_files(dir, &format!("{}:{level}", selinux.file.join(":")))?;
         }
         phases.mark("files");
+        if let Some(start) = super::shim::start(&record, sandbox, &self.config()) {
+            // The keeper ends it in time, and says what the shim said.
+            let timeout =
+                Duration::from_millis(start.runtime.as_ref().map_or(0, |r| r.create_timeout_ms));
+            keeper
+                .start_sandbox(start, timeout + AFTER_RUNTIME)
+                .await
+                .map_err(sandbox_failed)?;
+            phases.mark("shim");
+        }
         record.created_at = now();
         // Held until the pod can be seen: see `slipway_nri`.
         let turn = self.tell_run(&record).await?;

@@ -131,6 +131,7 @@ impl Node {
         let sweep = tokio::task::spawn_blocking(move || {
             if obeyed.is_err() {
                 leftovers::kill_keeper(&id, &dir);
+                super::shim::end(&id, &dir);
             }
             // Nothing, if the keeper obeyed: then the namespace is gone.
             if !init.is_empty() {

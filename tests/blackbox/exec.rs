@@ -120,6 +120,9 @@ async fn a_timeout_ends_the_whole_exec(env: Env) -> Result<()> {
 }
 
 async fn a_process_that_leaves_its_group_is_ended_too(env: Env) -> Result<()> {
+    if handler().starts_with("shim-") {
+        return skip("a shim's commands have no cgroup of their own");
+    }
     let daemon = env.daemon().await?;
     let container = daemon.run(&["sleep", "1000"]).await?;
     // Forked twice, in a session of its own, its parent gone: and still of this exec.
@@ -306,6 +309,7 @@ async fn output_is_capped(env: Env) -> Result<()> {
 }
 
 async fn fifty_at_once(env: Env) -> Result<()> {
+    shim_can_lock_up()?;
     let daemon = env.daemon().await?;
     let container = daemon.run(&["sleep", "1000"]).await?;
     let mut tasks = tokio::task::JoinSet::new();

@@ -58,6 +58,7 @@ mod restart;
 mod restore;
 mod seccomp;
 mod selinux;
+mod shim;
 mod stats;
 mod stop;
 mod stream;
@@ -72,6 +73,10 @@ fn main() -> std::process::ExitCode {
     // Started by a daemon of ours, as a plugin.
     if std::env::var_os("NRI_PLUGIN_SOCKET").is_some() {
         return harness::plugin::run_installed();
+    }
+    // Started by a keeper of a daemon of ours, as a shim.
+    if let Some(dir) = std::env::var_os(harness::fake_shim::VARIABLE) {
+        return harness::fake_shim::run(std::path::Path::new(&dir));
     }
     let all: &[&[harness::Test]] = &[
         apparmor::TESTS,
@@ -116,6 +121,7 @@ fn main() -> std::process::ExitCode {
         bad_images::TESTS,
         restart::TESTS,
         handlers::TESTS,
+        shim::TESTS,
         hooks::TESTS,
         operations::TESTS,
     ];

@@ -127,6 +127,7 @@ impl Keeper {
     pub(super) fn close_stdin(&mut self, id: &str) -> Result<Answer, WireError> {
         let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
         container.stdin = None;
+        self.close_stdin_by_shim(id);
         Ok(Answer::Empty(Empty {}))
     }
 }

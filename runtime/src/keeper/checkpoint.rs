@@ -11,6 +11,7 @@ use slipway_proto::keeper::{
 
 use super::container::{Container, not_found};
 use super::job::{Origin, Purpose};
+use super::oci::Driver;
 use super::output::Output;
 use super::{Keeper, wire_error};
 use crate::checkpoint::{self, Target};
@@ -60,11 +61,10 @@ impl Keeper {
             let message = format!("container {id} has a terminal, which can't be checkpointed");
             return Err(wire_error(ErrorKind::Unsupported, message));
         }
-        if let Some(runtime) = container.driver.runtime() {
+        if !matches!(container.driver, Driver::Native) {
             let message = format!(
-                "container {id} is made by runtime handler {:?}, and only containers of type \"native\" can be \
-                 checkpointed",
-                runtime.handler
+                "container {id} is made by another runtime, and only containers of handlers of type \"native\" can be \
+                 checkpointed"
             );
             return Err(wire_error(ErrorKind::Unsupported, message));
         }

@@ -184,18 +184,28 @@ impl Keeper {
         })?;
 
         let (start_read, start_write) = pipe(true).map_err(|e| internal("make a pipe", &e))?;
-        let (stdio, ours) =
-            Streams::new(&create).map_err(|e| internal("make the standard streams", &e))?;
+        let by_shim = match &driver {
+            Driver::Shim(_) => Some(self.shim_call()?),
+            _ => None,
+        };
+        let (stdio, ours) = match &mut driver {
+            Driver::Shim(own) => own.streams(&create),
+            _ => Streams::new(&create),
+        }
+        .map_err(|e| internal("make the standard streams", &e))?;
         if create.restore.is_some() {
             return self.begin_prepare(connection, create, &spec, (cgroup, log), (stdio, ours));
         }
         let mut keep = stdio.descriptors();
+        let mounts = by_shim.as_ref().and_then(|call| call.mounts.as_ref());
+        keep.extend(mounts.map(AsRawFd::as_raw_fd));
         keep.push(start_write.as_raw_fd());
         // The creator is born in the container's cgroup (v2), so that nothing has to be migrated. A scope of
         // systemd's can only be made around it, when it is there.
         let born_in = match (&mut driver, create.systemd) {
             (Driver::Oci(oci), systemd) => self.birthplace(oci, &cgroup, systemd),
-            (Driver::Native, true) => Ok(None),
+            // The shim has the runtime make it.
+            (Driver::Shim(_), _) | (Driver::Native, true) => Ok(None),
             (Driver::Native, false) => self
                 .cgroups
                 .ensure(&cgroup)
@@ -205,18 +215,25 @@ impl Keeper {
             let (create, start) = (&create, start_write.as_fd());
             let (cgroups, cgroup) = (self.cgroups.clone(), cgroup.as_path());
             // <run root>/pods/<id>
-            let run_root = self
-                .pod_dir
-                .ancestors()
-                .nth(2)
-                .unwrap_or(&self.pod_dir)
-                .to_owned();
+            let run_root = self.run_root();
             let origin = Origin {
                 keep: &keep,
                 cgroup: born_in.as_ref().map(AsFd::as_fd),
+                ..Origin::default()
             };
             let runtime = driver.runtime();
+            let fifos = driver.shim().map(|own| own.fifos());
             self.start_job(Purpose::Create(id.clone()), connection, origin, move || {
+                if let (Some(call), Some(fifos)) = (by_shim, fifos) {
+                    return super::shim::create(
+                        &call,
+                        create,
+                        (&cgroups, cgroup),
+                        &fifos,
+                        stdio,
+                        pid_namespace,
+                    );
+                }
                 if let Some(runtime) = runtime {
                     let inherited = oci::Inherited {
                         create,
@@ -363,6 +380,10 @@ impl Keeper {
                 "the creator gave another call's answer",
             )),
         });
+        let made = made.and_then(|made| match self.follow_made(id, &made) {
+            Ok(()) => Ok(made),
+            Err(e) => Err(e),
+        });
         let made = made.and_then(|made| match self.take_terminal_of(id, &made) {
             Ok(()) => Ok(made),
             Err(e) => Err(wire_error(
@@ -405,6 +426,9 @@ impl Keeper {
         let ready = phase == Phase::Created && container.creator.is_none();
         if ready && container.driver.runtime().is_some() {
             return self.begin_oci_start(connection, id);
+        }
+        if ready && container.driver.shim().is_some() {
+            return self.begin_shim_start(connection, id);
         }
         let waiting = container
             .start
@@ -555,7 +579,9 @@ impl Keeper {
         state.pid = 0;
         state.exit_code = code;
         // A container may outlive the death of a child, and then it has completed all the same.
-        state.oom_killed = oom_kills > container.oom_kills_of_execs && code != 0;
+        let told = container.driver.shim().is_some_and(|own| own.oom);
+        let oom_killed = told || oom_kills > container.oom_kills_of_execs;
+        state.oom_killed = oom_killed && code != 0;
         state.finished_at = now_ns();
         let Some(container) = self.containers.get(id) else {
             return;
@@ -596,6 +622,17 @@ impl Keeper {
         let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
         let runtime = container.driver.runtime();
         let (id, dir) = (id.to_owned(), container.dir.clone());
+        if matches!(container.driver, Driver::Shim(_)) {
+            let mut call = self.shim_call()?;
+            // The job does not keep it.
+            call.mounts = None;
+            let job = self.start_job(Purpose::Update, connection, Origin::default(), move || {
+                super::shim::update(&call, &id, (&cgroups, &cgroup), &resources)
+            });
+            return job
+                .map(drop)
+                .map_err(|e| wire_error(ErrorKind::Internal, format!("can't fork: {e}")));
+        }
         let job = self.start_job(Purpose::Update, connection, Origin::default(), move || {
             let tell = || match &runtime {
                 Some(runtime) => oci::update(runtime, &cgroups, &id, &dir, &resources),
@@ -634,7 +671,9 @@ impl Keeper {
                 format!("{signal} is no signal"),
             ));
         }
-        if self.signal_by_runtime(connection, id, signal) {
+        if self.signal_by_runtime(connection, id, signal)
+            || self.signal_by_shim(connection, id, signal, all)
+        {
             return Ok(true);
         }
         let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
@@ -681,10 +720,14 @@ impl Keeper {
             .as_ref()
             .map(|p| p.try_clone())
             .transpose()?;
-        let keep: Vec<_> = pidfd.iter().map(AsRawFd::as_raw_fd).collect();
+        let of_shim = matches!(container.driver, Driver::Shim(_));
+        let call = of_shim.then(|| self.shim_call().ok()).flatten();
+        let mut keep: Vec<_> = pidfd.iter().map(AsRawFd::as_raw_fd).collect();
+        let mounts = call.as_ref().and_then(|call| call.mounts.as_ref());
+        keep.extend(mounts.map(AsRawFd::as_raw_fd));
         let origin = Origin {
             keep: &keep,
-            cgroup: None,
+            ..Origin::default()
         };
         self.start_job(purpose, connection, origin, move || {
             let container = oci::Removed {
@@ -694,6 +737,11 @@ impl Keeper {
                 init: pidfd.as_slice(),
             };
             let until = Instant::now() + oci::DELETE;
+            if let Some(call) = call {
+                return super::shim::remove(&call, &cgroups, &container, until)
+                    .map(|()| Answer::Empty(Empty {}))
+                    .map_err(|e| wire_error(ErrorKind::Internal, chain(&e)));
+            }
             let result = super::oci::remove(runtime.as_ref(), &cgroups, &container, until);
             result
                 .map(|()| done(hooks::run_poststop(&dir)))
@@ -714,6 +762,7 @@ impl Keeper {
             self.drop_io(id);
             self.conclude_start(id);
             self.end_without_init(id);
+            self.end_of_shim(id);
             self.oom.delete(id);
             self.containers.remove(id);
         }
@@ -735,7 +784,7 @@ fn adopt(
         groups: made.groups.clone(),
         home: made.home.clone(),
     };
-    if container.driver.runtime().is_none() {
+    if matches!(container.driver, Driver::Native) {
         let confinement = creator::confinement(create, &spec, user).map_err(|e| invalid(&e))?;
         container.confinement = Some(confinement);
     }

@@ -28,6 +28,7 @@ impl Keeper {
             }
             Some(Call::UpdateContainer(call)) => return self.update_container(connection, &call),
             Some(Call::Checkpoint(call)) => return self.checkpoint(connection, &call),
+            Some(Call::StartSandbox(call)) => return self.start_sandbox(connection, call),
             Some(Call::Teardown(_)) => return self.tear_down(connection),
             Some(Call::Subscribe(_)) => return self.subscribe(connection),
             Some(Call::Hello(_)) => Ok(Answer::Hello(HelloResult {
@@ -169,6 +170,10 @@ impl Keeper {
             inits.extend(init.iter().map(std::os::fd::AsRawFd::as_raw_fd));
             doomed.push((container.cgroup.clone(), init, id, dir, runtime));
         }
+        let by_shim = self.shim.is_some().then(|| self.shim_call().ok()).flatten();
+        let mounts = by_shim.as_ref().and_then(|call| call.mounts.as_ref());
+        inits.extend(mounts.map(std::os::fd::AsRawFd::as_raw_fd));
+        let pod_dir = self.pod_dir.clone();
         self.kill_makers();
         if let Some(pid) = self.pod_init {
             crate::sys::kill_child(pid);
@@ -177,7 +182,7 @@ impl Keeper {
         let pod_cgroup = self.sandbox.cgroup.clone();
         let origin = Origin {
             keep: &inits,
-            cgroup: None,
+            ..Origin::default()
         };
         let (ns_dir, shm_dir) = (self.sandbox.ns_dir.clone(), self.sandbox.shm_dir.clone());
         let job = self.start_job(Purpose::Teardown, connection, origin, move || {
@@ -192,10 +197,20 @@ impl Keeper {
                     cgroup,
                     init,
                 };
-                match super::oci::remove(runtime.as_ref(), &cgroups, &container, until) {
+                let removed = match &by_shim {
+                    Some(call) => super::shim::remove(call, &cgroups, &container, until),
+                    None => super::oci::remove(runtime.as_ref(), &cgroups, &container, until),
+                };
+                match removed {
                     Ok(()) => warnings.extend(hooks::run_poststop(dir)),
                     Err(e) => failures.push(chain(&e)),
                 }
+            }
+            if let Some(call) = &by_shim {
+                let cgroup = pod_cgroup.as_deref();
+                failures.extend(super::shim::tear_down(
+                    call, &pod_dir, cgroup, &cgroups, until,
+                ));
             }
             if let Some(ns_dir) = &ns_dir {
                 sandbox::remove(ns_dir, shm_dir.as_deref());
@@ -217,6 +232,7 @@ impl Keeper {
     pub(super) fn torn_down(&mut self, connection: u64, answer: Result<Answer, WireError>) {
         // The exits that the job caused, so that subscribers hear of them before the end.
         self.reap();
+        self.end_all_of_shim();
         // What could not be killed keeps its keeper: there may be a second try.
         self.ending = answer.is_ok();
         self.reply(connection, answer);

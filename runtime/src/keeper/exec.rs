@@ -12,6 +12,7 @@ use slipway_proto::keeper::{
 };
 
 use super::container::{Container, not_found};
+use super::oci::Driver;
 use super::{Keeper, wire_error};
 use crate::confine::{Confinement, SETUP_FAILED};
 use crate::creator::{is_pipe, report, set_oom_score};
@@ -55,6 +56,9 @@ impl Keeper {
         let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
         if let Some(runtime) = container.driver.runtime() {
             return self.begin_oci_exec(connection, call, stdio, runtime);
+        }
+        if matches!(container.driver, Driver::Shim(_)) {
+            return self.begin_shim_exec(connection, call, stdio);
         }
         let (Some(init), Some(confinement), true) = (
             &container.pidfd,
@@ -243,6 +247,9 @@ impl Keeper {
         {
             kill_tree(*pid, exec);
         }
+        // The jobs see it, and end what they run.
+        self.shim_execs
+            .retain(|_, exec| exec.connection != connection);
     }
 
     /// Removes the cgroups of ended execs in which nobody is any more.
@@ -317,6 +324,11 @@ pub(super) fn kill_tree(pid: i32, exec: &Exec) {
         signal(pid, libc::SIGKILL);
         return;
     }
+    kill_tree_of(pid);
+}
+
+/// Kills a process and all that it started, as far as that can be told by who is whose parent.
+pub(super) fn kill_tree_of(pid: i32) {
     // Without a v2 hierarchy (or before Linux 5.14): the process group and all descendants. Stopped first,
     // so that none forks away while the tree is read.
     let mut seen = Vec::new();
@@ -350,7 +362,7 @@ fn signal(pid: i32, signal: i32) {
 }
 
 /// A process and all below it.
-fn descendants(pid: i32) -> Vec<i32> {
+pub fn descendants(pid: i32) -> Vec<i32> {
     let mut found = vec![pid];
     let mut at = 0;
     while let Some(pid) = found.get(at).copied() {

@@ -15,6 +15,14 @@ use crate::{sys, wire};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Purpose {
     Setup,
+    /// Starts the pod's shim.
+    Sandbox,
+    /// Has the shim forget a container that has ended, with this exit code.
+    Reap(String, i32),
+    /// Runs a command by the shim, to its end.
+    ShimExec,
+    /// Removes what a shim that is gone has left.
+    Clear,
     Create(String),
     /// Has a runtime start a container.
     Start(String),
@@ -55,6 +63,8 @@ pub(super) struct Origin<'a> {
     pub(super) keep: &'a [RawFd],
     /// The cgroup it is born in; `None` for the keeper's.
     pub(super) cgroup: Option<BorrowedFd<'a>>,
+    /// Namespaces that it is born with (`CLONE_NEW*`).
+    pub(super) namespaces: u64,
 }
 
 /// The answer of a call that was done, with what the daemon is to log.
@@ -80,6 +90,7 @@ impl Keeper {
         rustix::fs::fcntl_setfl(&read, rustix::fs::OFlags::NONBLOCK)?;
         let options = sys::CloneOptions {
             cgroup: origin.cgroup,
+            new_namespaces: origin.namespaces,
             ..Default::default()
         };
         let keeper = std::process::id().cast_signed();
@@ -189,6 +200,14 @@ impl Keeper {
         };
         match job.purpose {
             Purpose::Setup => self.sandbox_made(job.connection, answer),
+            Purpose::Sandbox => self.sandbox_started(job.connection, answer),
+            // One that does not answer is found out by others; the container has ended.
+            Purpose::Reap(id, code) => self.shim_exited(&id, code),
+            Purpose::ShimExec => {
+                self.shim_exec_ended(pid, &answer);
+                self.reply(job.connection, answer);
+            }
+            Purpose::Clear => self.shim_cleared(),
             Purpose::Create(id) => self.container_made(&id, job.connection, answer),
             Purpose::Start(id) => self.start_done(&id, answer),
             Purpose::Exec => self.exec_started(pid, answer),

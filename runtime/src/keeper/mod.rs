@@ -15,6 +15,7 @@ mod oci;
 mod oom;
 mod output;
 mod restore;
+mod shim;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -34,6 +35,7 @@ use crate::sys;
 use connection::Connection;
 use container::Container;
 use exec::Exec;
+pub use exec::descendants;
 use job::{Job, Purpose};
 use oom::OomLedger;
 
@@ -55,6 +57,13 @@ enum Source {
     Started(String),
     /// A job's result.
     Job(i32),
+    /// The shim has answered.
+    ShimLink,
+    /// The shim connects.
+    ShimEvents,
+    /// The shim delivers an event.
+    ShimDelivery,
+    ShimLog,
 }
 
 /// All that a keeper holds.
@@ -76,6 +85,12 @@ struct Keeper {
     execs: HashMap<i32, Exec>,
     /// Execs that a runtime is starting, by the job that has it do so.
     starting_execs: HashMap<i32, Exec>,
+    /// What the shim runs in containers, by the job.
+    shim_execs: HashMap<i32, shim::ShimExec>,
+    /// The shim that makes this pod's containers, if one does.
+    shim: Option<shim::PodShim>,
+    /// The pod's directory, as long as the shim finds it by its number.
+    shim_dir: Option<OwnedFd>,
     /// Exit statuses of children that nobody claimed yet: a container's init may die before its creator's
     /// answer has been read.
     unclaimed: HashMap<i32, i32>,
@@ -158,6 +173,9 @@ impl Keeper {
             jobs: HashMap::new(),
             execs: HashMap::new(),
             starting_execs: HashMap::new(),
+            shim_execs: HashMap::new(),
+            shim: None,
+            shim_dir: None,
             unclaimed: HashMap::new(),
             pod_init: None,
             sandbox: Sandbox::default(),
@@ -233,6 +251,10 @@ impl Keeper {
             Source::Output(id, stream) => self.pump(&id, stream),
             Source::Started(id) => self.started(&id),
             Source::Job(pid) => self.job_readable(pid),
+            Source::ShimLink => self.shim_readable(),
+            Source::ShimEvents => self.shim_delivers(),
+            Source::ShimDelivery => self.shim_delivery(token),
+            Source::ShimLog => self.read_shim_log(),
         }
     }
 
@@ -277,7 +299,14 @@ impl Keeper {
         } else if self.execs.contains_key(&pid) {
             self.exec_exited(pid, code);
         } else if let Some(id) = self.container_of(pid) {
-            self.container_exited(&id, code);
+            // What the shim makes is its child, and comes here only when the shim is gone.
+            let of_shim = self
+                .containers
+                .get_mut(&id)
+                .is_some_and(|c| c.driver.shim().is_some());
+            if !of_shim {
+                self.container_exited(&id, code);
+            }
         } else if self.pod_init == Some(pid) {
             self.pod_init = None;
             self.init_lost();
@@ -329,6 +358,8 @@ impl Keeper {
                     | Purpose::Restore(_)
                     | Purpose::Start(_)
                     | Purpose::Exec
+                    | Purpose::Sandbox
+                    | Purpose::ShimExec
             )
         };
         for (pid, _) in self.jobs.iter().filter(|(_, job)| making(job)) {

@@ -16,6 +16,7 @@ use slipway_proto::keeper::{
 use super::container::{Container, not_found, write_exit_file};
 use super::exec::{Exec, complete, kill_tree};
 use super::job::{Origin, Purpose};
+use super::shim::ShimContainer;
 use super::{Keeper, now_ns, wire_error};
 use crate::cgroup::{self, Hierarchies};
 use crate::confine::chain;
@@ -31,6 +32,8 @@ pub(super) enum Driver {
     Native,
     /// A command-line runtime.
     Oci(Box<Oci>),
+    /// The pod's shim.
+    Shim(Box<ShimContainer>),
 }
 
 /// What the keeper knows of a container beside its runtime.
@@ -61,36 +64,50 @@ impl Driver {
                 cannot_run: None,
                 early: Some(Vec::new()),
             }))),
-            RuntimeKind::ShimV2 => Err(wire_error(
-                ErrorKind::Unsupported,
-                format!(
-                    "runtime handler {:?} is of type \"shim-v2\", which this keeper does not know",
-                    settings.handler
-                ),
-            )),
+            RuntimeKind::ShimV2 => Ok(Self::Shim(Box::new(ShimContainer::new()))),
         }
     }
 
     /// The runtime, if it is another.
     pub(super) fn runtime(&self) -> Option<Runtime> {
         match self {
-            Self::Native => None,
+            Self::Native | Self::Shim(_) => None,
             Self::Oci(oci) => Some(oci.runtime.clone()),
         }
     }
 
     fn oci(&mut self) -> Option<&mut Oci> {
         match self {
-            Self::Native => None,
+            Self::Native | Self::Shim(_) => None,
             Self::Oci(oci) => Some(oci),
         }
     }
 
     /// Keeps what is known now of a container that was made.
     pub(super) fn made(&mut self, made: &CreateContainerResult) {
-        if let Some(oci) = self.oci() {
-            oci.cannot_run = Some(made.cannot_run.clone()).filter(|text| !text.is_empty());
-            oci.early = None;
+        let cannot_run = Some(made.cannot_run.clone()).filter(|text| !text.is_empty());
+        match self {
+            Self::Native => {}
+            Self::Oci(oci) => (oci.cannot_run, oci.early) = (cannot_run, None),
+            Self::Shim(own) => own.cannot_run = cannot_run,
+        }
+    }
+
+    /// Who waits for StartContainer, of a container whose runtime is told to start it.
+    fn starting(&mut self) -> Option<&mut Option<u64>> {
+        match self {
+            Self::Native => None,
+            Self::Oci(oci) => Some(&mut oci.starting),
+            Self::Shim(own) => Some(&mut own.starting),
+        }
+    }
+
+    /// Whether the runtime has found that the command can't be executed, and nobody has been told.
+    fn never_runs(&self) -> bool {
+        match self {
+            Self::Native => false,
+            Self::Oci(oci) => oci.cannot_run.is_some(),
+            Self::Shim(own) => own.cannot_run.is_some(),
         }
     }
 }
@@ -255,7 +272,11 @@ impl Keeper {
         let Some(container) = self.containers.get_mut(id) else {
             return;
         };
-        let Some(connection) = container.driver.oci().and_then(|oci| oci.starting.take()) else {
+        let Some(connection) = container.driver.starting().and_then(Option::take) else {
+            return;
+        };
+        self.shim_started(id);
+        let Some(container) = self.containers.get_mut(id) else {
             return;
         };
         match &answer {
@@ -281,14 +302,14 @@ impl Keeper {
     /// A container that ends while its runtime starts it has run: its end is to be seen after its start.
     pub(super) fn ran_already(&mut self, id: &str) {
         let container = self.containers.get_mut(id);
-        let oci = container.and_then(|container| container.driver.oci());
-        if oci.is_some_and(|oci| oci.starting.is_some()) {
+        let starting = container.and_then(|container| container.driver.starting());
+        if starting.is_some_and(|starting| starting.is_some()) {
             self.runs(id);
         }
     }
 
     /// A container whose command can't be executed has exited without ever running.
-    fn never_ran(&mut self, id: &str, code: i32, message: &str) {
+    pub(super) fn never_ran(&mut self, id: &str, code: i32, message: &str) {
         if let Some(container) = self.containers.get_mut(id) {
             container.state.cannot_run = true;
             message.clone_into(&mut container.state.message);
@@ -315,10 +336,7 @@ impl Keeper {
             return;
         };
         let created = container.state.phase() == Phase::Created && !container.is_creating();
-        let never = container
-            .driver
-            .oci()
-            .is_some_and(|oci| oci.cannot_run.is_some());
+        let never = container.driver.never_runs();
         if created && never {
             self.exited_without_init(id, 128 + libc::SIGKILL);
         }
@@ -343,7 +361,7 @@ impl Keeper {
         let keep = oci::descriptors(std::slice::from_ref(&init));
         let origin = Origin {
             keep: &keep,
-            cgroup: None,
+            ..Origin::default()
         };
         let job = self.start_job(Purpose::Kill, connection, origin, move || {
             let number = signal.to_string();
@@ -391,6 +409,7 @@ impl Keeper {
         let origin = Origin {
             keep: &keep,
             cgroup: leaf.as_ref().map(|(_, fd)| fd.as_fd()),
+            ..Origin::default()
         };
         let (cgroups, args, tty) = (self.cgroups.clone(), call.args.clone(), call.tty);
         let own_id = id.clone();

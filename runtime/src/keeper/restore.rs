@@ -165,6 +165,7 @@ impl Keeper {
         let origin = Origin {
             keep: &keep,
             cgroup: born_in.as_ref().map(|fd| fd.as_fd()),
+            ..Origin::default()
         };
         let cgroups = self.cgroups.clone();
         // The job has a copy of it; here it is put back.

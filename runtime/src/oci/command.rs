@@ -47,6 +47,16 @@ pub enum CommandError {
         #[source]
         source: io::Error,
     },
+    /// A shim failed, and said why.
+    #[error("runtime handler {handler:?}: {said}")]
+    Shim {
+        /// The handler.
+        handler: String,
+        /// Because it did not answer in time.
+        late: bool,
+        /// Its own words.
+        said: String,
+    },
     /// Something around it failed.
     #[error("can't {step} for runtime handler {handler:?}")]
     Around {
@@ -96,7 +106,9 @@ impl CommandError {
     /// What the runtime said, if it did.
     pub fn said(&self) -> &str {
         match self {
-            Self::Failed { said, .. } | Self::TimedOut { said, .. } => said,
+            Self::Failed { said, .. } | Self::TimedOut { said, .. } | Self::Shim { said, .. } => {
+                said
+            }
             _ => "",
         }
     }

@@ -202,7 +202,7 @@ fn command(create: &CreateContainer) -> String {
 }
 
 /// What the kernel lets this process have: what it inherits, its children may set again.
-fn own_oom_score() -> Option<i32> {
+pub fn own_oom_score() -> Option<i32> {
     let text = fs::read_to_string("/proc/self/oom_score_adj").ok()?;
     text.trim().parse().ok()
 }

@@ -94,7 +94,7 @@ pub fn exec(
     let process_file = session.dir.join(format!("exec-{own}.json"));
     let pid_file = session.dir.join(format!("exec-{own}.pid"));
     creator::set_oom_score(session.oom_score_adj);
-    let process = process(runtime, session)?;
+    let process = process(&runtime.handler, session.dir, session.args, session.tty)?;
     creator::write_private(&process_file, &process)?;
     let _files = Files([&process_file, &pid_file]);
     let console = match session.tty {
@@ -163,9 +163,17 @@ pub fn exec(
     Ok(Ok(pid))
 }
 
-/// The process for the runtime: as the container's init, but for the command.
-fn process(runtime: &Runtime, session: &Session<'_>) -> Result<Vec<u8>, ExecError> {
-    let path = session.dir.join("config.json");
+/// The process for a runtime: as the container's init, but for the command. The bundle is in `dir`.
+///
+/// # Errors
+/// [`ExecError::Bundle`], [`ExecError::Text`].
+pub fn process(
+    handler: &str,
+    dir: &Path,
+    args: &[Vec<u8>],
+    tty: bool,
+) -> Result<Vec<u8>, ExecError> {
+    let path = dir.join("config.json");
     let failed = |source: io::Error| ExecError::Bundle {
         path: path.clone(),
         source,
@@ -174,18 +182,18 @@ fn process(runtime: &Runtime, session: &Session<'_>) -> Result<Vec<u8>, ExecErro
     let spec: Spec = serde_json::from_slice(&text).map_err(|e| failed(e.into()))?;
     let missing = || failed(io::ErrorKind::InvalidData.into());
     let mut process: Process = spec.process().clone().ok_or_else(missing)?;
-    let args = session.args.iter().map(|a| String::from_utf8(a.clone()));
+    let args = args.iter().map(|a| String::from_utf8(a.clone()));
     let args = args
         .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| ExecError::Text(runtime.handler.clone()))?;
+        .map_err(|_| ExecError::Text(handler.to_owned()))?;
     let mut env = process.env().clone().unwrap_or_default();
-    if session.tty && !env.iter().any(|e| e.starts_with("TERM=")) {
+    if tty && !env.iter().any(|e| e.starts_with("TERM=")) {
         env.push("TERM=xterm".to_owned());
     }
     process
         .set_args(Some(args))
         .set_env(Some(env))
-        .set_terminal(Some(session.tty));
+        .set_terminal(Some(tty));
     serde_json::to_vec(&process).map_err(|e| failed(e.into()))
 }
 

@@ -27,11 +27,11 @@ use slipway_proto::keeper::{ErrorKind, Runtime as Settings};
 use crate::cgroup::Hierarchies;
 use crate::removal::{self, RemovalError};
 
-pub use bundle::BundleError;
+pub use bundle::{BundleError, Known, arrange_recursive, complete};
 use command::Call;
-pub use command::CommandError;
-pub use create::{Inherited, create};
-pub use exec::{Session, descriptors, exec};
+pub use command::{CommandError, short_path};
+pub use create::{Inherited, create, own_oom_score};
+pub use exec::{ExecError, Session, descriptors, exec, process};
 pub use words::{beyond, command_failure, of as words, of_command};
 
 /// How long `delete --force` may take before the container is removed without it. All of a pod's share it, so that
@@ -208,7 +208,7 @@ impl CommandError {
     /// The class of the failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::TimedOut { .. } => ErrorKind::TimedOut,
+            Self::TimedOut { .. } | Self::Shim { late: true, .. } => ErrorKind::TimedOut,
             _ => ErrorKind::Internal,
         }
     }

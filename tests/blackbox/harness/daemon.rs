@@ -65,7 +65,14 @@ impl Setup {
         setup.set("images.retries", "1");
         if super::handler() != "native" {
             setup.set("default_runtime", &format!("{:?}", super::handler()));
-            setup.set(&format!("runtimes.{}.type", super::handler()), "\"oci\"");
+            let key = |name: &str| format!("runtimes.{}.{name}", super::handler());
+            match super::handler().starts_with("shim-") {
+                true => {
+                    setup.set(&key("type"), "\"shim-v2\"");
+                    setup.set(&key("path"), "\"io.containerd.runc.v2\"");
+                }
+                false => setup.set(&key("type"), "\"oci\""),
+            }
         }
         setup.set("network.conf_dir", &root("net.d"));
         setup.set("network.cache_dir", &root("net.cache"));
