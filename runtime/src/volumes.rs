@@ -36,7 +36,7 @@ pub fn arrange(
         if covered.iter().any(|place| volume.starts_with(place)) {
             continue;
         }
-        if matches!(open(root, volume), Err(Errno::NOENT)) {
+        if matches!(open(root, volume), Err(Errno::NOENT | Errno::NOTDIR)) {
             rootfs::make_dir(root, volume, owner)?;
         }
         if !read_only {

@@ -808,10 +808,8 @@ async fn checkpoints_that_are_none(env: Env) -> Result<()> {
             drop(members.insert(name.into(), content.to_vec()))
         }
     };
-    let cases: Vec<(
-        &str,
-        Box<dyn FnOnce(&mut BTreeMap<PathBuf, Vec<u8>>) + Send>,
-    )> = vec![
+    type Spoil = Box<dyn FnOnce(&mut BTreeMap<PathBuf, Vec<u8>>) + Send>;
+    let cases: Vec<(&str, Spoil)> = vec![
         ("config.dump", Box::new(put("config.dump", b"{"))),
         ("spec.dump", Box::new(put("spec.dump", b"5"))),
         ("deleted.files", Box::new(put("deleted.files", b"{}"))),
@@ -997,7 +995,7 @@ async fn criu_and_the_keeper_are_killed(env: Env) -> Result<()> {
         // criu is the older one.
         kill(Pid::from_raw(pid), Signal::SIGKILL)?;
     }
-    let _ = start;
+    drop(start);
     container.stop(0).await?;
     container.gone().await?;
 

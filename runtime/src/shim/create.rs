@@ -44,7 +44,7 @@ pub enum CreateError {
         step: &'static str,
         /// The cause.
         #[source]
-        source: ShimError,
+        source: Box<ShimError>,
     },
     /// The terminal.
     #[error("runtime handler {handler:?} created the container, but it gets no terminal")]
@@ -206,7 +206,7 @@ fn run(
         move |source: ShimError| CreateError::Shim {
             handler: shim.handler.clone(),
             step,
-            source,
+            source: source.into(),
         }
     };
     let left = || until.saturating_duration_since(Instant::now());

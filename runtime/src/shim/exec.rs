@@ -45,7 +45,7 @@ pub enum Failure {
         step: &'static str,
         /// The cause.
         #[source]
-        source: ShimError,
+        source: Box<ShimError>,
     },
     /// What precedes its part.
     #[error(transparent)]
@@ -82,7 +82,7 @@ pub fn exec(shim: &Shim, running: &Running, session: &Session<'_>) -> Result<Exe
         move |source: ShimError| Failure::Shim {
             handler: shim.handler.clone(),
             step,
-            source,
+            source: source.into(),
         }
     };
     let streams = |source| Failure::Streams {

@@ -31,7 +31,7 @@ pub enum SandboxError {
         step: &'static str,
         /// The cause.
         #[source]
-        source: ShimError,
+        source: Box<ShimError>,
     },
     /// Its options.
     #[error("runtime handler {handler:?}")]
@@ -110,7 +110,7 @@ fn begin(shim: &Shim, start: &Start<'_>) -> Result<StartSandboxResult, SandboxEr
         move |source: ShimError| SandboxError::Shim {
             handler: shim.handler.clone(),
             step,
-            source,
+            source: source.into(),
         }
     };
     let until = Instant::now() + shim.create_timeout;
@@ -180,7 +180,7 @@ fn make(
         move |source: ShimError| SandboxError::Shim {
             handler: shim.handler.clone(),
             step,
-            source,
+            source: source.into(),
         }
     };
     let left = || until.saturating_duration_since(Instant::now());

@@ -70,7 +70,7 @@ fn start(dir: &Path, words: &[String]) {
     note(dir, &format!("start {}", kind.as_str().expect("a type")));
     let socket = socket(dir, sandbox);
     if id == sandbox {
-        Command::new(std::env::current_exe().expect("this program"))
+        let shim = Command::new(std::env::current_exe().expect("this program"))
             .args(["-id", id])
             .env(SERVE, id)
             .process_group(0)
@@ -78,6 +78,8 @@ fn start(dir: &Path, words: &[String]) {
             .stdout(Stdio::null())
             .spawn()
             .expect("the shim itself");
+        // It outlives this process, and is somebody else's to wait for.
+        std::mem::forget(shim);
         for _ in 0..500 {
             if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
                 break;
