@@ -49,6 +49,7 @@ fn filter(level: LogLevel) -> EnvFilter {
             "h2",
             "hyper",
             "hyper_util",
+            "loona_hpack",
             "tower",
             "tonic",
             "rustls",

@@ -138,7 +138,7 @@ async fn binary_output_is_kept(env: Env) -> Result<()> {
 async fn reopened_while_running(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
-    let script = "echo first; trap 'echo second' USR1; while :; do sleep 0.1; done";
+    let script = "trap 'echo second' USR1; echo first; while :; do sleep 0.1; done";
     let container = pod.run(&["sh", "-c", script], |_| {}).await?;
     container.says("first").await?;
     let old = container.log.with_extension("old");
