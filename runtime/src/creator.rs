@@ -391,15 +391,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         .map_err(|e| failed(chain(&e)))?;
     drop(kept);
     let pid = container.pid().map_or(0, |p| p.as_raw());
-    let result = CreateContainerResult {
-        pid,
-        uid: user.uid,
-        gid: user.gid,
-        groups: user.groups,
-        home: user.home,
-        cannot_run: String::new(),
-    };
-    Ok(result)
+    Ok(user.created(pid))
 }
 
 /// What is different for a container in a user namespace.

@@ -288,15 +288,7 @@ pub fn prepare(inherited: &Inherited<'_>) -> Result<CreateContainerResult, Resto
     if !create.working_dir.is_empty() {
         rootfs::make_dir(&root, Path::new(&create.working_dir), None).map_err(CreateError::from)?;
     }
-    let user = confinement.user();
-    Ok(CreateContainerResult {
-        pid: 0,
-        uid: user.uid,
-        gid: user.gid,
-        groups: user.groups.clone(),
-        home: user.home.clone(),
-        cannot_run: String::new(),
-    })
+    Ok(confinement.user().created(0))
 }
 
 /// Has criu restore the processes. Returns the init's process id; it is this process's child, and the keeper's when this

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
-use slipway_proto::keeper::User;
+use slipway_proto::keeper::{CreateContainerResult, User};
 
 /// Largest passwd or group file that is read, in bytes.
 const MAX_FILE: u64 = 4 << 20;
@@ -66,6 +66,20 @@ pub struct Resolved {
     pub groups: Vec<u32>,
     /// Home directory.
     pub home: String,
+}
+
+impl Resolved {
+    /// The answer to a create whose init, if there is one, is `pid`.
+    pub fn created(&self, pid: i32) -> CreateContainerResult {
+        CreateContainerResult {
+            pid,
+            uid: self.uid,
+            gid: self.gid,
+            groups: self.groups.clone(),
+            home: self.home.clone(),
+            cannot_run: String::new(),
+        }
+    }
 }
 
 struct Passwd<'a> {

@@ -13,17 +13,12 @@ use nix::sched::CloneFlags;
 use oci_spec::runtime::Spec;
 use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 
-use super::bundle::{self, Known};
 use super::command::{self, Call, Streams};
-use super::{BundleError, CommandError, Runtime};
+use super::prepare::{self, PrepareError};
+use super::{CommandError, Runtime, bundle};
 use crate::cgroup::Hierarchies;
-use crate::creator::{self, SPEC_FILE, Stdio, set_oom_score};
-use crate::image_volume::{self, ImageVolumeError};
-use crate::mapped::{self, MappedError};
-use crate::places::{self, PlaceError};
-use crate::rootfs::{self, RootfsError};
-use crate::user::{self, UserError};
-use crate::{detach, terminal, volumes, wire};
+use crate::creator::{self, Stdio};
+use crate::{detach, terminal, wire};
 
 /// How long a terminal may trail the end of the runtime that made it.
 const TERMINAL: Duration = Duration::from_secs(2);
@@ -33,12 +28,9 @@ const UNDO: Duration = Duration::from_secs(5);
 /// Why a container could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    /// What precedes the runtime's part, and is as in native containers.
+    /// What precedes the runtime's part.
     #[error(transparent)]
-    Creator(#[from] creator::CreateError),
-    /// The specification.
-    #[error(transparent)]
-    Bundle(#[from] BundleError),
+    Prepare(#[from] PrepareError),
     /// The runtime.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -56,32 +48,13 @@ pub enum CreateError {
     },
 }
 
-/// Makes an error of the creator's of what the shared steps say.
-macro_rules! shared {
-    ($($kind:ty),*) => {$(
-        impl From<$kind> for CreateError {
-            fn from(error: $kind) -> Self {
-                Self::Creator(error.into())
-            }
-        }
-    )*};
-}
-shared!(
-    RootfsError,
-    UserError,
-    PlaceError,
-    ImageVolumeError,
-    MappedError
-);
-
 impl CreateError {
     /// The class of the failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Creator(error) => error.kind(),
+            Self::Prepare(error) => error.kind(),
             Self::Command(error) => error.kind(),
-            Self::Bundle(BundleError::Environment { .. }) => ErrorKind::Invalid,
-            Self::Bundle(_) | Self::Result { .. } => ErrorKind::Internal,
+            Self::Result { .. } => ErrorKind::Internal,
             Self::NoCommand(_) => ErrorKind::CannotRun,
         }
     }
@@ -117,74 +90,40 @@ pub fn create(
         stdio,
         pid_namespace,
     } = inherited;
-    let mut spec: Spec =
-        serde_json::from_slice(&create.spec).map_err(creator::CreateError::Spec)?;
+    let mut spec = prepare::read(create)?;
     let dir = Path::new(&create.dir);
-    let target = dir.join("rootfs");
-    creator::write_private(&dir.join(SPEC_FILE), &create.spec)?;
-    let made = |path: &Path, result: io::Result<()>| {
-        result.map_err(|source| creator::CreateError::Bundle {
-            path: path.to_owned(),
-            source,
-        })
-    };
     let mut private = fs::DirBuilder::new();
     private.recursive(true).mode(0o700);
-    made(&runtime.root, private.create(&runtime.root))?;
+    private
+        .create(&runtime.root)
+        .map_err(|source| creator::CreateError::Bundle {
+            path: runtime.root.clone(),
+            source,
+        })
+        .map_err(PrepareError::from)?;
 
     // As for native containers: the root file system is mounted here and nowhere else.
-    let namespace = creator::CreateError::Namespace;
+    let namespace = |e| PrepareError::from(creator::CreateError::Namespace(e));
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| namespace(e.into()))?;
     let kept = detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(namespace)?;
     if cgroups.hidden_v2().is_some() {
         // What the container is to see of the host's must be taken before it is hidden.
-        bundle::arrange_cgroups(&mut spec, &dir.join("cgroups"))?;
+        bundle::arrange_cgroups(&mut spec, &dir.join("cgroups")).map_err(PrepareError::from)?;
     }
     command::hide_v2(cgroups).map_err(namespace)?;
-    made(&target, fs::create_dir_all(&target))?;
-    if let Some(overlay) = &create.overlay {
-        rootfs::mount_overlay(overlay, &target, None)?;
-    }
-    image_volume::mount_all(create, dir, None)?;
-    let root = rootfs::open_root(&target)?;
-    let user = user::resolve(
-        root.as_fd(),
-        create.user.as_ref().unwrap_or(&Default::default()),
-    )?;
-    if !create.working_dir.is_empty() {
-        rootfs::make_dir(&root, Path::new(&create.working_dir), None)?;
-    }
-    volumes::arrange(&root, &target, &create.volumes, &mut spec, None)?;
-    places::secure(&root, &mut spec, None)?;
-    drop(root);
-    mapped::arrange(&mut spec, &dir.join("mapped"), None)?;
-    bundle::arrange_recursive(&mut spec, &dir.join("recursive"))?;
-    set_oom_score(create.oom_score_adj);
-    let known = Known {
-        handler: &runtime.handler,
-        create,
-        user: &user,
-        rootfs: &target,
-        pid_namespace: pid_namespace.as_deref(),
-        oom_score_adj: own_oom_score(),
-    };
-    bundle::complete(&mut spec, &known)?;
-    creator::write_spec(&dir.join("config.json"), &spec)?;
+    let pid_namespace = pid_namespace.as_deref();
+    let user = prepare::prepare(&mut spec, &runtime.handler, create, pid_namespace)?;
+    creator::write_spec(&dir.join("config.json"), &spec).map_err(PrepareError::from)?;
 
     let result = run(runtime, create, cgroups, dir, &stdio, until);
     drop(kept);
-    let made = |pid, cannot_run| CreateContainerResult {
-        pid,
-        uid: user.uid,
-        gid: user.gid,
-        groups: user.groups.clone(),
-        home: user.home.clone(),
-        cannot_run,
-    };
     match result {
-        Ok(pid) => Ok(made(pid, String::new())),
+        Ok(pid) => Ok(user.created(pid)),
         // Found now, and told when the container is started, as by those who find it then.
-        Err(CreateError::NoCommand(said)) => Ok(made(0, said)),
+        Err(CreateError::NoCommand(cannot_run)) => Ok(CreateContainerResult {
+            cannot_run,
+            ..user.created(0)
+        }),
         Err(error) => {
             let args = ["delete", "--force", create.id.as_str()];
             let _ = super::simple(runtime, cgroups, &args, dir, UNDO);
@@ -199,12 +138,6 @@ fn command(create: &CreateContainer) -> String {
     let args = spec.and_then(|spec| spec.process().clone()?.args().clone());
     args.and_then(|args| args.into_iter().next())
         .unwrap_or_default()
-}
-
-/// What the kernel lets this process have: what it inherits, its children may set again.
-pub fn own_oom_score() -> Option<i32> {
-    let text = fs::read_to_string("/proc/self/oom_score_adj").ok()?;
-    text.trim().parse().ok()
 }
 
 fn run(

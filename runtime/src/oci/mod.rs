@@ -15,6 +15,7 @@ mod bundle;
 mod command;
 mod create;
 mod exec;
+mod prepare;
 mod words;
 
 use std::io;
@@ -27,11 +28,11 @@ use slipway_proto::keeper::{ErrorKind, Runtime as Settings};
 use crate::cgroup::Hierarchies;
 use crate::removal::{self, RemovalError};
 
-pub use bundle::{BundleError, Known, arrange_recursive, complete};
 use command::Call;
 pub use command::{CommandError, short_path};
-pub use create::{Inherited, create, own_oom_score};
+pub use create::{Inherited, create};
 pub use exec::{ExecError, Session, descriptors, exec, process};
+pub use prepare::{PrepareError, prepare, read};
 pub use words::{beyond, command_failure, of as words, of_command};
 
 /// How long `delete --force` may take before the container is removed without it. All of a pod's share it, so that

@@ -1,9 +1,8 @@
 //! Making a container by its pod's shim: what the creator is for native ones ([`crate::creator`]), up to where that calls
 //! libcontainer.
 
-use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -14,24 +13,15 @@ use slipway_shim::{Create, OptionsError, Process, ShimError, Task};
 use super::relay::{self, Terminal};
 use super::{Running, Shim, enter, kind, text};
 use crate::cgroup::Hierarchies;
-use crate::creator::{self, SPEC_FILE, set_oom_score};
-use crate::image_volume::{self, ImageVolumeError};
-use crate::mapped::{self, MappedError};
-use crate::oci::{self, BundleError, Known};
-use crate::places::{self, PlaceError};
-use crate::rootfs::{self, RootfsError};
-use crate::user::{self, UserError};
-use crate::volumes;
+use crate::creator;
+use crate::oci::{self, PrepareError};
 
 /// Why a container could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    /// What precedes the shim's part, and is as in native containers.
+    /// What precedes the shim's part.
     #[error(transparent)]
-    Creator(#[from] creator::CreateError),
-    /// The specification.
-    #[error(transparent)]
-    Bundle(#[from] BundleError),
+    Prepare(#[from] PrepareError),
     /// The shim's options.
     #[error(transparent)]
     Options(#[from] OptionsError),
@@ -57,32 +47,14 @@ pub enum CreateError {
     },
 }
 
-/// Makes an error of the creator's of what the shared steps say.
-macro_rules! shared {
-    ($($kind:ty),*) => {$(
-        impl From<$kind> for CreateError {
-            fn from(error: $kind) -> Self {
-                Self::Creator(error.into())
-            }
-        }
-    )*};
-}
-shared!(
-    RootfsError,
-    UserError,
-    PlaceError,
-    ImageVolumeError,
-    MappedError
-);
-
 impl CreateError {
     /// The class of the failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Creator(error) => error.kind(),
+            Self::Prepare(error) => error.kind(),
             Self::Shim { source, .. } => kind(source),
-            Self::Bundle(BundleError::Environment { .. }) | Self::Options(_) => ErrorKind::Invalid,
-            Self::Bundle(_) | Self::Terminal { .. } => ErrorKind::Internal,
+            Self::Options(_) => ErrorKind::Invalid,
+            Self::Terminal { .. } => ErrorKind::Internal,
         }
     }
 }
@@ -127,67 +99,31 @@ pub fn create(
 ) -> Result<CreateContainerResult, CreateError> {
     let until = Instant::now() + shim.create_timeout;
     let create = inherited.create;
-    let mut spec: Spec =
-        serde_json::from_slice(&create.spec).map_err(creator::CreateError::Spec)?;
+    let mut spec = oci::read(create)?;
     let dir = Path::new(&create.dir);
-    let target = dir.join("rootfs");
-    creator::write_private(&dir.join(SPEC_FILE), &create.spec)?;
 
-    enter(inherited.mounts).map_err(creator::CreateError::Namespace)?;
-    fs::create_dir_all(&target).map_err(|source| creator::CreateError::Bundle {
-        path: target.clone(),
-        source,
-    })?;
-    if let Some(overlay) = &create.overlay {
-        rootfs::mount_overlay(overlay, &target, None)?;
-    }
-    image_volume::mount_all(create, dir, None)?;
-    let root = rootfs::open_root(&target)?;
-    let user = user::resolve(
-        root.as_fd(),
-        create.user.as_ref().unwrap_or(&Default::default()),
-    )?;
-    if !create.working_dir.is_empty() {
-        rootfs::make_dir(&root, Path::new(&create.working_dir), None)?;
-    }
-    volumes::arrange(&root, &target, &create.volumes, &mut spec, None)?;
-    places::secure(&root, &mut spec, None)?;
-    drop(root);
-    mapped::arrange(&mut spec, &dir.join("mapped"), None)?;
-    oci::arrange_recursive(&mut spec, &dir.join("recursive"))?;
-    set_oom_score(create.oom_score_adj);
-    let known = Known {
-        handler: &shim.handler,
-        create,
-        user: &user,
-        rootfs: &target,
-        pid_namespace: inherited.pid_namespace.as_deref(),
-        oom_score_adj: oci::own_oom_score(),
-    };
-    oci::complete(&mut spec, &known)?;
+    let namespace = |e| PrepareError::from(creator::CreateError::Namespace(e));
+    enter(inherited.mounts).map_err(namespace)?;
+    let pid_namespace = inherited.pid_namespace.as_deref();
+    let user = oci::prepare(&mut spec, &shim.handler, create, pid_namespace)?;
     annotate(&mut spec, shim);
     if create.tty
         && let Some(process) = spec.process_mut()
     {
         process.set_terminal(Some(true));
     }
-    creator::write_spec(&dir.join("config.json"), &spec)?;
+    creator::write_spec(&dir.join("config.json"), &spec).map_err(PrepareError::from)?;
 
-    let made = |pid, cannot_run| CreateContainerResult {
-        pid,
-        uid: user.uid,
-        gid: user.gid,
-        groups: user.groups.clone(),
-        home: user.home.clone(),
-        cannot_run,
-    };
     match run(shim, running, &inherited, dir, (user.uid, user.gid), until) {
-        Ok(pid) => Ok(made(pid, String::new())),
+        Ok(pid) => Ok(user.created(pid)),
         Err(CreateError::Shim { source, .. })
             if oci::command_failure(&source.to_string()).is_some() =>
         {
             // Found now, and told when the container is started, as by those who find it then.
-            Ok(made(0, source.to_string()))
+            Ok(CreateContainerResult {
+                cannot_run: source.to_string(),
+                ..user.created(0)
+            })
         }
         Err(error) => Err(error),
     }
