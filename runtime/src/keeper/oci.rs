@@ -102,6 +102,15 @@ impl Driver {
         }
     }
 
+    /// Why the command can't be executed, as the runtime has found.
+    fn cannot_run(&mut self) -> Option<&mut Option<String>> {
+        match self {
+            Self::Native => None,
+            Self::Oci(oci) => Some(&mut oci.cannot_run),
+            Self::Shim(own) => Some(&mut own.cannot_run),
+        }
+    }
+
     /// Whether the runtime has found that the command can't be executed, and nobody has been told.
     fn never_runs(&self) -> bool {
         match self {
@@ -233,33 +242,55 @@ impl Keeper {
         let Some(oci) = container.driver.oci() else {
             return Ok(());
         };
-        if oci.starting.is_some() {
+        let (runtime, own_id) = (oci.runtime.clone(), id.to_owned());
+        self.may_start(id)?;
+        let cgroups = self.cgroups.clone();
+        self.start_in_job(connection, id, move || {
+            oci::simple(&runtime, &cgroups, &["start", &own_id], &dir, oci::START).map_err(|e| {
+                let kind = match oci::command_failure(e.said()) {
+                    Some(_) => ErrorKind::CannotRun,
+                    None => e.kind(),
+                };
+                wire_error(kind, chain(&e))
+            })
+        })
+    }
+
+    /// Refuses to start a container that is being started, or whose runtime has found no command for it.
+    pub(super) fn may_start(&mut self, id: &str) -> Result<(), WireError> {
+        let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
+        if container.driver.starting().is_some_and(|s| s.is_some()) {
             let message = format!("container {id} can't be started: it is being started");
             return Err(wire_error(ErrorKind::WrongState, message));
         }
-        if let Some(said) = oci.cannot_run.take() {
+        if let Some(said) = container.driver.cannot_run().and_then(Option::take) {
             let code = oci::command_failure(&said).unwrap_or(crate::confine::NOT_EXECUTABLE);
             self.never_ran(id, code, &said);
             return Err(wire_error(ErrorKind::CannotRun, said));
         }
-        oci.starting = Some(connection);
-        let (runtime, cgroups, own_id) = (oci.runtime.clone(), self.cgroups.clone(), id.to_owned());
+        Ok(())
+    }
+
+    /// Has a container started by its runtime; [`Keeper::start_done`] hears of it.
+    pub(super) fn start_in_job(
+        &mut self,
+        connection: u64,
+        id: &str,
+        start: impl FnOnce() -> Result<(), WireError>,
+    ) -> Result<(), WireError> {
+        let waits = |keeper: &mut Self, waiting: Option<u64>| {
+            let container = keeper.containers.get_mut(id);
+            if let Some(starting) = container.and_then(|c| c.driver.starting()) {
+                *starting = waiting;
+            }
+        };
+        waits(self, Some(connection));
         let purpose = Purpose::Start(id.to_owned());
-        let job = self.start_job(purpose, connection, Origin::default(), move || {
-            oci::simple(&runtime, &cgroups, &["start", &own_id], &dir, oci::START)
-                .map(|()| Answer::Empty(Empty {}))
-                .map_err(|e| {
-                    let kind = match oci::command_failure(e.said()) {
-                        Some(_) => ErrorKind::CannotRun,
-                        None => e.kind(),
-                    };
-                    wire_error(kind, chain(&e))
-                })
+        let job = self.start_job(purpose, connection, Origin::default(), || {
+            start().map(|()| Answer::Empty(Empty {}))
         });
         job.map(drop).map_err(|e| {
-            if let Some(oci) = self.containers.get_mut(id).and_then(|c| c.driver.oci()) {
-                oci.starting = None;
-            }
+            waits(self, None);
             wire_error(
                 ErrorKind::Internal,
                 format!("can't start container {id}: can't fork: {e}"),

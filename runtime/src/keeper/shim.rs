@@ -24,7 +24,7 @@ use super::oci::Driver;
 use super::output::Streams;
 use super::{Keeper, Source, wire_error};
 use crate::cgroup::Hierarchies;
-use crate::confine::{NOT_EXECUTABLE, chain};
+use crate::confine::chain;
 use crate::creator::Stdio;
 use crate::oci::{CommandError, Removed};
 use crate::removal::RemovalError;
@@ -520,42 +520,17 @@ impl Keeper {
 
     pub(super) fn begin_shim_start(&mut self, connection: u64, id: &str) -> Result<(), WireError> {
         let call = self.shim_call()?;
-        let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
-        let Some(own) = container.driver.shim() else {
-            return Ok(());
-        };
-        if own.starting.is_some() {
-            let message = format!("container {id} can't be started: it is being started");
-            return Err(wire_error(ErrorKind::WrongState, message));
-        }
-        if let Some(said) = own.cannot_run.take() {
-            let code = oci::command_failure(&said).unwrap_or(NOT_EXECUTABLE);
-            self.never_ran(id, code, &said);
-            return Err(wire_error(ErrorKind::CannotRun, said));
-        }
+        self.may_start(id)?;
         let running = call.running()?.clone();
-        own.starting = Some(connection);
         let own_id = id.to_owned();
-        let purpose = Purpose::Start(id.to_owned());
-        let job = self.start_job(purpose, connection, Origin::default(), move || {
-            shim::start_container(&running, &own_id)
-                .map(|()| Answer::Empty(Empty {}))
-                .map_err(|e| {
-                    let kind = match oci::command_failure(&e.to_string()) {
-                        Some(_) => ErrorKind::CannotRun,
-                        None => shim::kind(&e),
-                    };
-                    wire_error(kind, chain(&e))
-                })
-        });
-        job.map(drop).map_err(|e| {
-            if let Some(own) = self.containers.get_mut(id).and_then(|c| c.driver.shim()) {
-                own.starting = None;
-            }
-            wire_error(
-                ErrorKind::Internal,
-                format!("can't start container {id}: can't fork: {e}"),
-            )
+        self.start_in_job(connection, id, move || {
+            shim::start_container(&running, &own_id).map_err(|e| {
+                let kind = match oci::command_failure(&e.to_string()) {
+                    Some(_) => ErrorKind::CannotRun,
+                    None => shim::kind(&e),
+                };
+                wire_error(kind, chain(&e))
+            })
         })
     }
 
