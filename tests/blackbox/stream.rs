@@ -165,14 +165,21 @@ async fn exec_on_a_terminal(env: Env) -> Result<()> {
 async fn an_exec_ends_with_its_client(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let container = daemon.run(&["sleep", "1000"]).await?;
-    let before = container.processes().len();
     let mut client = exec(&container, "echo began; sleep 1001 & sleep 1002", false).await?;
     client.until(STDOUT, "began\n").await?;
     drop(client);
+    // By name: what made the container may be on its way out of the cgroup still, and must not be counted.
     eventually("the command to end", seconds(10), || async {
-        Ok((container.processes().len() == before).then_some(()))
+        let left: Vec<_> = container.processes().into_iter().map(command).collect();
+        Ok((left == ["sleep 1000 "]).then_some(()))
     })
     .await
+}
+
+/// The command line of a process, a space behind each word.
+fn command(pid: i32) -> String {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&words).replace('\0', " ")
 }
 
 async fn attach_and_the_end_of_input(env: Env) -> Result<()> {
