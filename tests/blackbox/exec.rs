@@ -309,7 +309,6 @@ async fn output_is_capped(env: Env) -> Result<()> {
 }
 
 async fn fifty_at_once(env: Env) -> Result<()> {
-    shim_can_lock_up()?;
     let daemon = env.daemon().await?;
     let container = daemon.run(&["sleep", "1000"]).await?;
     let mut tasks = tokio::task::JoinSet::new();

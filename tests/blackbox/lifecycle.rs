@@ -212,7 +212,6 @@ async fn files_of_a_container_go_with_it(env: Env) -> Result<()> {
 }
 
 async fn a_hundred_containers_come_and_go(env: Env) -> Result<()> {
-    shim_can_lock_up()?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let mut tasks = tokio::task::JoinSet::new();

@@ -345,6 +345,19 @@ impl Task {
         self.call("CloseIO", &request, timeout).map(|_: Empty| ())
     }
 
+    /// [`Task::close_stdin`], without waiting for the answer.
+    ///
+    /// # Errors
+    /// [`ShimError`].
+    pub fn send_close_stdin(&mut self, of: Process<'_>) -> Result<u32, ShimError> {
+        let mut request = CloseIORequest::new();
+        request.id = of.id.to_owned();
+        request.exec_id = of.exec.to_owned();
+        request.stdin = true;
+        self.client
+            .send(self.service, "CloseIO", &request, Duration::ZERO)
+    }
+
     /// Changes limits: the OCI specification's resources, as JSON.
     ///
     /// # Errors

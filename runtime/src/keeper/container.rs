@@ -185,7 +185,12 @@ impl Keeper {
 
         let (start_read, start_write) = pipe(true).map_err(|e| internal("make a pipe", &e))?;
         let by_shim = match &driver {
-            Driver::Shim(_) => Some(self.shim_call()?),
+            Driver::Shim(_) => {
+                let turn = self
+                    .turn(super::shim::Step::Make)
+                    .map_err(|e| internal("make a socket", &e))?;
+                Some((self.shim_call()?, turn))
+            }
             _ => None,
         };
         let (stdio, ours) = match &mut driver {
@@ -197,8 +202,10 @@ impl Keeper {
             return self.begin_prepare(connection, create, &spec, (cgroup, log), (stdio, ours));
         }
         let mut keep = stdio.descriptors();
-        let mounts = by_shim.as_ref().and_then(|call| call.mounts.as_ref());
-        keep.extend(mounts.map(AsRawFd::as_raw_fd));
+        if let Some((call, turn)) = &by_shim {
+            keep.extend(call.mounts.as_ref().map(AsRawFd::as_raw_fd));
+            keep.push(turn.descriptor());
+        }
         keep.push(start_write.as_raw_fd());
         // The creator is born in the container's cgroup (v2), so that nothing has to be migrated. A scope of
         // systemd's can only be made around it, when it is there.
@@ -224,9 +231,9 @@ impl Keeper {
             let runtime = driver.runtime();
             let fifos = driver.shim().map(|own| own.fifos());
             self.start_job(Purpose::Create(id.clone()), connection, origin, move || {
-                if let (Some(call), Some(fifos)) = (by_shim, fifos) {
+                if let (Some((call, turn)), Some(fifos)) = (by_shim, fifos) {
                     return super::shim::create(
-                        &call,
+                        (&call, turn),
                         create,
                         (&cgroups, cgroup),
                         &fifos,

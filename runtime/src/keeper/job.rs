@@ -19,6 +19,8 @@ pub(super) enum Purpose {
     Sandbox,
     /// Has the shim forget a container that has ended, with this exit code.
     Reap(String, i32),
+    /// Asks the shim how a container ended of which it has not told.
+    Ask(String),
     /// Runs a command by the shim, to its end.
     ShimExec,
     /// Removes what a shim that is gone has left.
@@ -203,6 +205,7 @@ impl Keeper {
             Purpose::Sandbox => self.sandbox_started(job.connection, answer),
             // One that does not answer is found out by others; the container has ended.
             Purpose::Reap(id, code) => self.shim_exited(&id, code),
+            Purpose::Ask(id) => self.end_asked(&id, answer),
             Purpose::ShimExec => {
                 self.shim_exec_ended(pid, &answer);
                 self.reply(job.connection, answer);

@@ -64,6 +64,10 @@ enum Source {
     /// The shim delivers an event.
     ShimDelivery,
     ShimLog,
+    /// A job is through with its turn at the shim.
+    ShimTurn,
+    /// The init of a container that the shim has made is gone.
+    ShimInit(String),
 }
 
 /// All that a keeper holds.
@@ -207,6 +211,7 @@ impl Keeper {
         let mut events = Vec::with_capacity(16);
         while !self.finished() {
             let deadlines = self.next_deadline().into_iter().chain(self.unused_until);
+            let deadlines = deadlines.chain(self.next_question());
             let timeout = deadlines.min().map(|at| {
                 let left = at.saturating_duration_since(Instant::now());
                 // Rounded up, so that the deadline has passed when the wait ends.
@@ -227,6 +232,7 @@ impl Keeper {
                 }
             }
             self.expire_execs();
+            self.ask_for_ends();
         }
         Ok(())
     }
@@ -255,6 +261,8 @@ impl Keeper {
             Source::ShimEvents => self.shim_delivers(),
             Source::ShimDelivery => self.shim_delivery(token),
             Source::ShimLog => self.read_shim_log(),
+            Source::ShimTurn => self.turn_over(token),
+            Source::ShimInit(id) => self.init_gone(&id, token),
         }
     }
 

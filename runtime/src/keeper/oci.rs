@@ -4,7 +4,7 @@
 //! made it. Everything else (streams, ends, OOM kills, events) is the same for all.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -245,7 +245,7 @@ impl Keeper {
         let (runtime, own_id) = (oci.runtime.clone(), id.to_owned());
         self.may_start(id)?;
         let cgroups = self.cgroups.clone();
-        self.start_in_job(connection, id, move || {
+        self.start_in_job(connection, id, &[], move || {
             oci::simple(&runtime, &cgroups, &["start", &own_id], &dir, oci::START).map_err(|e| {
                 let kind = match oci::command_failure(e.said()) {
                     Some(_) => ErrorKind::CannotRun,
@@ -276,6 +276,7 @@ impl Keeper {
         &mut self,
         connection: u64,
         id: &str,
+        keep: &[RawFd],
         start: impl FnOnce() -> Result<(), WireError>,
     ) -> Result<(), WireError> {
         let waits = |keeper: &mut Self, waiting: Option<u64>| {
@@ -286,7 +287,11 @@ impl Keeper {
         };
         waits(self, Some(connection));
         let purpose = Purpose::Start(id.to_owned());
-        let job = self.start_job(purpose, connection, Origin::default(), || {
+        let origin = Origin {
+            keep,
+            ..Origin::default()
+        };
+        let job = self.start_job(purpose, connection, origin, || {
             start().map(|()| Answer::Empty(Empty {}))
         });
         job.map(drop).map_err(|e| {

@@ -73,6 +73,8 @@ pub struct Inherited<'a> {
     pub streams: &'a Fifos,
     /// Where the master end of its terminal goes, if it is to have one.
     pub terminal: Option<OwnedFd>,
+    /// Its place in the queue at the shim.
+    pub turn: super::Turn,
     /// Path of the PID namespace to join instead of the spec's (mode TARGET).
     pub pid_namespace: Option<PathBuf>,
 }
@@ -114,7 +116,7 @@ pub fn create(
     }
     creator::write_spec(&dir.join("config.json"), &spec).map_err(PrepareError::from)?;
 
-    match run(shim, running, &inherited, dir, (user.uid, user.gid), until) {
+    match run(shim, running, inherited, dir, (user.uid, user.gid), until) {
         Ok(pid) => Ok(user.created(pid)),
         Err(CreateError::Shim { source, .. })
             if oci::command_failure(&source.to_string()).is_some() =>
@@ -132,7 +134,7 @@ pub fn create(
 fn run(
     shim: &Shim,
     running: &Running,
-    inherited: &Inherited<'_>,
+    inherited: Inherited<'_>,
     dir: &Path,
     owner: (u32, u32),
     until: Instant,
@@ -187,9 +189,12 @@ fn run(
             Some((terminal, socket))
         }
     };
+    super::turn_of(&inherited.turn, "Create", until, shim.create_timeout)
+        .map_err(failed("create the container"))?;
     let pid = task
         .create(&call, options.as_ref(), left())
         .map_err(failed("create the container"))?;
+    drop(inherited.turn);
     if let Some((terminal, socket)) = terminal {
         let process = Process::init(&create.id);
         relay::leave(terminal, socket, running, process).map_err(|source| {

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use slipway_proto::keeper::{ErrorKind, ExecResult};
 use slipway_shim::{Exec, Process, ShimError};
 
+use super::input::Input;
 use super::relay::{Limits, Relay, Terminal, begin};
-use super::{EXEC, KILL, Running, Shim, kind, path_of, text};
+use super::{EXEC, KILL, Running, Shim, Turn, kind, path_of, text};
 use crate::oci::{self, ExecError};
 
 /// What is to be run.
@@ -29,6 +30,10 @@ pub struct Session<'a> {
     pub timeout: Option<Duration>,
     /// Closed by the other side when nobody waits for it any more.
     pub caller: &'a OwnedFd,
+    /// Its place in the queue at the shim.
+    pub turn: Turn,
+    /// The container's processes are the host's, and so will this one be.
+    pub on_host: bool,
     /// What kills a process of the host's with all that it started.
     pub kill_tree: &'a dyn Fn(i32),
 }
@@ -77,7 +82,7 @@ impl Failure {
 /// # Errors
 /// [`Failure`]. A command that can't be executed is no failure, but a result, and the reason is on its standard
 /// error.
-pub fn exec(shim: &Shim, running: &Running, session: &Session<'_>) -> Result<ExecResult, Failure> {
+pub fn exec(shim: &Shim, running: &Running, session: Session<'_>) -> Result<ExecResult, Failure> {
     let failed = |step: &'static str| {
         move |source: ShimError| Failure::Shim {
             handler: shim.handler.clone(),
@@ -104,10 +109,17 @@ pub fn exec(shim: &Shim, running: &Running, session: &Session<'_>) -> Result<Exe
             begin(socket).map_err(streams)?;
             relay = Relay::new(terminal, running.clone()).map_err(streams)?;
         }
-        // The shim opens the caller's own pipes: nothing is copied twice.
+        // The shim opens the caller's own pipes for output: nothing is copied twice.
         stdio => {
             for (path, fd) in paths.iter_mut().zip(stdio) {
                 *path = path_of(fd);
+            }
+            paths[0].clear();
+            if let Some(from) = stdio.first().filter(|from| Input::is(from)) {
+                let fifo = files.fifo(session.dir, &name, "in").map_err(streams)?;
+                paths[0] = text(&fifo);
+                let input = Input::new(from, &fifo).map_err(streams)?;
+                relay = relay.with_input(input, fifo);
             }
         }
     }
@@ -135,11 +147,28 @@ pub fn exec(shim: &Shim, running: &Running, session: &Session<'_>) -> Result<Exe
         exit_code: 128 + libc::SIGKILL,
         timed_out: true,
     };
+    let until = Instant::now() + patience(EXEC);
+    match session.turn.wait(until, Some(session.caller)) {
+        Ok(true) => {}
+        Ok(false) if until <= Instant::now() && !late(deadline) => {
+            return Err(failed("start the command, for others are in its way")(
+                ShimError::TimedOut {
+                    method: "Start".to_owned(),
+                    timeout: EXEC,
+                },
+            ));
+        }
+        // Its time is up, or nobody waits any more.
+        Ok(false) => return Ok(timed_out),
+        Err(source) => return Err(streams(source)),
+    }
     match task.exec(&exec, patience(EXEC)) {
         Err(e) if e.is_timeout() && late(deadline) => return Ok(timed_out),
         prepared => prepared.map_err(failed("prepare the command"))?,
     }
-    let pid = match task.start(command, patience(EXEC)) {
+    let started = task.start(command, patience(EXEC));
+    drop(session.turn);
+    let pid = match started {
         Ok(pid) => pid,
         Err(e) => {
             let _ = running.connect().and_then(|mut task| {
@@ -168,6 +197,7 @@ pub fn exec(shim: &Shim, running: &Running, session: &Session<'_>) -> Result<Exe
             });
         }
     };
+    relay.started(pid, session.on_host).map_err(streams)?;
     let mut limits = Limits {
         deadline,
         caller: Some(session.caller),

@@ -14,15 +14,18 @@
 
 mod create;
 mod exec;
+mod input;
 mod pause;
 mod relay;
 mod remove;
 mod sandbox;
+mod silence;
+mod turn;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 use slipway_proto::keeper::{ErrorKind, Runtime as Settings};
@@ -35,6 +38,8 @@ pub use exec::{Session, exec};
 pub use relay::both_ends;
 pub use remove::{Pod, clear, remove, tear_down};
 pub use sandbox::{Start, start};
+pub use silence::{SILENT, Silence, UNKNOWN};
+pub use turn::Turn;
 
 /// How long connecting may take; a shim that runs answers at once, or its queue is full.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -159,12 +164,34 @@ pub fn enter(mounts: &OwnedFd) -> io::Result<()> {
     Ok(setns(mounts.as_fd(), CloneFlags::CLONE_NEWNS)?)
 }
 
-/// Starts a container. Runs in a job.
+/// Starts a container when it is its turn, which takes no longer than [`START`] with the wait for it. Runs in a job.
 ///
 /// # Errors
 /// [`ShimError`].
-pub fn start_container(running: &Running, id: &str) -> Result<(), ShimError> {
-    running.connect()?.start(Process::init(id), START).map(drop)
+pub fn start_container(running: &Running, id: &str, turn: Turn) -> Result<(), ShimError> {
+    let until = Instant::now() + START;
+    turn_of(&turn, "Start", until, START)?;
+    let left = until.saturating_duration_since(Instant::now());
+    let started = running.connect()?.start(Process::init(id), left).map(drop);
+    drop(turn);
+    match started {
+        // Of the whole time, not of what the queue has left of it.
+        Err(ShimError::TimedOut { method, .. }) => Err(ShimError::TimedOut {
+            method,
+            timeout: START,
+        }),
+        other => other,
+    }
+}
+
+/// Waits for a turn, as for an answer to a call.
+fn turn_of(turn: &Turn, method: &str, until: Instant, timeout: Duration) -> Result<(), ShimError> {
+    let method = method.to_owned();
+    match turn.wait(until, None) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(ShimError::TimedOut { method, timeout }),
+        Err(source) => Err(ShimError::Connection { method, source }),
+    }
 }
 
 /// Sends a signal. Runs in a job.

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
@@ -15,9 +15,9 @@ use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use slipway_shim::{Exit, Process, Task, wait_answer};
 
-use super::{DELETE, KILL, Running};
-use crate::sys;
-use crate::terminal;
+use super::input::Input;
+use super::{DELETE, KILL, Running, SILENT, Silence};
+use crate::{cgroup, sys, terminal};
 
 /// Bytes that are under way in one direction.
 const CHUNK: usize = 16 << 10;
@@ -162,6 +162,12 @@ pub struct Relay {
     output: Vec<u8>,
     /// Nobody has the other side of the terminal any more.
     hung_up: bool,
+    /// Standard input that is no terminal's, and its FIFO.
+    stdin: Option<(Input, PathBuf)>,
+    /// The process, while it is seen to live.
+    process: Option<OwnedFd>,
+    /// It is gone.
+    silence: Option<Silence>,
 }
 
 impl Relay {
@@ -175,11 +181,8 @@ impl Relay {
         let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
         Ok(Self {
             terminal: Some(terminal),
-            running,
             resized: Some(SignalFd::with_flags(&signals, flags)?),
-            input: Vec::new(),
-            output: Vec::new(),
-            hung_up: false,
+            ..Self::none(running)
         })
     }
 
@@ -192,7 +195,36 @@ impl Relay {
             input: Vec::new(),
             output: Vec::new(),
             hung_up: false,
+            stdin: None,
+            process: None,
+            silence: None,
         }
+    }
+
+    /// And of this.
+    pub fn with_input(self, input: Input, fifo: PathBuf) -> Self {
+        Self {
+            stdin: Some((input, fifo)),
+            ..self
+        }
+    }
+
+    /// The shim has started the process, which, `on_host`, is one that can be watched.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn started(&mut self, pid: u32, on_host: bool) -> io::Result<()> {
+        if let Some((input, fifo)) = &mut self.stdin {
+            input.started(fifo)?;
+        }
+        let pid = i32::try_from(pid).ok().filter(|pid| on_host && *pid > 1);
+        if let Some(pid) = pid {
+            self.process = cgroup::pin(pid);
+            if self.process.is_none() {
+                self.silence = Some(Silence::after(SILENT));
+            }
+        }
+        Ok(())
     }
 
     /// Copies until the process has ended, or, if that takes too long, has been ended.
@@ -216,6 +248,12 @@ impl Relay {
                     limits.exit = Some(wait_answer(result).map_err(io::Error::other)?);
                 }
             }
+            let asks = self.silence.as_mut();
+            if let Some(silence) =
+                asks.filter(|s| limits.exit.is_none() && s.next() <= Instant::now())
+            {
+                limits.exit = silence.ask(&self.running, process);
+            }
             if limits.exit.is_some() {
                 break;
             }
@@ -230,6 +268,8 @@ impl Relay {
                 return Err(io::Error::other("it does not end"));
             }
             let wake = patience.or(limits.deadline.filter(|_| !limits.ended));
+            let asks = self.silence.as_ref().map(Silence::next);
+            let wake = wake.into_iter().chain(asks).min();
             let gone = self.turn(
                 Some(&mut *task),
                 process,
@@ -242,6 +282,7 @@ impl Relay {
                 patience = Some(Instant::now() + DELETE);
             }
         }
+        (self.stdin, self.process) = (None, None);
         // What it wrote last is on its way, and all there when this is answered. The container itself is the keeper's to forget.
         let until = Instant::now() + DELETE;
         if process.exec.is_empty() {
@@ -308,8 +349,10 @@ impl Relay {
             mut at_fifo,
             mut at_input,
             mut at_signal,
-        ] = [None; 6];
-        let mut fds = Vec::with_capacity(6);
+            mut at_stdin,
+            mut at_process,
+        ] = [None; 8];
+        let mut fds = Vec::with_capacity(8);
         let add =
             |fds: &mut Vec<PollFd<'_>>, place: &mut Option<usize>| *place = Some(fds.len() - 1);
         if let Some(socket) = &socket {
@@ -347,6 +390,17 @@ impl Relay {
             fds.push(PollFd::new(resized, PollFlags::IN));
             add(&mut fds, &mut at_signal);
         }
+        let stdin = self.stdin.as_ref();
+        if let Some((fd, flags)) = stdin.and_then(|(input, _)| input.wants()) {
+            fds.push(PollFd::from_borrowed_fd(fd, flags));
+            add(&mut fds, &mut at_stdin);
+        }
+        if let Some(process) = &self.process {
+            fds.push(PollFd::new(process, PollFlags::IN));
+            add(&mut fds, &mut at_process);
+        }
+        let look = stdin.and_then(|(input, _)| input.wake());
+        let until = until.into_iter().chain(look).min();
         let left = until.map(|until| {
             until.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
         });
@@ -360,7 +414,15 @@ impl Relay {
         let (gone, told) = (has(at_caller), has(at_signal));
         let (message, terminal, output) = (has(at_socket), has(at_slave), has(at_fifo));
         let input = has(at_input);
+        let (stdin, ended) = (has(at_stdin) || look.is_some(), has(at_process));
         drop(fds);
+        if ended {
+            self.process = None;
+            self.silence = Some(Silence::after(SILENT));
+        }
+        if stdin && let Some((input, _)) = &mut self.stdin {
+            input.turn(&self.running, process);
+        }
         if message && let Some(task) = task {
             task.client().receive("Wait").map_err(io::Error::other)?;
         }

@@ -78,17 +78,6 @@ pub fn native_only(why: &str) -> Result<()> {
     }
 }
 
-/// Ends a test as skipped under a shim: containerd's, of version 1.6, can stop reaping its runtime under many calls at
-/// once, and then answers nothing more.
-pub fn shim_can_lock_up() -> Result<()> {
-    match handler() {
-        other if other.starts_with("shim-") => skip(format!(
-            "under handler {other}: the shim can lock up under so many calls at once"
-        )),
-        _ => Ok(()),
-    }
-}
-
 /// The full reference of a test image.
 pub fn image(name: &str) -> String {
     format!("{REGISTRY}/slipway/{name}:latest")

@@ -1,24 +1,27 @@
 //! The pod's shim in its keeper: started when the pod's network is there, watched until its end, and what is different about
 //! containers that it makes.
 
+mod ends;
+mod events;
+mod exec;
+mod turns;
+
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use oci_spec::runtime::LinuxResources;
 use slipway_proto::keeper::{
-    CreateContainer, CreateContainerResult, Empty, Error as WireError, ErrorKind, Exec as ExecCall,
-    Runtime, StartSandbox, StartSandboxResult, response::Result as Answer,
+    CreateContainer, Empty, Error as WireError, ErrorKind, Runtime, StartSandbox,
+    StartSandboxResult, response::Result as Answer,
 };
-use slipway_shim::events::{Event, Receiver};
-use slipway_shim::{Process, Task, wait_answer};
+use slipway_shim::events::Receiver;
+use slipway_shim::{Process, Task};
 
-use super::container::not_found;
-use super::exec::{complete, kill_tree_of};
 use super::job::{Origin, Purpose};
 use super::oci::Driver;
 use super::output::Streams;
@@ -28,13 +31,15 @@ use crate::confine::chain;
 use crate::creator::Stdio;
 use crate::oci::{CommandError, Removed};
 use crate::removal::RemovalError;
-use crate::shim::{self, Fifos, Running, Session, Shim};
+use crate::shim::{self, Fifos, Running, Shim, Turn};
 use crate::{cgroup, descriptor, oci, resize};
 
 /// Exit code of a container whose end nobody can tell.
-const UNKNOWN: i32 = 255;
-/// How much is kept of what the shim logs, in bytes: the last of it.
-const LONGEST_LOG: usize = 2048;
+const UNKNOWN: i32 = shim::UNKNOWN.cast_signed();
+
+pub(super) use exec::ShimExec;
+pub(super) use turns::Step;
+use turns::Turns;
 
 /// The pod's shim.
 pub(super) struct PodShim {
@@ -50,6 +55,8 @@ pub(super) struct PodShim {
     /// Where it delivers events.
     events: (UnixListener, u64),
     deliveries: HashMap<u64, (UnixStream, Receiver)>,
+    /// Whose turn it is to have it make something.
+    turns: Turns,
     log: (File, u64),
     logged: Vec<u8>,
 }
@@ -65,15 +72,10 @@ pub(super) struct ShimContainer {
     pub(super) cannot_run: Option<String>,
     /// The shim has told of an OOM kill.
     pub(super) oom: bool,
-}
-
-/// A command that the shim runs.
-pub(super) struct ShimExec {
-    /// Who waits for it.
-    pub(super) connection: u64,
-    container: String,
-    /// When this is closed, the job knows that nobody waits any more.
-    _held: OwnedFd,
+    /// Its init, as long as it is seen to live.
+    process: Option<(OwnedFd, u64)>,
+    /// When the shim is asked how it ended, of which it should have told by then.
+    ask_at: Option<Instant>,
 }
 
 /// What a job needs to call the shim for a container.
@@ -107,6 +109,8 @@ impl ShimContainer {
             starting: None,
             cannot_run: None,
             oom: false,
+            process: None,
+            ask_at: None,
         }
     }
 
@@ -249,12 +253,14 @@ impl Keeper {
             waits: HashMap::new(),
             events: (events, events_token),
             deliveries: HashMap::new(),
+            turns: Turns::default(),
             log: (log, log_token),
             logged: Vec::new(),
         })
     }
 
     fn drop_shim(&mut self) {
+        self.end_turns();
         if let Some(pod) = self.shim.take() {
             self.forget(&pod.events.0, pod.events.1);
             self.forget(&pod.log.0, pod.log.1);
@@ -336,195 +342,18 @@ impl Keeper {
         })
     }
 
-    /// A container was made, maybe by the shim.
-    pub(super) fn follow_made(
-        &mut self,
-        id: &str,
-        made: &CreateContainerResult,
-    ) -> Result<(), WireError> {
-        let container = self.containers.get_mut(id);
-        let of_shim = container.is_some_and(|c| c.driver.shim().is_some());
-        // Of one whose command is not there, there is nothing to wait for.
-        match of_shim && made.cannot_run.is_empty() {
-            true => self.follow_container(id),
-            false => Ok(()),
-        }
-    }
-
-    /// A container of the shim's is removed: if its end was not seen yet, it was this.
-    pub(super) fn end_of_shim(&mut self, id: &str) {
-        let container = self.containers.get_mut(id);
-        if container.is_some_and(|c| c.driver.shim().is_some()) {
-            self.shim_exited(id, 128 + libc::SIGKILL);
-        }
-    }
-
-    /// All that the shim made is gone with its pod.
-    pub(super) fn end_all_of_shim(&mut self) {
-        let ids: Vec<String> = self.containers.keys().cloned().collect();
-        for id in ids {
-            self.end_of_shim(&id);
-        }
-    }
-
-    fn follow_container(&mut self, id: &str) -> Result<(), WireError> {
-        let Some(pod) = &mut self.shim else {
-            return Ok(());
-        };
-        let Some((task, _)) = &mut pod.link else {
-            return Err(gone(&pod.shim.handler));
-        };
-        let number = task
-            .send_wait(Process::init(id))
-            .map_err(|e| wire_error(ErrorKind::Internal, chain(&e)))?;
-        pod.waits.insert(number, id.to_owned());
-        Ok(())
-    }
-
-    /// The shim has something to say, or is gone.
-    pub(super) fn shim_readable(&mut self) {
-        let Some(pod) = &mut self.shim else { return };
-        let Some((task, _)) = &mut pod.link else {
-            return;
-        };
-        let mut ended = Vec::new();
-        let mut broken = task.client().receive("Wait").err();
-        loop {
-            match task.client().next("Wait") {
-                Ok(Some((number, result))) => {
-                    if let Some(id) = pod.waits.remove(&number) {
-                        let exit = wait_answer(result);
-                        let code = exit.map(|e| i32::try_from(e.code).unwrap_or(UNKNOWN));
-                        ended.push((id, code.unwrap_or(UNKNOWN)));
-                    }
-                }
-                Ok(None) => break,
-                Err(e) => {
-                    broken = Some(e);
-                    break;
-                }
-            }
-        }
-        for (id, code) in ended {
-            if id == self.pod_id {
-                self.shim_lost("its sandbox has ended");
-            } else {
-                self.reap_container(&id, code);
-            }
-        }
-        if broken.is_some() {
-            self.shim_lost("it has ended");
-        }
-    }
-
-    /// A container has ended: when the shim has forgotten it, all of its output is there.
-    fn reap_container(&mut self, id: &str, code: i32) {
-        // The cgroup goes with what the shim knows of it: its count is taken down first.
-        if let Some(cgroup) = self.containers.get(id).map(|c| c.cgroup.clone()) {
-            self.oom_kills(id, &cgroup);
-        }
-        let reaped = self.shim_call().ok().and_then(|call| {
-            let running = call.running?;
-            let own = id.to_owned();
-            let purpose = Purpose::Reap(id.to_owned(), code);
-            let job = self.start_job(purpose, 0, Origin::default(), move || {
-                shim::reap(&running, &own)
-                    .map(|()| Answer::Empty(Empty {}))
-                    .map_err(|e| wire_error(shim::kind(&e), chain(&e)))
-            });
-            job.ok()
-        });
-        if reaped.is_none() {
-            self.shim_exited(id, code);
-        }
-    }
-
-    /// A container of the shim's has ended, and nothing more comes of it.
-    pub(super) fn shim_exited(&mut self, id: &str, code: i32) {
-        let open = self.containers.get(id).is_some_and(|c| !c.has_exited());
-        if open {
-            self.release_fifos(id);
-            self.container_exited(id, code);
-        }
-    }
-
-    fn release_fifos(&mut self, id: &str) {
-        if let Some(container) = self.containers.get_mut(id)
-            && let Some(own) = container.driver.shim()
-        {
-            own.held.clear();
-        }
-    }
-
-    /// The shim is gone, or what it made for the pod: nothing of the pod can be used any more.
-    fn shim_lost(&mut self, why: &str) {
-        let Some(pod) = &mut self.shim else { return };
-        let Some((task, token)) = pod.link.take() else {
-            return;
-        };
-        pod.running = None;
-        pod.waits.clear();
-        self.forget(&task, token);
-        drop(task);
-        self.read_shim_log();
-        if self.tearing_down() {
-            return;
-        }
-        self.kill_makers();
-        let said = self.shim_said();
-        let Some(pod) = &self.shim else { return };
-        let mut message = format!("the shim of runtime handler {:?}: {why}", pod.shim.handler);
-        if !said.is_empty() {
-            message.push_str(&format!("; its log: {said}"));
-        }
-        let shim = pod.shim.clone();
-        let mounts = pod.mounts.as_ref().and_then(|m| m.try_clone().ok());
-        let mut doomed = Vec::new();
-        for (id, container) in &mut self.containers {
-            if !container.has_exited() && container.driver.shim().is_some() {
-                container.state.message.clone_from(&message);
-                doomed.push((id.clone(), container.dir.clone(), container.cgroup.clone()));
-            }
-        }
-        let (cgroups, pod_dir) = (self.cgroups.clone(), self.pod_dir.clone());
-        let pod_cgroup = self.sandbox.cgroup.clone();
-        let keep: Vec<_> = mounts.iter().map(AsRawFd::as_raw_fd).collect();
-        let origin = Origin {
-            keep: &keep,
-            ..Origin::default()
-        };
-        let job = self.start_job(Purpose::Clear, 0, origin, move || {
-            let pod = (pod_dir.as_path(), pod_cgroup.as_deref());
-            shim::clear(&shim, mounts.as_ref(), &cgroups, &doomed, pod);
-            Ok(Answer::Empty(Empty {}))
-        });
-        if job.is_err() {
-            self.shim_cleared();
-        }
-    }
-
-    /// What the shim has left is removed.
-    pub(super) fn shim_cleared(&mut self) {
-        let mut lost = Vec::new();
-        for (id, container) in &mut self.containers {
-            let open = !container.has_exited() && !container.is_creating();
-            if open && container.driver.shim().is_some() {
-                lost.push(id.clone());
-            }
-        }
-        for id in lost {
-            self.shim_exited(&id, UNKNOWN);
-        }
-        self.doomed = true;
-    }
-
     pub(super) fn begin_shim_start(&mut self, connection: u64, id: &str) -> Result<(), WireError> {
         let call = self.shim_call()?;
         self.may_start(id)?;
         let running = call.running()?.clone();
         let own_id = id.to_owned();
-        self.start_in_job(connection, id, move || {
-            shim::start_container(&running, &own_id).map_err(|e| {
+        let turn = self.turn(Step::Start).map_err(|e| {
+            let message = format!("can't start container {id}: {e}");
+            wire_error(ErrorKind::Internal, message)
+        })?;
+        let keep = [turn.descriptor()];
+        self.start_in_job(connection, id, &keep, move || {
+            shim::start_container(&running, &own_id, turn).map_err(|e| {
                 let kind = match oci::command_failure(&e.to_string()) {
                     Some(_) => ErrorKind::CannotRun,
                     None => shim::kind(&e),
@@ -591,82 +420,6 @@ impl Keeper {
         job.is_ok()
     }
 
-    pub(super) fn begin_shim_exec(
-        &mut self,
-        connection: u64,
-        call: &ExecCall,
-        stdio: Vec<OwnedFd>,
-    ) -> Result<(), WireError> {
-        complete(call, &stdio)?;
-        let id = call.container_id.clone();
-        let container = self.containers.get(&id).ok_or_else(|| not_found(&id))?;
-        if !container.is_running() {
-            return Err(wire_error(
-                ErrorKind::WrongState,
-                format!("can't exec in container {id}: it is not running"),
-            ));
-        }
-        let (dir, cgroup) = (container.dir.clone(), container.cgroup.clone());
-        let shim = self.shim_call()?;
-        let running = shim.running()?.clone();
-        let failed = |e: io::Error| {
-            let message = format!("can't exec in container {id}: {e}");
-            wire_error(ErrorKind::Internal, message)
-        };
-        let (caller, held) = descriptor::pipe().map_err(failed)?;
-        let mut keep = oci::descriptors(&stdio);
-        keep.push(caller.as_raw_fd());
-        let origin = Origin {
-            keep: &keep,
-            ..Origin::default()
-        };
-        let timeout = (call.timeout_ms > 0).then(|| Duration::from_millis(call.timeout_ms));
-        let (args, tty, own_id) = (call.args.clone(), call.tty, id.clone());
-        let (cgroups, shim) = (self.cgroups.clone(), shim.shim);
-        let job = self.start_job(Purpose::ShimExec, connection, origin, move || {
-            let session = Session {
-                id: &own_id,
-                dir: &dir,
-                args: &args,
-                tty,
-                stdio: &stdio,
-                timeout,
-                caller: &caller,
-                // In a virtual machine the number is another's.
-                kill_tree: &|pid| {
-                    if cgroups.pids(&cgroup).contains(&pid) {
-                        kill_tree_of(pid);
-                    }
-                },
-            };
-            shim::exec(&shim, &running, &session)
-                .map(Answer::Exec)
-                .map_err(|e| wire_error(e.kind(), format!("can't exec: {}", chain(&e))))
-        });
-        let pid = job.map_err(failed)?;
-        let exec = ShimExec {
-            connection,
-            container: id,
-            _held: held,
-        };
-        self.shim_execs.insert(pid, exec);
-        Ok(())
-    }
-
-    /// What the shim ran has ended. If it was for want of memory, that is not what ends the container.
-    pub(super) fn shim_exec_ended(&mut self, job: i32, answer: &Result<Answer, WireError>) {
-        let Some(exec) = self.shim_execs.remove(&job) else {
-            return;
-        };
-        if let Ok(Answer::Exec(end)) = answer
-            && end.exit_code == 128 + libc::SIGKILL
-            && let Some(container) = self.containers.get_mut(&exec.container)
-        {
-            let kills = self.cgroups.oom_kills(&container.cgroup);
-            container.oom_kills_of_execs = kills.min(container.oom_kills_of_execs + 1);
-        }
-    }
-
     /// A container's input is closed for good: the shim may hold it open, too.
     pub(super) fn close_stdin_by_shim(&mut self, id: &str) {
         let of_shim = self
@@ -689,104 +442,17 @@ impl Keeper {
             });
         }
     }
-
-    pub(super) fn shim_delivers(&mut self) {
-        while let Some((stream, _)) = self
-            .shim
-            .as_ref()
-            .and_then(|pod| pod.events.0.accept().ok())
-        {
-            if stream.set_nonblocking(true).is_err() {
-                continue;
-            }
-            let Ok(token) = self.watch(&stream, Source::ShimDelivery) else {
-                return;
-            };
-            if let Some(pod) = &mut self.shim {
-                pod.deliveries.insert(token, (stream, Receiver::default()));
-            }
-        }
-    }
-
-    pub(super) fn shim_delivery(&mut self, token: u64) {
-        let mut buffer = [0; 16 << 10];
-        let Some((stream, receiver)) = self
-            .shim
-            .as_mut()
-            .and_then(|p| p.deliveries.get_mut(&token))
-        else {
-            self.sources.remove(&token);
-            return;
-        };
-        let taken = match rustix::io::read(&*stream, &mut buffer) {
-            Ok(0) => Err(String::new()),
-            Ok(n) => receiver.feed(&buffer[..n]),
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
-            Err(e) => Err(e.to_string()),
-        };
-        let written = taken.and_then(|(answers, events)| {
-            stream.write_all(&answers).map_err(|e| e.to_string())?;
-            Ok(events)
-        });
-        match written {
-            Ok(events) => {
-                for Event::Oom { id } in events {
-                    // Of a process on the host its cgroup says more.
-                    let container = self.containers.get_mut(&id).filter(|c| c.pid().is_none());
-                    if let Some(own) = container.and_then(|c| c.driver.shim()) {
-                        own.oom = true;
-                    }
-                }
-            }
-            // It connects again.
-            Err(_) => {
-                if let Some((stream, _)) =
-                    self.shim.as_mut().and_then(|p| p.deliveries.remove(&token))
-                {
-                    self.forget(&stream, token);
-                }
-            }
-        }
-    }
-
-    pub(super) fn read_shim_log(&mut self) {
-        let Some(pod) = &mut self.shim else { return };
-        let mut buffer = [0; 16 << 10];
-        // A shim that writes without end must not keep everybody else waiting.
-        for _ in 0..16 {
-            match rustix::io::read(&pod.log.0, &mut buffer) {
-                Ok(n) if n > 0 => {
-                    pod.logged.extend_from_slice(&buffer[..n]);
-                    let beyond = pod.logged.len().saturating_sub(LONGEST_LOG);
-                    pod.logged.drain(..beyond);
-                }
-                _ => return,
-            }
-        }
-    }
-
-    /// The last errors of the shim's log.
-    fn shim_said(&self) -> String {
-        let logged = self.shim.as_ref().map(|pod| pod.logged.as_slice());
-        let text = String::from_utf8_lossy(logged.unwrap_or_default());
-        let bad = |line: &&str| {
-            [
-                "level=error",
-                "level=fatal",
-                "panic",
-                "\"level\":\"error\"",
-                "ERRO",
-            ]
-            .iter()
-            .any(|word| line.contains(word))
-        };
-        let lines: Vec<&str> = text.lines().filter(bad).collect();
-        let last = lines.len().saturating_sub(3);
-        lines[last..].join("; ")
-    }
 }
 
 impl Driver {
+    /// When its shim is to be asked for an end.
+    fn ask_at(&self) -> Option<Instant> {
+        match self {
+            Self::Shim(own) => own.ask_at,
+            _ => None,
+        }
+    }
+
     /// What is known of a container that the shim makes.
     pub(super) fn shim(&mut self) -> Option<&mut ShimContainer> {
         match self {
@@ -798,7 +464,7 @@ impl Driver {
 
 /// Has the shim make a container. Runs in a job.
 pub(super) fn create(
-    call: &Call,
+    (call, turn): (&Call, Turn),
     create: &CreateContainer,
     (cgroups, cgroup): (&Hierarchies, &Path),
     fifos: &Fifos,
@@ -822,6 +488,7 @@ pub(super) fn create(
         mounts,
         streams: fifos,
         terminal,
+        turn,
         pid_namespace,
     };
     shim::create(&call.shim, running, inherited)
