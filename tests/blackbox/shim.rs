@@ -310,6 +310,16 @@ async fn a_shim_that_stops_answering(env: Env) -> Result<()> {
     let started = created.start().await;
     refused(started, Code::DeadlineExceeded, &["Start", "25s"]);
     assert!(began.elapsed() < seconds(45), "{:?}", began.elapsed());
+    // An end of which it never tells is one all the same.
+    signal(sleeper.pid()?, Signal::SIGKILL)?;
+    let status = eventually("the end", seconds(70), || async {
+        let status = sleeper.status().await?;
+        let ended = status.state() == cri::ContainerState::ContainerExited;
+        Ok(ended.then_some(status))
+    })
+    .await?;
+    assert_eq!(status.exit_code, 255, "{status:?}");
+    assert!(status.message.contains(HANDLER), "{status:?}");
     let began = Instant::now();
     pod.stop().await?;
     pod.remove().await?;
@@ -326,8 +336,7 @@ async fn a_keeper_that_is_killed(env: Env) -> Result<()> {
     let mut containers = Vec::new();
     for (pod, daemon_runs) in [(&live, true), (&dead, false)] {
         let sleeper = pod.sleeper().await?;
-        let file = env.root.join(format!("r/pods/{}/keeper.pid", pod.id));
-        let keeper: i32 = read(file)?.trim().parse()?;
+        let keeper = pod.keeper(&env)?;
         if !daemon_runs {
             daemon.kill(Signal::SIGKILL).await?;
         }

@@ -93,6 +93,12 @@ impl Daemon {
 }
 
 impl Pod {
+    /// Process id of its keeper. A container's parent may be another: its shim.
+    pub fn keeper(&self, env: &super::Env) -> Result<i32> {
+        let file = env.root.join(format!("r/pods/{}/keeper.pid", self.id));
+        Ok(super::read(file)?.trim().parse()?)
+    }
+
     /// Creates a container whose usual configuration `change` has changed.
     pub async fn create(
         &self,
