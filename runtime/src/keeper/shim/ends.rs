@@ -46,7 +46,8 @@ impl Keeper {
         }
         let Some(init) = container.pidfd.as_ref() else {
             // It was gone before it could be pinned.
-            return Ok(self.ask_later(id));
+            self.ask_later(id);
+            return Ok(());
         };
         let init = init.try_clone()?;
         let token = self.watch(&init, Source::ShimInit(id.to_owned()))?;
