@@ -58,7 +58,8 @@ impl Daemon {
     }
 }
 
-async fn stats(container: &Container) -> Result<cri::ContainerStats> {
+/// ContainerStats.
+pub async fn stats(container: &Container) -> Result<cri::ContainerStats> {
     let request = cri::ContainerStatsRequest {
         container_id: container.id.clone(),
     };
@@ -66,7 +67,8 @@ async fn stats(container: &Container) -> Result<cri::ContainerStats> {
     answer.into_inner().stats.context("no stats")
 }
 
-fn value(number: Option<cri::UInt64Value>) -> u64 {
+/// A number that must be there.
+pub fn value(number: Option<cri::UInt64Value>) -> u64 {
     number.expect("a number").value
 }
 
