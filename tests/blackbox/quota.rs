@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use slipway_observe::quota::{Entry, Projects, RANGE};
 
 use crate::harness::*;
-use crate::stats::{stats, value};
+use crate::stats::{counted_layer, value};
 use crate::userns::mapped;
 
 tests![
@@ -110,8 +110,7 @@ async fn count(dirs: &[PathBuf]) -> Result<[u64; 2]> {
 
 /// What statistics say of a layer now: when, bytes, inodes.
 async fn told(container: &Container) -> Result<(i64, [u64; 2])> {
-    let layer = stats(container).await?.writable_layer;
-    let layer = layer.context("not counted")?;
+    let layer = counted_layer(container).await?;
     let usage = [value(layer.used_bytes), value(layer.inodes_used)];
     Ok((layer.timestamp, usage))
 }
