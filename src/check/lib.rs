@@ -13,6 +13,7 @@
 //! ```
 #![deny(unsafe_code)]
 
+mod accounting;
 mod attempt;
 mod cdi;
 mod cgroup;
@@ -85,6 +86,7 @@ pub fn inspect(config: &Config) -> Report {
     findings.extend(lsm::check(&config.pod.apparmor_profile));
     findings.extend(privileges::check());
     findings.extend(roots::check(config));
+    findings.push(accounting::check(&config.state_root));
     findings.extend(socket::check(&config.listen));
     findings.extend(network::check(config));
     findings.extend(cdi::check(config));

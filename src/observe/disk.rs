@@ -1,25 +1,47 @@
 //! How much a container has written.
 //!
-//! A writable layer is a directory tree that only a walk can measure, and its container makes it as large, as
-//! deep and as wide as it likes. So a walk never happens in a call: [`Ledger`] has one thread that walks one
-//! layer after the other, rests in between, and ends when nothing is left to do. Calls get what was
-//! counted last.
+//! A writable layer is a directory tree. Where its file system counts for itself what belongs to a project
+//! ([`quota`](crate::quota)), each call asks it, and gets the use of that moment. Elsewhere only a walk can measure
+//! the tree, and its container makes it as large, as deep and as wide as it likes. So a walk never happens in a call:
+//! [`Ledger`] has one thread that walks one layer after the other, rests in between, and ends when nothing is left to
+//! do. Calls get what was counted last.
+//!
+//! A container may move files that it owns to another project, and its use with them. So layers with a project are
+//! walked, too, but seldom ([`AUDIT`]): one in which there is more than on its account is told by walks from then on.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 
+use crate::quota::{Accounts, QuotaError};
+
+/// The directory of a layer in which there is what the container has written.
+pub const UPPER: &str = "upper";
+/// The directory of a layer that the kernel's overlay works in; on the same account.
+pub const WORK: &str = "work";
 /// A count is good for so long, and for longer when counting takes long.
 const FRESH: Duration = Duration::from_secs(10);
 /// A layer is walked for at most 1/50 of the time.
 const REST: u32 = 50;
+/// Layers with a project are walked this often at most,
+const AUDIT: Duration = Duration::from_secs(300);
+/// and for at most 1/500 of the time.
+const AUDIT_REST: u32 = 500;
+/// A layer may have this much more in it than is on its account before that counts as hidden: a walk takes time, in
+/// which files come and go.
+const SLACK: DiskUsage = DiskUsage {
+    bytes: 16 << 20,
+    inodes: 256,
+};
+/// A layer in which something was hidden this often is walked for good.
+const STRIKES: u8 = 2;
 /// Between two walks the thread rests, so that all layers together take at most a fifth of one CPU.
 const BREAK: u32 = 4;
 /// Directories that are open at once during a walk.
@@ -47,11 +69,38 @@ pub struct Counted {
     pub at: i64,
 }
 
+/// A layer that is asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Its container.
+    pub id: String,
+    /// Where [`UPPER`] and [`WORK`] are.
+    pub dir: PathBuf,
+    /// Whether the container has ended, so that nobody writes to it any more.
+    pub ended: bool,
+}
+
 /// The last counts of writable layers.
-#[derive(Default)]
 pub struct Ledger {
     book: Mutex<Book>,
+    /// A layer was counted.
     counted: Condvar,
+    /// A layer that was never counted is in the queue.
+    wanted: Condvar,
+    accounts: OnceLock<Box<dyn Accounts>>,
+    audit: Duration,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Self {
+            book: Mutex::default(),
+            counted: Condvar::new(),
+            wanted: Condvar::new(),
+            accounts: OnceLock::new(),
+            audit: AUDIT,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -69,21 +118,49 @@ struct Entry {
     /// The container had ended when it was queued: the next count is the last.
     ended: bool,
     settled: bool,
+    /// Its project, once that was looked for.
+    project: Option<Option<u32>>,
+    /// How often it had more in it than was on the project's account.
+    strikes: u8,
+    /// The last walk found more than that.
+    doubted: bool,
+}
+
+impl Entry {
+    /// The project that says what it uses.
+    fn account(&self) -> Option<u32> {
+        self.project.flatten().filter(|_| !self.doubted)
+    }
 }
 
 impl Ledger {
-    /// The last counts of these layers (id, directory, whether its container has ended), in their order.
-    /// Those that are old are counted again, later. Waits at most `patience` for those that were never
-    /// counted; `None` for what still was not.
-    pub fn usage(
-        self: &Arc<Self>,
-        layers: &[(String, PathBuf, bool)],
-        patience: Duration,
-    ) -> Vec<Option<Counted>> {
+    /// From now on layers are measured by these projects where they have one. Said once, before the first question.
+    pub fn keep_accounts(&self, accounts: impl Accounts + 'static) {
+        let _ = self.accounts.set(Box::new(accounts));
+    }
+
+    /// Opens an account for a layer whose directories are new and empty; nothing where there are none.
+    ///
+    /// # Errors
+    /// Why the layer has none; it is walked then.
+    pub fn open(&self, layer: &Path) -> Result<(), QuotaError> {
+        self.accounts
+            .get()
+            .map_or(Ok(()), |accounts| accounts.open(layer))
+    }
+
+    /// What these layers use, in their order: by their accounts, or what was counted last. Those whose count is old
+    /// are counted again, later. Waits at most `patience` for those that were never counted; `None` for what still was
+    /// not.
+    pub fn usage(self: &Arc<Self>, layers: &[Layer], patience: Duration) -> Vec<Option<Counted>> {
         let until = Instant::now() + patience;
+        let told = self.ask_accounts(layers);
         let mut book = self.book.lock();
-        for (id, dir, ended) in layers {
-            book.request(id, dir, *ended);
+        for (layer, told) in layers.iter().zip(told) {
+            book.request(layer, told, self.audit);
+        }
+        if book.walking && book.urgent() {
+            self.wanted.notify_all();
         }
         if !book.queue.is_empty() && !book.walking {
             let ledger = self.clone();
@@ -93,20 +170,20 @@ impl Ledger {
             book.walking = thread.is_ok();
         }
         let waiting = |book: &Book| {
-            let first = |id| {
+            let first = |layer: &Layer| {
                 book.entries
-                    .get(id)
+                    .get(&layer.id)
                     .is_some_and(|e| e.queued && e.counted.is_none())
             };
-            layers.iter().any(|(id, ..)| first(id))
+            layers.iter().any(first)
         };
         while book.walking && waiting(&book) {
             if self.counted.wait_until(&mut book, until).timed_out() {
                 break;
             }
         }
-        let last = |id| book.entries.get(id).and_then(|e: &Entry| e.counted);
-        layers.iter().map(|(id, ..)| last(id)).collect()
+        let last = |layer: &Layer| book.entries.get(&layer.id).and_then(|e: &Entry| e.counted);
+        layers.iter().map(last).collect()
     }
 
     /// The layer is gone.
@@ -114,12 +191,52 @@ impl Ledger {
         self.book.lock().entries.remove(id);
     }
 
+    /// What is on the accounts of those that have one. The kernel is asked without the lock.
+    fn ask_accounts(&self, layers: &[Layer]) -> Vec<Option<(u32, Counted)>> {
+        let Some(accounts) = self.accounts.get() else {
+            return vec![None; layers.len()];
+        };
+        // What is known of each: whether it was looked at, and its project if that is believed.
+        let known: Vec<_> = {
+            let book = self.book.lock();
+            let look = |layer: &Layer| {
+                let entry = book.entries.get(&layer.id);
+                entry.map_or((false, None), |e| (e.project.is_some(), e.account()))
+            };
+            layers.iter().map(look).collect()
+        };
+        let ask = |layer: &Layer, (looked, project): (bool, Option<u32>)| {
+            let project = match looked {
+                true => project,
+                false => self.look(accounts.as_ref(), layer),
+            }?;
+            let at = crate::now();
+            let usage = accounts.usage(project).ok()?;
+            Some((project, Counted { usage, at }))
+        };
+        let each = layers.iter().zip(known);
+        each.map(|(layer, known)| ask(layer, known)).collect()
+    }
+
+    /// Looks for the project of a layer, and remembers it. What can't be read now is looked for again.
+    fn look(&self, accounts: &dyn Accounts, layer: &Layer) -> Option<u32> {
+        let project = accounts.find(&layer.dir).ok()?;
+        let mut book = self.book.lock();
+        let entry = book.entries.entry(layer.id.clone()).or_default();
+        entry.project = Some(project);
+        project
+    }
+
     fn walk_all(&self) {
         loop {
-            let (id, dir) = {
+            let (id, dir, account) = {
                 let mut book = self.book.lock();
                 match book.queue.pop_front() {
-                    Some(next) => next,
+                    Some((id, dir)) => {
+                        let entry = book.entries.get(&id);
+                        let account = entry.and_then(|e| e.project).flatten();
+                        (id, dir, account)
+                    }
                     None => {
                         book.walking = false;
                         return;
@@ -128,43 +245,96 @@ impl Ledger {
             };
             let begin = Instant::now();
             let at = crate::now();
-            let usage = measure(&dir);
+            let booked = || self.accounts.get()?.usage(account?).ok();
+            let before = booked();
+            let usage = measure(&dir.join(UPPER));
+            let after = booked();
             let took = begin.elapsed();
             let mut book = self.book.lock();
             // It may have been forgotten in the meantime.
             if let Some(entry) = book.entries.get_mut(&id) {
                 entry.queued = false;
                 if let Ok(usage) = usage {
-                    entry.counted = Some(Counted { usage, at });
+                    if let (Some(before), Some(after)) = (before, after) {
+                        let strikes = entry.strikes;
+                        entry.judge(usage, before, after);
+                        if entry.strikes > strikes {
+                            let (found, account) = (usage.bytes, after.bytes);
+                            tracing::warn!(
+                                container = id,
+                                found,
+                                account,
+                                "a writable layer holds more than is on its account; it is walked"
+                            );
+                        }
+                    }
+                    if entry.account().is_none() || after.is_none() {
+                        entry.counted = Some(Counted { usage, at });
+                    }
                 }
-                entry.due = Some(Instant::now() + FRESH.max(took * REST));
+                let pause = match entry.account().and(after) {
+                    Some(_) => self.audit.max(took * AUDIT_REST),
+                    None => FRESH.max(took * REST),
+                };
+                entry.due = Some(Instant::now() + pause);
                 entry.settled = entry.ended;
             }
-            let urgent = book
-                .queue
-                .iter()
-                .any(|(id, _)| book.entries.get(id).is_some_and(|e| e.counted.is_none()));
-            drop(book);
             self.counted.notify_all();
-            if !urgent && took > Duration::from_millis(1) {
-                std::thread::sleep((took * BREAK).min(Duration::from_secs(10)));
+            if took > Duration::from_millis(1) {
+                // Somebody waits for a layer that was never counted: no rest then.
+                let until = Instant::now() + (took * BREAK).min(Duration::from_secs(10));
+                while !book.urgent() && !self.wanted.wait_until(&mut book, until).timed_out() {}
             }
         }
     }
 }
 
+impl Entry {
+    /// Compares what a walk found with what was on the account before and after it.
+    fn judge(&mut self, walked: DiskUsage, before: DiskUsage, after: DiskUsage) {
+        // More on the account than in the tree is no wonder: files that were removed, but are open.
+        let allowed = |before: u64, after: u64, slack: u64| {
+            let most = before.max(after);
+            most.saturating_add(slack.max(most / 16))
+        };
+        let hidden = walked.bytes > allowed(before.bytes, after.bytes, SLACK.bytes)
+            || walked.inodes > allowed(before.inodes, after.inodes, SLACK.inodes);
+        if hidden {
+            self.strikes = self.strikes.saturating_add(1);
+        }
+        self.doubted = hidden || self.strikes >= STRIKES;
+    }
+}
+
 impl Book {
-    fn request(&mut self, id: &str, dir: &Path, ended: bool) {
-        let entry = self.entries.entry(id.to_owned()).or_default();
+    /// Whether a layer that was never counted is in the queue.
+    fn urgent(&self) -> bool {
+        let new = |id| {
+            self.entries
+                .get(id)
+                .is_some_and(|e: &Entry| e.counted.is_none())
+        };
+        self.queue.iter().any(|(id, _)| new(id))
+    }
+
+    /// Takes down what was told of a layer's account, and queues it if it is to be walked.
+    fn request(&mut self, layer: &Layer, told: Option<(u32, Counted)>, audit: Duration) {
+        let entry = self.entries.entry(layer.id.clone()).or_default();
+        // Doubts may have come up since the account was asked.
+        let told = told.filter(|(project, _)| entry.account() == Some(*project));
+        if let Some((_, counted)) = told {
+            entry.counted = Some(counted);
+            entry.due.get_or_insert_with(|| Instant::now() + audit);
+        }
         let old = entry.due.is_none_or(|due| Instant::now() >= due);
         // After its end nobody writes to it: one more count, whatever the age of the last.
-        let last = ended && !entry.ended;
+        let last = layer.ended && !entry.ended && told.is_none();
         if entry.queued || entry.settled || !(old || last) {
             return;
         }
         entry.queued = true;
-        entry.ended = ended;
-        self.queue.push_back((id.to_owned(), dir.to_owned()));
+        entry.ended = layer.ended;
+        self.queue.push_back((layer.id.clone(), layer.dir.clone()));
     }
 }
 
@@ -342,40 +512,156 @@ mod tests {
         assert_eq!(measure(dir.path()).unwrap().inodes, deep as u64 + 1);
     }
 
+    fn layer(dir: &Path, ended: bool) -> [Layer; 1] {
+        [Layer {
+            id: "c".to_owned(),
+            dir: dir.to_owned(),
+            ended,
+        }]
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// Asks until the answer is this.
+    fn until(ledger: &Arc<Ledger>, layer: &[Layer; 1], inodes: u64) -> Counted {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let counted = ledger.usage(layer, PATIENCE)[0].unwrap();
+            if counted.usage.inodes == inodes {
+                return counted;
+            }
+            assert!(Instant::now() < until, "{counted:?}, not {inodes} inodes");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     #[test]
     fn counts_are_remembered_and_forgotten() {
         let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(UPPER)).unwrap();
         let ledger = Arc::new(Ledger::default());
-        let layer = |ended| [("c".to_owned(), dir.path().to_owned(), ended)];
-        let patience = Duration::from_secs(10);
-        let first = ledger.usage(&layer(false), patience)[0].unwrap();
+        ledger.open(dir.path()).unwrap();
+        let layer = |ended| layer(dir.path(), ended);
+        let first = ledger.usage(&layer(false), PATIENCE)[0].unwrap();
         assert_eq!(first.usage.inodes, 1);
-        std::fs::write(dir.path().join("f"), "x").unwrap();
+        std::fs::write(dir.path().join(UPPER).join("f"), "x").unwrap();
         assert_eq!(
-            ledger.usage(&layer(false), patience)[0],
+            ledger.usage(&layer(false), PATIENCE)[0],
             Some(first),
             "still fresh"
         );
         // Its end makes it count again.
-        let until = Instant::now() + patience;
-        while ledger.usage(&layer(true), patience)[0]
-            .unwrap()
-            .usage
-            .inodes
-            != 2
-        {
-            assert!(Instant::now() < until);
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        until(&ledger, &layer(true), 2);
         ledger.forget("c");
-        assert_eq!(
-            ledger.usage(&layer(true), patience)[0]
-                .unwrap()
-                .usage
-                .inodes,
-            2
-        );
-        let gone = [("x".to_owned(), dir.path().join("absent"), false)];
-        assert_eq!(ledger.usage(&gone, patience), [None]);
+        until(&ledger, &layer(true), 2);
+        let gone = [Layer {
+            id: "x".to_owned(),
+            dir: dir.path().join("absent"),
+            ended: false,
+        }];
+        assert_eq!(ledger.usage(&gone, PATIENCE), [None]);
+    }
+
+    /// A file system that says what it is told to.
+    #[derive(Clone, Default)]
+    struct Fake(Arc<Mutex<(Option<u32>, DiskUsage)>>);
+
+    impl Fake {
+        fn say(&self, project: Option<u32>, inodes: u64) {
+            *self.0.lock() = (project, DiskUsage { bytes: 0, inodes });
+        }
+    }
+
+    impl Accounts for Fake {
+        fn open(&self, _: &Path) -> Result<(), QuotaError> {
+            Err(QuotaError::Exhausted)
+        }
+
+        fn find(&self, _: &Path) -> Result<Option<u32>, QuotaError> {
+            Ok(self.0.lock().0)
+        }
+
+        fn usage(&self, project: u32) -> io::Result<DiskUsage> {
+            let (known, usage) = *self.0.lock();
+            assert_eq!(known, Some(project));
+            Ok(usage)
+        }
+    }
+
+    fn with_accounts(audit: Duration) -> (tempfile::TempDir, Fake, Arc<Ledger>) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(UPPER)).unwrap();
+        let ledger = Ledger {
+            audit,
+            ..Ledger::default()
+        };
+        let fake = Fake::default();
+        ledger.keep_accounts(fake.clone());
+        (dir, fake, Arc::new(ledger))
+    }
+
+    #[test]
+    fn an_account_is_asked_each_time_and_nothing_is_walked() {
+        let (dir, fake, ledger) = with_accounts(AUDIT);
+        for (inodes, ended) in [(7, false), (9, false), (3, true), (2, true)] {
+            fake.say(Some(1), inodes);
+            // Not a moment is waited for a walk, and none is queued.
+            let counted = ledger.usage(&layer(dir.path(), ended), Duration::ZERO)[0].unwrap();
+            assert_eq!(counted.usage.inodes, inodes);
+            assert!(!ledger.book.lock().walking);
+        }
+        assert!(ledger.open(dir.path()).is_err());
+    }
+
+    #[test]
+    fn a_layer_without_a_project_is_walked() {
+        let (dir, fake, ledger) = with_accounts(AUDIT);
+        fake.say(None, 70);
+        until(&ledger, &layer(dir.path(), false), 1);
+    }
+
+    #[test]
+    fn a_layer_that_leaves_its_account_is_walked() {
+        let (dir, fake, ledger) = with_accounts(Duration::ZERO);
+        let files = 2 * SLACK.inodes;
+        for n in 0..files {
+            std::fs::write(dir.path().join(UPPER).join(n.to_string()), "").unwrap();
+        }
+        fake.say(Some(1), 4);
+        until(&ledger, &layer(dir.path(), false), files + 1);
+        // Caught once, it may be mended; more than once, it is not believed again.
+        let entry = |look: fn(&Entry) -> bool| look(&ledger.book.lock().entries["c"]);
+        assert!(entry(|e| e.strikes == 1 && e.doubted));
+        fake.say(Some(1), files + 3);
+        let recount = || ledger.book.lock().entries.get_mut("c").unwrap().due = None;
+        recount();
+        until(&ledger, &layer(dir.path(), false), files + 3);
+        fake.say(Some(1), 4);
+        until(&ledger, &layer(dir.path(), false), files + 1);
+        assert!(entry(|e| e.strikes == 2));
+        fake.say(Some(1), files + 3);
+        recount();
+        until(&ledger, &layer(dir.path(), true), files + 1);
+        assert!(entry(|e| e.doubted));
+    }
+
+    #[test]
+    fn what_comes_and_goes_during_a_walk_is_not_hidden() {
+        let usage = |bytes, inodes| DiskUsage { bytes, inodes };
+        let large = usage(1 << 40, 1 << 20);
+        for (walked, before, after, hidden) in [
+            (usage(10, 10), usage(0, 0), usage(0, 0), false),
+            (usage(17 << 20, 10), usage(0, 10), usage(0, 10), true),
+            (usage(17 << 20, 10), usage(0, 10), usage(9 << 20, 10), false),
+            (usage(17 << 20, 10), usage(9 << 20, 10), usage(0, 10), false),
+            (usage(0, 300), usage(0, 10), usage(0, 10), true),
+            (large, usage(1039 << 30, 1 << 20), usage(0, 0), false),
+            (large, usage(900 << 30, 1 << 20), usage(0, 0), true),
+            (usage(0, 1), large, large, false),
+        ] {
+            let mut entry = Entry::default();
+            entry.judge(walked, before, after);
+            assert_eq!(entry.doubted, hidden, "{walked:?} {before:?} {after:?}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use oci_spec::runtime::Spec;
 use serde::Serialize;
+use slipway_observe::disk::UPPER;
 use slipway_proto::{cri, keeper};
 use slipway_runtime::checkpoint::IMAGES;
 
@@ -274,7 +275,7 @@ impl Node {
         let image = self.images.resolve(&container.record.image_id);
         keeper::Overlay {
             lower: image.map_or_else(Vec::new, |image| lower_dirs(&image, &layers)),
-            upper: layers.join("upper").to_string_lossy().into_owned(),
+            upper: layers.join(UPPER).to_string_lossy().into_owned(),
             work: String::new(),
             // Only read, never mounted.
             selinux_label: String::new(),

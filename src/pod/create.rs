@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use slipway_image::{Image, ImageLease};
+use slipway_observe::disk::{Ledger, UPPER, WORK};
 use slipway_proto::{cri, keeper};
 use slipway_runtime::hooks;
 
@@ -215,7 +216,8 @@ impl Node {
         } = ready;
         let image = lease.image().clone();
         let empty = image.layers.is_empty();
-        make_dirs(&dir, &layers, empty, plan.log_path.as_deref()).await?;
+        let ledger = self.ledger.clone();
+        make_dirs(&dir, &layers, empty, plan.log_path.as_deref(), ledger).await?;
         phases.mark("prepare");
         let linux = plan.spec.linux().as_ref();
         let selinux_label = linux
@@ -223,8 +225,8 @@ impl Node {
             .unwrap_or_default();
         create.overlay = Some(keeper::Overlay {
             lower: lower_dirs(&image, &layers),
-            upper: layers.join("upper").to_string_lossy().into_owned(),
-            work: layers.join("work").to_string_lossy().into_owned(),
+            upper: layers.join(UPPER).to_string_lossy().into_owned(),
+            work: layers.join(WORK).to_string_lossy().into_owned(),
             selinux_label,
         });
         for (volume, lease) in create.image_volumes.iter_mut().zip(&volumes) {
@@ -383,6 +385,7 @@ async fn make_dirs(
     layers: &Path,
     empty_image: bool,
     log_path: Option<&Path>,
+    ledger: Arc<Ledger>,
 ) -> Result<(), PodError> {
     use std::os::unix::fs::DirBuilderExt as _;
     let (dir, layers) = (dir.to_owned(), layers.to_owned());
@@ -392,16 +395,21 @@ async fn make_dirs(
         private.mode(0o700);
         private.create(&dir).map_err(file("create", &dir))?;
         private.create(&layers).map_err(file("create", &layers))?;
-        let inner = ["work", EMPTY].map(|name| layers.join(name));
+        let inner = [WORK, EMPTY].map(|name| layers.join(name));
         for inner in inner.iter().take(if empty_image { 2 } else { 1 }) {
             private.create(inner).map_err(file("create", inner))?;
         }
         // This one is the container's "/": the overlay takes its mode from here.
-        let upper = layers.join("upper");
+        let upper = layers.join(UPPER);
         std::fs::DirBuilder::new()
             .mode(0o755)
             .create(&upper)
             .map_err(file("create", &upper))?;
+        // While nothing is in there: what is made from now on is on its account.
+        if let Err(error) = ledger.open(&layers) {
+            let reason = error.to_string();
+            tracing::warn!(layer = %layers.display(), reason, "a writable layer has no account and will be walked");
+        }
         if let Some(log_dir) = log_dir.filter(|dir| !dir.as_os_str().is_empty()) {
             std::fs::DirBuilder::new()
                 .recursive(true)

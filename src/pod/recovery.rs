@@ -46,6 +46,7 @@ impl Node {
         for dir in [&pods, &layers] {
             make_private(dir)?;
         }
+        self.keep_accounts();
         for name in names_in(&self.checkpoints_dir()) {
             self.sweep_later(self.checkpoints_dir().join(name));
         }

@@ -2,7 +2,8 @@
 //!
 //! The files of cgroups and the namespaces of pods are read in the call, off the runtime's threads, so what is
 //! told is never stale. Two things are remembered between calls: the last CPU sample of each container and
-//! pod, for nanocores, and the size of each writable layer ([`slipway_observe::disk::Ledger`]).
+//! pod, for nanocores, and the size of each writable layer that its file system keeps no account of
+//! ([`slipway_observe::disk::Ledger`]).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,9 +11,10 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use slipway_observe::cgroup::{self, Sampler, Usage};
-use slipway_observe::disk::{self, Counted};
+use slipway_observe::disk::{self, Counted, Layer};
 use slipway_observe::metrics::{self, Asked, ContainerView, Sample};
 use slipway_observe::network::{self, Interface};
+use slipway_observe::quota::Projects;
 use slipway_observe::{Layout, Rate, process};
 
 use super::container::Container;
@@ -135,8 +137,9 @@ impl Node {
         let layers: Vec<_> = containers
             .iter()
             .map(|c| {
-                let upper = layers_dir.join(c.id()).join("upper");
-                (c.id().to_owned(), upper, c.stage() == Stage::Exited)
+                let (id, dir) = (c.id().to_owned(), layers_dir.join(c.id()));
+                let ended = c.stage() == Stage::Exited;
+                Layer { id, dir, ended }
             })
             .collect();
         let counts = self.ledger.usage(&layers, PATIENCE);
@@ -354,6 +357,22 @@ async fn off_threads<T: Send + 'static>(
     done.map_err(|_| PodError::Lost {
         what: "taking a sample",
     })
+}
+
+impl Node {
+    /// Decides, once, how writable layers are measured.
+    pub(super) fn keep_accounts(&self) {
+        match Projects::on(&self.layers_dir()) {
+            Ok(projects) => {
+                tracing::info!("the file system accounts for writable layers: each gets a project");
+                self.ledger.keep_accounts(projects);
+            }
+            Err(error) => tracing::info!(
+                reason = error.to_string(),
+                "writable layers are walked to measure them"
+            ),
+        }
+    }
 }
 
 /// Where the controllers are; nothing when that can't be read, and statistics are empty then.

@@ -53,6 +53,7 @@ mod network;
 mod nri;
 mod operations;
 mod pods;
+mod quota;
 mod resources;
 mod restart;
 mod restore;
@@ -106,6 +107,7 @@ fn main() -> std::process::ExitCode {
         v2::ALONE,
         systemd::TESTS,
         stats::TESTS,
+        quota::TESTS,
         stream::TESTS,
         events::TESTS,
         update::TESTS,
