@@ -214,9 +214,10 @@ async fn serve_terminal(master: Descriptor, io: SessionIo, ended: &CancellationT
     let (Ok(input), Ok(sizes)) = (master.try_clone(), master.try_clone()) else {
         return;
     };
+    let resizes = io.resizes.clone();
     let give = async {
         if let Some(from) = io.stdin {
-            copy_input(from, input).await;
+            copy_typed(from, input, resizes).await;
         }
         std::future::pending::<()>().await;
     };
@@ -255,9 +256,14 @@ async fn attach(
     // Of a terminal only: a second handle on a pipe would keep it open after the client's input has ended.
     let terminal = input.as_ref().filter(|_| config.tty);
     let terminal = terminal.and_then(|t| t.try_clone().ok());
+    let resizes = io.resizes.clone();
     let give = async {
         if let (Some(from), Some(to)) = (io.stdin, input) {
-            copy_input(from, to).await;
+            if config.tty {
+                copy_typed(from, to, resizes).await;
+            } else {
+                copy_input(from, to).await;
+            }
             if config.stdin_once
                 && let Err(e) = container.keeper.close_stdin(container.id()).await
             {
@@ -297,6 +303,20 @@ async fn attach(
 async fn copy_input(mut from: Input, mut to: Descriptor) {
     // What fails here shows at the other streams.
     let _ = tokio::io::copy(&mut from, &mut to).await;
+}
+
+/// Likewise to a terminal, which has the size that the client told before each piece.
+async fn copy_typed(mut from: Input, mut to: Descriptor, mut sizes: Resizes) {
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        if let Some(size) = sizes.latest() {
+            let _ = terminal::resize(&to, size.width, size.height);
+        }
+        // What fails here shows at the other streams.
+        if to.write_all(&buffer[..n]).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Copies until the end of the pipe or terminal; once `ended`, only what is in it. Without a client's end it

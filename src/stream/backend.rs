@@ -1,7 +1,9 @@
 //! What the streaming server needs from a container runtime.
 
 use crate::StreamError;
+use crate::resize::Source;
 use std::future::Future;
+use std::sync::{Arc, Weak};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -119,19 +121,39 @@ pub struct SessionIo {
 /// The sizes that a client's terminal takes. Of sizes that come faster than they are read, only the
 /// last is kept.
 #[derive(Debug, Clone)]
-pub struct Resizes(watch::Receiver<Option<TerminalSize>>);
+pub struct Resizes {
+    sizes: watch::Receiver<Option<TerminalSize>>,
+    source: Weak<Source>,
+}
 
 impl Resizes {
-    pub(crate) fn channel() -> (watch::Sender<Option<TerminalSize>>, Self) {
-        let (sender, receiver) = watch::channel(None);
-        (sender, Self(receiver))
+    pub(crate) fn new(
+        sizes: watch::Receiver<Option<TerminalSize>>,
+        source: Option<&Arc<Source>>,
+    ) -> Self {
+        Self {
+            sizes,
+            source: source.map(Arc::downgrade).unwrap_or_default(),
+        }
     }
 
     /// Waits for the next size. `None` when there will be none any more; then don't ask again.
     /// Safe to use in `select!`.
     pub async fn next(&mut self) -> Option<TerminalSize> {
-        self.0.changed().await.ok()?;
-        *self.0.borrow_and_update()
+        self.sizes.changed().await.ok()?;
+        *self.sizes.borrow_and_update()
+    }
+
+    /// The newest size that has come, unless it was told. Asked before each piece of input is handed on, it
+    /// keeps the order in which the client sent both.
+    pub fn latest(&mut self) -> Option<TerminalSize> {
+        if let Some(source) = self.source.upgrade() {
+            source.catch_up();
+        }
+        if !self.sizes.has_changed().unwrap_or(false) {
+            return None;
+        }
+        *self.sizes.borrow_and_update()
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::BrokenPipe, "the stream is closed")
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     buffer: BytesMut,
     end: Option<End>,
@@ -32,7 +32,7 @@ struct State {
     writer: Option<Waker>,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 enum End {
     Finished,
     Failed,
@@ -44,6 +44,7 @@ enum End {
 pub(crate) struct PipeWriter(Arc<Mutex<State>>);
 
 /// The end that a session reads.
+#[derive(Debug)]
 pub(crate) struct PipeReader(Arc<Mutex<State>>);
 
 impl PipeWriter {
@@ -89,6 +90,17 @@ impl PipeWriter {
         let wakers = [state.reader.take(), state.writer.take()];
         drop(state);
         wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+}
+
+impl PipeReader {
+    /// Takes what is in the pipe now.
+    pub(crate) fn take(&mut self) -> BytesMut {
+        let mut state = self.0.lock();
+        if let Some(writer) = state.writer.take() {
+            writer.wake();
+        }
+        std::mem::take(&mut state.buffer)
     }
 }
 

@@ -4,21 +4,15 @@ use crate::backend::Wanted;
 use crate::peer::Peer;
 use crate::pipe::{PipeReader, pipe};
 use crate::protocol::{Encoding, Version};
-use crate::resize::ResizeDecoder;
+use crate::resize::ResizeWatch;
 use crate::spdy::{self, Closer, Limits, Stream};
 use crate::status::Status;
 use crate::ws::{self, Codec};
-use crate::{
-    AttachRequest, Backend, Config, ExecRequest, Input, Output, Resizes, SessionIo, StreamError,
-    TerminalSize,
-};
-use std::future::pending;
+use crate::{AttachRequest, Backend, Config, ExecRequest, Input, Output, SessionIo, StreamError};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::watch;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
 /// Streams that a SPDY client may open for a command: it needs 5 at most.
@@ -69,35 +63,6 @@ impl Job {
             }
         }
     }
-}
-
-/// Watches what a client says about its terminal.
-struct ResizeWatch {
-    resizes: Resizes,
-    _task: AbortOnDropHandle<()>,
-}
-
-fn watch_resizes(input: Option<PipeReader>) -> ResizeWatch {
-    let (sender, resizes) = Resizes::channel();
-    let task = tokio::spawn(read_resizes(input, sender));
-    ResizeWatch {
-        resizes,
-        _task: AbortOnDropHandle::new(task),
-    }
-}
-
-/// Without an input, or after its end, there are just no more sizes; the session goes on.
-async fn read_resizes(input: Option<PipeReader>, sender: watch::Sender<Option<TerminalSize>>) {
-    if let Some(mut input) = input {
-        let mut decoder = ResizeDecoder::default();
-        let mut buffer = [0; 1024];
-        while let Ok(length @ 1..) = input.read(&mut buffer).await {
-            if let Some(size) = decoder.push(&buffer[..length]) {
-                sender.send_replace(Some(size));
-            }
-        }
-    }
-    pending().await
 }
 
 /// Serves a session over SPDY.
@@ -161,7 +126,7 @@ pub(crate) async fn serve_spdy<B: Backend>(
                 closers.push(closer);
                 reader
             });
-            let watch = watch_resizes(resize);
+            let watch = ResizeWatch::start(resize);
             let io = SessionIo {
                 stdin,
                 stdout,
@@ -319,7 +284,7 @@ pub(crate) async fn serve_ws<B: Backend>(
         _ => ERROR,
     };
     channels.send(first, &[]).await;
-    let watch = watch_resizes(Some(resize_out));
+    let watch = ResizeWatch::start(Some(resize_out));
     let output =
         |wanted: bool, channel| wanted.then(|| Box::new(channels.writer(channel)) as Output);
     let io = SessionIo {

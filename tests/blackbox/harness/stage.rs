@@ -173,6 +173,10 @@ pub fn systemd() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
+/// Why other runtimes are not tested under the systemd driver here.
+pub const NO_PROCESS_IDS: &str = "runc and crun tell systemd ids of processes, which are others in the tests' PID namespace; \
+     integration/vm/test-unit runs them under it";
+
 /// Whether cgroup v2 is the only hierarchy.
 pub fn unified() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
