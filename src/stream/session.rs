@@ -2,7 +2,7 @@
 
 use crate::backend::Wanted;
 use crate::peer::Peer;
-use crate::pipe::{PipeReader, pipe};
+use crate::pipe::pipe;
 use crate::protocol::{Encoding, Version};
 use crate::resize::ResizeWatch;
 use crate::spdy::{self, Closer, Limits, Stream};
