@@ -32,12 +32,13 @@ def exec_with_output_input_and_exit_code(node):
 
 @test(PODS)
 def exec_with_a_terminal(node):
+    node.ready("talking")
     for protocol in (V4, V5):
         s = start(node, "exec", "talking", "main", protocol, ["sh"], stdin=True, tty=True)
         s.send(RESIZE, json.dumps({"Width": 123, "Height": 45}).encode())
         s.send(STDIN, b"stty size; tty\n")
-        s.until("45 123")
-        s.until("/dev/")
+        said = s.until("/dev/")
+        need("45 123" in said, f"{protocol}: the terminal's size is another: {said!r}")
         s.send(STDIN, b"exit 3\n")
         _, _, code = s.rest()
         need(code == 3, f"{protocol}: the shell ended with {code}")
@@ -46,6 +47,7 @@ def exec_with_a_terminal(node):
 
 @test(PODS)
 def attach(node):
+    node.ready("talking")
     for protocol in (V4, V5):
         s = start(node, "attach", "talking", "echo", protocol, stdin=True)
         s.send(STDIN, b"you\n")
@@ -54,7 +56,7 @@ def attach(node):
         s = start(node, "attach", "talking", "terminal", protocol, stdin=True, tty=True)
         s.send(RESIZE, json.dumps({"Width": 99, "Height": 33}).encode())
         s.send(STDIN, b"me\n")
-        s.until("tty me")
+        s.until("tty me 33 99")
         s.close()
     wait("what was said is in the log", lambda: "heard you" in node.logs_of("talking", "echo"))
     need(node.status("talking", "echo")["restartCount"] == 0, "a client that left ended the container")
@@ -62,6 +64,7 @@ def attach(node):
 
 @test(PODS)
 def port_forward(node):
+    node.ready("talking")
     s = Stream(node, f"/portForward/default/{full('talking')}", [("port", "8080")], V4)
     s.send(0, b"GET /big HTTP/1.0\r\n\r\n")
     body = b""
@@ -77,6 +80,7 @@ def port_forward(node):
 
 @test(PODS)
 def the_old_way_to_run(node):
+    node.ready("talking")
     got = node.get(f"/run/default/{full('talking')}/main?cmd=hostname", method="POST")
     need(got.strip() == full("talking"), f"/run gives {got!r}")
 
@@ -96,6 +100,7 @@ def logs_are_followed(node):
 
 @test(PODS)
 def a_follower_sees_the_end(node):
+    node.ready("talking")
     with node.open(f"/containerLogs/default/{full('talking')}/main?follow=true") as answer:
         execute(node, "talking", "main", "kill", "1")  # may be killed with the container, before it tells its exit code
         need(answer.read() == b"", "the log of a silent container has something in it")

@@ -16,6 +16,8 @@ use crate::error::ClientError;
 
 /// Whole answers (ExecSync carries up to 16 MiB per stream) must fit.
 const MAX_MESSAGE: usize = 64 << 20;
+/// Bytes that may be under way to us before we have taken them.
+const WINDOW: u32 = 1 << 20;
 /// How long a runtime may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -56,7 +58,11 @@ async fn connect_channel(endpoint: &str, limit: Duration) -> Result<Channel, Cli
         .await
         .map_err(|e| failed(e.into()))?;
     let limit = limit.min(CONNECT_LIMIT);
-    let target = Endpoint::from_static("http://localhost");
+    // Lists of hundreds of containers come in one piece, without waiting for us to make room (as for grpc-go, which
+    // widens its windows by itself).
+    let target = Endpoint::from_static("http://localhost")
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW);
     let connecting =
         target.connect_with_connector(tower::service_fn(move |_: Uri| open(path.clone())));
     match tokio::time::timeout(limit, connecting).await {
