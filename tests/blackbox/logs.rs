@@ -46,12 +46,9 @@ async fn lines_are_in_the_form(env: Env) -> Result<()> {
         assert!(time >= before && time <= chrono::Utc::now(), "{time}");
     }
     assert!(lines.is_sorted_by_key(|l| l.time));
-    // Exactly one space between the parts, nanoseconds in the time.
+    // Exactly one space between the parts, nanoseconds in the time. Which of two pipes is read first is anybody's guess.
     let raw = std::fs::read_to_string(&container.log)?;
-    assert!(
-        raw.lines().next().unwrap().ends_with(" stdout F one"),
-        "{raw}"
-    );
+    assert!(raw.lines().any(|l| l.ends_with(" stdout F one")), "{raw}");
     assert!(raw.contains(" stdout F \n"), "an empty line: {raw:?}");
     assert!(
         raw.lines().any(|l| l.find('.').is_some_and(|p| l[p + 1..]
