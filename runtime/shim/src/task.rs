@@ -338,11 +338,8 @@ impl Task {
     /// # Errors
     /// [`ShimError`].
     pub fn close_stdin(&mut self, of: Process<'_>, timeout: Duration) -> Result<(), ShimError> {
-        let mut request = CloseIORequest::new();
-        request.id = of.id.to_owned();
-        request.exec_id = of.exec.to_owned();
-        request.stdin = true;
-        self.call("CloseIO", &request, timeout).map(|_: Empty| ())
+        self.call("CloseIO", &close_stdin_of(of), timeout)
+            .map(|_: Empty| ())
     }
 
     /// [`Task::close_stdin`], without waiting for the answer.
@@ -350,12 +347,8 @@ impl Task {
     /// # Errors
     /// [`ShimError`].
     pub fn send_close_stdin(&mut self, of: Process<'_>) -> Result<u32, ShimError> {
-        let mut request = CloseIORequest::new();
-        request.id = of.id.to_owned();
-        request.exec_id = of.exec.to_owned();
-        request.stdin = true;
         self.client
-            .send(self.service, "CloseIO", &request, Duration::ZERO)
+            .send(self.service, "CloseIO", &close_stdin_of(of), Duration::ZERO)
     }
 
     /// Changes limits: the OCI specification's resources, as JSON.
@@ -466,6 +459,14 @@ fn json(name: &str, value: Vec<u8>) -> Any {
     any.type_url = name.to_owned();
     any.value = value;
     any
+}
+
+fn close_stdin_of(process: Process<'_>) -> CloseIORequest {
+    let mut request = CloseIORequest::new();
+    request.id = process.id.to_owned();
+    request.exec_id = process.exec.to_owned();
+    request.stdin = true;
+    request
 }
 
 #[cfg(test)]

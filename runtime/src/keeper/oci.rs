@@ -410,6 +410,22 @@ impl Keeper {
         job.is_ok()
     }
 
+    /// The container that a command is to be executed in, if that can be done.
+    pub(super) fn executes(
+        &self,
+        call: &ExecCall,
+        stdio: &[OwnedFd],
+    ) -> Result<&Container, WireError> {
+        complete(call, stdio)?;
+        let id = &call.container_id;
+        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
+        if !container.is_running() {
+            let message = format!("can't exec in container {id}: it is not running");
+            return Err(wire_error(ErrorKind::WrongState, message));
+        }
+        Ok(container)
+    }
+
     pub(super) fn begin_oci_exec(
         &mut self,
         connection: u64,
@@ -418,14 +434,7 @@ impl Keeper {
         runtime: Runtime,
     ) -> Result<(), WireError> {
         let id = call.container_id.clone();
-        complete(call, &stdio)?;
-        let container = self.containers.get(&id).ok_or_else(|| not_found(&id))?;
-        if !container.is_running() {
-            return Err(wire_error(
-                ErrorKind::WrongState,
-                format!("can't exec in container {id}: it is not running"),
-            ));
-        }
+        let container = self.executes(call, &stdio)?;
         let (dir, cgroup) = (container.dir.clone(), container.cgroup.clone());
         let oom_score_adj = container.oom_score_adj;
         let leaf = match self.cgroups.unified() {

@@ -139,13 +139,21 @@ mod tests {
     use super::*;
     use crate::shim::Running;
 
-    #[test]
-    fn bytes_wait_for_a_reader_and_end_with_the_pipe() {
+    const PROCESS: Process<'_> = Process { id: "c", exec: "e" };
+
+    /// A directory with a FIFO, and a shim that does not answer.
+    fn place() -> (tempfile::TempDir, Running) {
         let dir = tempfile::tempdir().unwrap();
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let running = Running::of("unix:///nonexistent", 2, 0, false).unwrap();
-        let process = Process { id: "c", exec: "e" };
+        (dir, running)
+    }
+
+    #[test]
+    fn bytes_wait_for_a_reader_and_end_with_the_pipe() {
+        let (dir, running) = place();
+        let fifo = dir.path().join("fifo");
         let (from, pipe) = crate::descriptor::pipe().unwrap();
         assert!(Input::is(&from));
         assert!(!Input::is(
@@ -155,11 +163,11 @@ mod tests {
         input.started(&fifo).unwrap();
         rustix::io::write(&pipe, b"hello").unwrap();
         // Nobody has opened it yet.
-        input.turn(&running, process);
+        input.turn(&running, PROCESS);
         assert!(input.wants().is_none() && input.wake().is_some());
         let flags = OFlags::RDONLY | OFlags::NONBLOCK;
         let reader = open(&fifo, flags, Mode::empty()).unwrap();
-        input.turn(&running, process);
+        input.turn(&running, PROCESS);
         let mut buffer = [0; 16];
         assert_eq!(rustix::io::read(&reader, &mut buffer), Ok(5));
         assert_eq!(&buffer[..5], b"hello");
@@ -168,26 +176,23 @@ mod tests {
             Err(rustix::io::Errno::AGAIN)
         );
         drop(pipe);
-        input.turn(&running, process);
+        input.turn(&running, PROCESS);
         assert_eq!(rustix::io::read(&reader, &mut buffer), Ok(0));
         assert!(input.wants().is_none() && input.wake().is_none());
     }
 
     #[test]
     fn a_reader_that_goes_ends_it() {
-        let dir = tempfile::tempdir().unwrap();
+        let (dir, running) = place();
         let fifo = dir.path().join("fifo");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let running = Running::of("unix:///nonexistent", 2, 0, false).unwrap();
-        let process = Process { id: "c", exec: "e" };
         let (from, pipe) = crate::descriptor::pipe().unwrap();
         let mut input = Input::new(&from, &fifo).unwrap();
         let reader = open(&fifo, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
         input.started(&fifo).unwrap();
-        input.turn(&running, process);
+        input.turn(&running, PROCESS);
         drop(reader);
         rustix::io::write(&pipe, b"hello").unwrap();
-        input.turn(&running, process);
+        input.turn(&running, PROCESS);
         assert!(input.wants().is_none() && input.wake().is_none());
     }
 }

@@ -10,8 +10,7 @@ use slipway_proto::keeper::{
 
 use super::turns::Step;
 use crate::confine::chain;
-use crate::keeper::container::not_found;
-use crate::keeper::exec::{complete, kill_tree_of};
+use crate::keeper::exec::kill_tree_of;
 use crate::keeper::job::{Origin, Purpose};
 use crate::keeper::{Keeper, wire_error};
 use crate::shim::{self, Session};
@@ -33,15 +32,8 @@ impl Keeper {
         call: &ExecCall,
         stdio: Vec<OwnedFd>,
     ) -> Result<(), WireError> {
-        complete(call, &stdio)?;
         let id = call.container_id.clone();
-        let container = self.containers.get(&id).ok_or_else(|| not_found(&id))?;
-        if !container.is_running() {
-            return Err(wire_error(
-                ErrorKind::WrongState,
-                format!("can't exec in container {id}: it is not running"),
-            ));
-        }
+        let container = self.executes(call, &stdio)?;
         let (dir, cgroup) = (container.dir.clone(), container.cgroup.clone());
         let on_host = container.pid().is_some();
         let shim = self.shim_call()?;
