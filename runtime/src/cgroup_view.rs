@@ -1,18 +1,15 @@
-//! Keeping libcontainer away from cgroups, and giving the container its view of them.
+//! The container's view of its cgroups.
 //!
-//! libcontainer would write its init's process id to `cgroup.procs`, and every such write waits for an RCU
-//! grace period (6 to 15 ms). A process that is born in its cgroup (v2, `CLONE_INTO_CGROUP`), or that
-//! moves itself through `tasks` (v1), waits for nothing. So the creator is in the container's cgroup
-//! already when libcontainer runs, and libcontainer finds an empty `/sys/fs/cgroup` in the creator's private
-//! mount namespace. What the container is to see there is kept in descriptors, and mounted by its init once
-//! that is in its root ([`View::show`]).
+//! The creator is in the container's cgroup, and the init is born there: whoever wrote a process id to `cgroup.procs`
+//! would wait for an RCU grace period (6 to 15 ms). What the container is to see of it at `/sys/fs/cgroup` is kept in
+//! descriptors, and mounted by its init once that is in its root ([`View::show`]).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::mount::{
@@ -22,8 +19,6 @@ use rustix::mount::{
 
 use crate::cgroup::{Hierarchies, inside};
 
-/// What [`CGROUP_ROOT`] is mounted on.
-const SYS: &str = "/sys";
 /// Where cgroup hierarchies are mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
@@ -37,14 +32,12 @@ pub struct View {
     read_only: bool,
 }
 
-/// Hides the host's cgroups from this mount namespace, which must be this process's own and whose mounts the
-/// spec's binds no longer need as they are (see [`crate::propagation`]), and takes the
-/// spec's `cgroup` mount out of it; what the container is to see instead is returned. In a cgroup namespace
+/// Takes the spec's `cgroup` mount out of it, and answers with what the container is to see instead. In a cgroup namespace
 /// of its own on a pure v2 host it is an ordinary mount, and stays in the spec.
 ///
 /// # Errors
-/// What mounting says.
-pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path) -> io::Result<Option<View>> {
+/// What opening the host's cgroups says.
+pub fn take(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path) -> io::Result<Option<View>> {
     let own_namespace = spec
         .linux()
         .as_ref()
@@ -68,24 +61,6 @@ pub fn hide(spec: &mut Spec, cgroups: &Hierarchies, cgroup: &Path) -> io::Result
         }
     }
     spec.set_mounts(Some(mounts));
-    // libcontainer reads the mount table, so covering the hierarchies would not do. Private first, and above all
-    // the mount that they are on: what is unmounted from a shared mount goes from the host's, too. (The tree is
-    // still shared here when a mount of the container is.)
-    for (place, flags) in [
-        (SYS, MsFlags::MS_PRIVATE),
-        (CGROUP_ROOT, MsFlags::MS_PRIVATE | MsFlags::MS_REC),
-    ] {
-        mount(None::<&str>, place, None::<&str>, flags, None::<&str>)?;
-    }
-    umount2(CGROUP_ROOT, MntFlags::MNT_DETACH)?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
-    mount(
-        Some("none"),
-        CGROUP_ROOT,
-        Some("tmpfs"),
-        flags,
-        Some("size=0"),
-    )?;
     Ok(view)
 }
 

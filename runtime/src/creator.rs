@@ -12,8 +12,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
@@ -35,6 +33,7 @@ use crate::hook_output::Complaints;
 use crate::hooks::{self, HookError};
 use crate::ids::IdMaps;
 use crate::image_volume::{self, ImageVolumeError};
+use crate::init::{self, Init};
 use crate::labels::Label;
 use crate::limits::{self, LimitError};
 use crate::mapped::{self, MappedError};
@@ -303,22 +302,26 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     set_oom_score(create.oom_score_adj);
 
     let args = process_args(&spec)?;
+    let hooked = spec.hooks().is_some();
     let start_hooks = StartHooks::take(&mut spec, create, dir);
     for_libcontainer(&mut spec, &target, pid_namespace.as_deref())?;
     let label = labels::take(&mut spec);
     let pod = users.as_ref().map(|u| (&u.ids, u.namespace.as_fd()));
     mapped::arrange(&mut spec, &dir.join("mapped"), pod)?;
     let own_dev = own_dev::take(&mut spec).map_err(CreateError::OwnDev)?;
-    propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
-    let view = cgroup_view::hide(&mut spec, cgroups, cgroup)
+    let view = cgroup_view::take(&mut spec, cgroups, cgroup)
         .map_err(in_cgroup("prepare the container's view of"))?;
+    let propagation =
+        propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     if users.is_some() {
         stage::set(&mut spec, &target, dir).map_err(CreateError::Stage)?;
         // In there nobody may.
         confinement.raise_limits();
     }
-    let config = dir.join("config.json");
-    write_spec(&config, &spec)?;
+    if hooked {
+        // They look for it in their bundle.
+        write_spec(&dir.join("config.json"), &spec)?;
+    }
 
     let null = |write: bool| {
         let opened = File::options().read(!write).write(write).open("/dev/null");
@@ -359,6 +362,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         start_hooks,
         own_stderr,
         args,
+        propagation,
         view,
         own_dev,
         label,
@@ -374,23 +378,27 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         let said = complaints.as_ref().map(Complaints::text);
         CreateError::Libcontainer(message + &said.unwrap_or_default())
     };
-    let container = ContainerBuilder::new(create.id.clone(), SyscallType::default())
-        .with_executor(executor)
-        .with_root_path(dir.join(LIBCONTAINER_ROOT))
-        .map_err(|e| CreateError::Libcontainer(chain(&e)))?
-        .with_stdin(stdin)
-        .with_stdout(stdout)
-        .with_stderr(stderr)
-        .with_preserved_fds(bundle.map_or(0, |b| b.preserve_fds))
-        .as_init(dir)
-        .with_no_pivot(bundle.is_some_and(|b| b.no_pivot))
-        .with_systemd(false)
-        .as_sibling(true)
-        .with_detach(true)
-        .build()
-        .map_err(|e| failed(chain(&e)))?;
+    let root = spec
+        .root()
+        .as_ref()
+        .ok_or(CreateError::Incomplete("root"))?;
+    let rootfs = fs::canonicalize(root.path()).map_err(|source| CreateError::Bundle {
+        path: root.path().clone(),
+        source,
+    })?;
+    let made = init::make(Init {
+        id: &create.id,
+        bundle: dir,
+        state: dir.join(LIBCONTAINER_ROOT).join(&create.id),
+        spec,
+        rootfs,
+        executor: Box::new(executor),
+        stdio: [stdin, stdout, stderr],
+        preserve_fds: bundle.map_or(0, |b| b.preserve_fds),
+        no_pivot: bundle.is_some_and(|b| b.no_pivot),
+    });
+    let pid = made.map_err(|e| failed(chain(&e)))?;
     drop(kept);
-    let pid = container.pid().map_or(0, |p| p.as_raw());
     Ok(user.created(pid))
 }
 
@@ -635,6 +643,8 @@ struct Enter {
     /// The container's standard error, while that of its hooks is in its place.
     own_stderr: Option<Rc<OwnedFd>>,
     args: Vec<Vec<u8>>,
+    /// Of mounts that libcontainer has opened more than they were to be.
+    propagation: Vec<(PathBuf, MsFlags)>,
     view: Option<View>,
     own_dev: Option<OwnDev>,
     label: Option<Label>,
@@ -677,6 +687,8 @@ impl Executor for Enter {
             sys::dup_to(stderr, libc::STDERR_FILENO)
                 .map_err(failed("open the container's standard error"))?;
         }
+        init::set_propagation(&self.propagation)
+            .map_err(failed("set the propagation of a mount"))?;
         let view = self.view.as_ref().map_or(Ok(()), View::show);
         view.map_err(failed("mount the container's view of its cgroups"))?;
         let own_dev = self.own_dev.as_ref().map_or(Ok(()), OwnDev::cover);
@@ -750,12 +762,6 @@ pub fn release(dir: &Path, id: &str) -> io::Result<()> {
     // Short whatever the run directory is: sun_path holds 108 bytes.
     let path = format!("/proc/self/fd/{}/notify.sock", dir.as_raw_fd());
     UnixStream::connect(path)?.write_all(b"start container")
-}
-
-/// Whether a mount shows something that is there already.
-pub fn is_bind(mount: &oci_spec::runtime::Mount) -> bool {
-    let by_option = |option: &String| option == "bind" || option == "rbind";
-    mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(by_option)
 }
 
 /// The namespaces that a container's init has to itself, by the spec.

@@ -1,8 +1,8 @@
 //! Leaving the other pods' mounts behind.
 //!
 //! Every pod pins namespaces and shared memory by mounts below the run root. A creator's copy of the mount
-//! table has them all, and libcontainer reads that table more than ten times: with 100 pods, a create took
-//! twice as long as with the first. So the creator takes what its container needs of the run root in
+//! table has them all, the init's copy of that would, too, and libcontainer reads it: with many pods, a create
+//! would take longer. So the creator takes what its container needs of the run root in
 //! descriptors, and replaces the rest by the bare directory tree, in its own namespace.
 
 use std::io;

@@ -24,6 +24,7 @@ mod hook_output;
 pub mod hooks;
 pub mod ids;
 mod image_volume;
+mod init;
 mod keeper;
 mod labels;
 pub mod limits;

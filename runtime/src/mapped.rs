@@ -2,7 +2,7 @@
 //! nothing is chowned (`mount_setattr(2)`, `MOUNT_ATTR_IDMAP`).
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
@@ -176,7 +176,13 @@ pub fn attach(tree: &OwnedFd, at: &Path) -> io::Result<()> {
 
 fn map(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
     const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
-    sys::mount_setattr(tree, MOUNT_ATTR_IDMAP, Some(namespace), recursive)
+    let attr = libc::mount_attr {
+        attr_set: MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::from(namespace.as_raw_fd().cast_unsigned()),
+    };
+    sys::mount_setattr(tree, &attr, recursive)
 }
 
 #[cfg(test)]

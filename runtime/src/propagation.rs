@@ -2,13 +2,13 @@
 //!
 //! libcontainer binds a source as it finds it, so all mounts get the propagation of the whole tree. The
 //! tree is given the most open one that any mount asks for; sources that are to be more closed than that
-//! are bound aside, in the creator's mount namespace, with the propagation they need. So are all of
-//! `/sys`: it is made private afterwards, and the host's cgroups are taken out of it ([`crate::cgroup_view`]).
+//! are bound aside, in the creator's mount namespace, with the propagation they need.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use libcontainer::rootfs::utils::is_bind;
 use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::{Mount, Spec};
 
@@ -62,21 +62,12 @@ impl Propagation {
     }
 }
 
-/// Whether an entry is a bind mount, as libcontainer sees it.
-pub fn is_bind(entry: &Mount) -> bool {
-    entry.typ().as_deref() == Some("bind")
-        || entry
-            .options()
-            .iter()
-            .flatten()
-            .any(|o| o == "bind" || o == "rbind")
-}
-
-/// Sets the propagation of the spec's tree, and binds aside the sources that need less.
+/// Sets the propagation of the spec's tree, and binds aside the sources that need less. Answers with the mounts that have
+/// to be closed again once the whole tree has been made shared.
 ///
 /// # Errors
 /// What mounting says, with the source's name.
-pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
+pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<Vec<(PathBuf, MsFlags)>> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     let whole = spec.linux().as_ref();
     let whole = whole.and_then(|l| l.rootfs_propagation().clone());
@@ -93,7 +84,7 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         let Some(source) = entry
             .source()
             .clone()
-            .filter(|s| is_bind(entry) && (wanted < top || shows_cgroups(s)))
+            .filter(|_| is_bind(entry) && wanted < top)
         else {
             continue;
         };
@@ -102,18 +93,18 @@ pub fn arrange(spec: &mut Spec, aside: &Path) -> io::Result<()> {
         stage(&source, &at, wanted).map_err(named)?;
         entry.set_source(Some(at));
     }
+    let closed = mounts
+        .iter()
+        .filter(|m| top == Propagation::Shared && Propagation::of(m) < top)
+        .map(|m| (m.destination().clone(), Propagation::of(m).flag()))
+        .collect();
     spec.set_mounts(Some(mounts));
     // "unbindable" is a slave here, too, and libcontainer makes it unbindable in the end.
     let unbindable = whole.filter(|w| w == "unbindable" && top == Propagation::Slave);
     if let Some(linux) = spec.linux_mut().as_mut() {
         linux.set_rootfs_propagation(unbindable.or_else(|| Some(top.name().to_owned())));
     }
-    Ok(())
-}
-
-/// Whether the host's cgroups, which are hidden afterwards, are to be seen in it.
-pub fn shows_cgroups(source: &Path) -> bool {
-    source.starts_with("/sys") || Path::new("/sys").starts_with(source)
+    Ok(closed)
 }
 
 /// Makes what `source` can be mounted on: a directory or a file.
@@ -152,19 +143,6 @@ mod tests {
             .collect();
         let spec = serde_json::json!({"ociVersion": "1.0.2", "mounts": mounts, "linux": {}});
         serde_json::from_value(spec).unwrap()
-    }
-
-    #[test]
-    fn what_shows_the_hosts_cgroups() {
-        for (source, shows) in [
-            ("/", true),
-            ("/sys", true),
-            ("/sys/fs/cgroup/x", true),
-            ("/etc", false),
-            ("/system", false),
-        ] {
-            assert_eq!(shows_cgroups(Path::new(source)), shows, "{source}");
-        }
     }
 
     #[test]

@@ -2,8 +2,7 @@
 //!
 //! Its root is nobody in particular on the host: it may not pass the directories that lead to its root file
 //! system, to its volumes, to its devices. So the creator, which may, opens all of them, and mounts them side by
-//! side on a small tmpfs in its own mount namespace, at a place that everybody can reach: where the host's cgroups
-//! were, which have been taken out by then ([`crate::cgroup_view`]).
+//! side on a small tmpfs in its own mount namespace, at a place that everybody can reach: over the host's cgroups.
 
 use std::fs;
 use std::io;
@@ -11,13 +10,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
+use libcontainer::rootfs::utils::is_bind;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount, Spec};
 
 use crate::cgroup_view::CGROUP_ROOT;
 use crate::mapped::{attach, tree};
-use crate::propagation::{is_bind, make_place};
+use crate::propagation::make_place;
 
 /// Made by libcontainer itself in every `/dev`.
 const MADE_BY_LIBCONTAINER: [&str; 7] = [

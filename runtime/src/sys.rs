@@ -333,23 +333,15 @@ pub fn prctl(option: i32, arg: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// `mount_setattr(2)` on a tree that is mounted nowhere yet: sets attributes (`MOUNT_ATTR_*`), of the whole tree if
-/// `recursive`. `namespace` is for `MOUNT_ATTR_IDMAP`.
+/// `mount_setattr(2)` on the mount that a descriptor leads to, and on all below it if `recursive`.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn mount_setattr(
     tree: BorrowedFd<'_>,
-    set: u64,
-    namespace: Option<BorrowedFd<'_>>,
+    attr: &libc::mount_attr,
     recursive: bool,
 ) -> io::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: set,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: namespace.map_or(0, |fd| u64::from(fd.as_raw_fd().cast_unsigned())),
-    };
     let mut flags = libc::AT_EMPTY_PATH;
     if recursive {
         flags |= libc::AT_RECURSIVE;
@@ -361,7 +353,7 @@ pub fn mount_setattr(
             tree.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             std::mem::size_of::<libc::mount_attr>(),
         )
     };

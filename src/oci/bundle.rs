@@ -5,10 +5,10 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use libcontainer::rootfs::utils::is_bind;
 use oci_spec::runtime::{
     Capability, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, Mount, Process, Spec,
 };
-use slipway_runtime::creator::is_bind;
 
 use crate::record::parse;
 use crate::{OciError, Result, namespaces};

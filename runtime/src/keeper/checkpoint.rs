@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use libcontainer::rootfs::utils::is_bind;
 use oci_spec::runtime::Spec;
 use slipway_proto::keeper::{
     Checkpoint, CheckpointTarget, Empty, Error as WireError, ErrorKind, response::Result as Answer,
@@ -119,7 +120,7 @@ fn binds(container: &Container) -> Result<Vec<PathBuf>, WireError> {
     let spec: Spec = serde_json::from_slice(&text).map_err(|e| failed(&e))?;
     let mounts = spec.mounts().iter().flatten();
     Ok(mounts
-        .filter(|mount| creator::is_bind(mount))
+        .filter(|mount| is_bind(mount))
         .map(|mount| mount.destination().clone())
         .collect())
 }

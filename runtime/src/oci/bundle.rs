@@ -8,12 +8,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use libcontainer::rootfs::utils::is_bind;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec, UserBuilder};
 use slipway_proto::keeper::CreateContainer;
 
 use crate::confine::chain;
 use crate::mapped::{attach, tree};
-use crate::propagation::{make_place, shows_cgroups};
+use crate::propagation::make_place;
 use crate::sys;
 use crate::user::Resolved;
 
@@ -183,7 +184,7 @@ pub fn arrange_recursive(spec: &mut Spec, aside: &Path) -> Result<(), BundleErro
         let asked = |name: &str| options.iter().any(|o| o == name);
         let attributes = RECURSIVE.iter().filter(|(name, ..)| asked(name));
         let attributes = attributes.fold(0, |all, (.., attribute)| all | attribute);
-        if attributes == 0 || !crate::creator::is_bind(entry) {
+        if attributes == 0 || !is_bind(entry) {
             continue;
         }
         let source = entry.source().clone().unwrap_or_default();
@@ -204,7 +205,7 @@ pub fn arrange_recursive(spec: &mut Spec, aside: &Path) -> Result<(), BundleErro
 pub fn arrange_cgroups(spec: &mut Spec, aside: &Path) -> Result<(), BundleError> {
     for (n, entry) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         let source = entry.source().clone().unwrap_or_default();
-        if !crate::creator::is_bind(entry) || !shows_cgroups(&source) {
+        if !is_bind(entry) || !shows_cgroups(&source) {
             continue;
         }
         let at = aside.join(n.to_string());
@@ -217,11 +218,22 @@ pub fn arrange_cgroups(spec: &mut Spec, aside: &Path) -> Result<(), BundleError>
     Ok(())
 }
 
+/// Whether the host's cgroups, which are hidden afterwards, are to be seen in it.
+fn shows_cgroups(source: &Path) -> bool {
+    source.starts_with("/sys") || Path::new("/sys").starts_with(source)
+}
+
 fn set_aside(source: &Path, at: &Path, attributes: u64) -> io::Result<()> {
     use std::os::fd::AsFd as _;
     let found = tree(source, true)?;
     if attributes != 0 {
-        sys::mount_setattr(found.as_fd(), attributes, None, true)?;
+        let attr = libc::mount_attr {
+            attr_set: attributes,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: 0,
+        };
+        sys::mount_setattr(found.as_fd(), &attr, true)?;
     }
     make_place(
         Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())),

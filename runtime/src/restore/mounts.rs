@@ -11,7 +11,7 @@ use oci_spec::runtime::Spec;
 
 use crate::cgroup::{Hierarchies, inside};
 use crate::criu::image::{self, Mount, Process};
-use crate::{creator, places};
+use crate::places;
 
 use super::{ImagesError, refused};
 
@@ -216,7 +216,7 @@ fn of_spec(spec: &Spec, root: &OwnedFd) -> Result<HashMap<PathBuf, Wanted>, Imag
         for (name, flag) in RESTRICTIONS {
             flags.set(flag, options().any(|o| o == name));
         }
-        let bind = creator::is_bind(mount);
+        let bind = libcontainer::rootfs::utils::is_bind(mount);
         let kind = match bind {
             true => None,
             false => {
