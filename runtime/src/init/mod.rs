@@ -25,6 +25,7 @@ use libcontainer::process::channel::{
 use libcontainer::process::init::container_init_process;
 use libcontainer::process::intel_rdt::setup_intel_rdt;
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
+use libcontainer::utils::validate_spec_for_net_devices;
 use libcontainer::validator::Validator;
 use libcontainer::workload::Executor;
 use nix::mount::{MsFlags, mount};
@@ -96,6 +97,8 @@ pub fn make(init: Init<'_>) -> Result<i32, InitError> {
         no_pivot,
     } = init;
     Validator::validate_spec(&spec).map_err(|e| refused(&e))?;
+    let syscall = create_syscall();
+    validate_spec_for_net_devices(&spec, syscall.as_ref()).map_err(|e| refused(&e))?;
     fs::create_dir_all(&state).map_err(step("make the directory of libcontainer's state"))?;
     let rdt = spec.linux().as_ref().and_then(|l| l.intel_rdt().as_ref());
     let container = match spec.hooks().is_some() || rdt.is_some() {

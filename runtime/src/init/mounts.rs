@@ -132,8 +132,9 @@ fn one(root: &OwnedFd, entry: &Mount) -> Result<(), MountError> {
         _ => ResolveFlags::NO_MAGICLINKS,
     };
     let at = find(root, place, true, resolve)?;
-    let mounted = file_system(kind, &name, &options).map_err(failed("make", kind))?;
-    attach(mounted.as_fd(), &at).map_err(failed("mount", kind))
+    let mounted =
+        file_system(kind, &name, &options).map_err(failed("mount a file system of type", kind))?;
+    attach(mounted.as_fd(), &at).map_err(failed("mount a file system of type", kind))
 }
 
 /// The place of a mount, which is made if it is missing.
