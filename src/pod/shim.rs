@@ -1,4 +1,5 @@
-//! Pods whose containers a shim makes: what the shim is told of the pod, and its end when the keeper can't see to that.
+//! Pods whose containers a shim makes, or a runtime in a sandbox that they share: what it is told of the pod, and its end when
+//! the keeper can't see to that.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use slipway_runtime::removal;
 use super::leftovers;
 use super::record::PodRecord;
 
-/// The call that starts the shim; `None` for pods of other runtimes. `sandbox` is the pod's host name, and whether systemd
+/// The call that starts the shim, or makes the sandbox; `None` for pods of other runtimes. `sandbox` is the pod's host name, and whether systemd
 /// makes its cgroups.
 pub fn start(
     record: &PodRecord,
@@ -21,7 +22,7 @@ pub fn start(
     config: &Config,
 ) -> Option<keeper::StartSandbox> {
     let driver = record.driver.as_ref()?;
-    if driver.settings.kind != RuntimeKind::ShimV2 {
+    if driver.settings.kind != RuntimeKind::ShimV2 && !driver.pod_sandbox {
         return None;
     }
     let (hostname, systemd) = sandbox;

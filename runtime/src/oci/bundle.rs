@@ -116,6 +116,17 @@ pub fn complete(spec: &mut Spec, known: &Known<'_>) -> Result<(), BundleError> {
     Ok(())
 }
 
+/// Takes out of a specification what a container in gVisor's sandbox does not have, and what would be refused for it: its
+/// processes are none of the host's, so no label of SELinux is theirs.
+pub fn for_sandbox(spec: &mut Spec) {
+    if let Some(process) = spec.process_mut() {
+        process.set_selinux_label(None);
+    }
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_mount_label(None);
+    }
+}
+
 fn process_of(mut process: Process, known: &Known<'_>) -> Result<Process, BundleError> {
     let build = |e: oci_spec::OciSpecError| BundleError::Build(chain(&e));
     let user = UserBuilder::default()

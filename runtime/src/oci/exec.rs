@@ -108,6 +108,8 @@ pub fn exec(
         own_pipe(fd, &process);
     }
     let texts = (process_file.to_string_lossy(), pid_file.to_string_lossy());
+    let inner = inner_file(session.dir, own.cast_signed());
+    let inner = inner.to_string_lossy();
     let mut args = vec![
         "exec",
         "--process",
@@ -116,6 +118,9 @@ pub fn exec(
         "--pid-file",
         &texts.1,
     ];
+    if runtime.sandbox.is_some() {
+        args.extend(["--internal-pid-file", &inner]);
+    }
     if let Some(console) = &console {
         args.extend(["--console-socket", &console.path]);
     }
@@ -207,6 +212,11 @@ fn own_pipe(fd: &OwnedFd, process: &[u8]) {
         let uid = rustix::fs::Uid::from_raw(process.user().uid());
         let _ = rustix::fs::fchown(fd, Some(uid), None);
     }
+}
+
+/// Where a command's number in its sandbox is kept, by the job that has it started.
+pub fn inner_file(dir: &Path, job: i32) -> PathBuf {
+    dir.join(format!("exec-{job}.inner"))
 }
 
 /// Files that are of no use once the runtime has ended.
