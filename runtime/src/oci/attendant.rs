@@ -63,6 +63,8 @@ pub fn fork(container: &Attended<'_>, stdio: &Stdio, control: &OwnedFd) -> io::R
         sys::Forked::Parent(pid) => Ok(pid),
         sys::Forked::Child => {
             let _ = nix::unistd::setsid();
+            // So that whoever wonders what this process is for can see it.
+            let _ = std::env::set_current_dir(container.dir);
             let streams = match stdio {
                 Stdio::Terminal(_) => Streams::default(),
                 Stdio::Pipes {

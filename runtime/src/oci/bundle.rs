@@ -8,7 +8,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec, UserBuilder};
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxCapabilities, LinuxNamespaceType, Mount, Process, Spec,
+    UserBuilder,
+};
 use slipway_proto::keeper::CreateContainer;
 
 use crate::confine::chain;
@@ -116,15 +119,38 @@ pub fn complete(spec: &mut Spec, known: &Known<'_>) -> Result<(), BundleError> {
     Ok(())
 }
 
-/// Takes out of a specification what a container in gVisor's sandbox does not have, and what would be refused for it: its
-/// processes are none of the host's, so no label of SELinux is theirs.
+/// Capabilities that gVisor's kernel does not know, and has nothing of what they are for.
+const UNKNOWN: [Capability; 3] = [
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+];
+
+/// Takes out of a specification what a container in gVisor's sandbox does not have, and would be refused for: its processes
+/// are none of the host's, so no label of SELinux is theirs, and newer capabilities are unknown there.
 pub fn for_sandbox(spec: &mut Spec) {
     if let Some(process) = spec.process_mut() {
         process.set_selinux_label(None);
+        let known = process.capabilities().clone().map(known_capabilities);
+        process.set_capabilities(known);
     }
     if let Some(linux) = spec.linux_mut() {
         linux.set_mount_label(None);
     }
+}
+
+fn known_capabilities(all: LinuxCapabilities) -> LinuxCapabilities {
+    let known = |set: &Option<Capabilities>| {
+        let set = set.clone();
+        set.map(|set| set.into_iter().filter(|c| !UNKNOWN.contains(c)).collect())
+    };
+    let mut kept = LinuxCapabilities::default();
+    kept.set_bounding(known(all.bounding()))
+        .set_effective(known(all.effective()))
+        .set_permitted(known(all.permitted()))
+        .set_inheritable(known(all.inheritable()))
+        .set_ambient(known(all.ambient()));
+    kept
 }
 
 fn process_of(mut process: Process, known: &Known<'_>) -> Result<Process, BundleError> {
@@ -328,6 +354,27 @@ mod tests {
         let own = format!("/proc/{}/fd/9", std::process::id());
         assert_eq!(namespaces[1].path().as_deref(), Some(Path::new(&own)));
         assert_eq!(spec.root().clone().unwrap().path(), Path::new("/b/rootfs"));
+    }
+
+    #[test]
+    fn a_sandbox_is_not_told_what_it_does_not_know() {
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "process": {"cwd": "/", "args": ["a"], "user": {"uid": 0, "gid": 0}, "selinuxLabel": "a:b:c:s0",
+                "capabilities": {"bounding": ["CAP_BPF", "CAP_CHOWN", "CAP_PERFMON"]}},
+            "linux": {"mountLabel": "a:b:c:s0"},
+        }))
+        .unwrap();
+        for_sandbox(&mut spec);
+        let process = spec.process().clone().unwrap();
+        assert_eq!(process.selinux_label(), &None);
+        let capabilities = process.capabilities().clone().unwrap();
+        assert_eq!(
+            capabilities.bounding(),
+            &Some([Capability::Chown].into_iter().collect())
+        );
+        assert_eq!(capabilities.ambient(), &None);
+        assert_eq!(spec.linux().clone().unwrap().mount_label(), &None);
     }
 
     #[test]

@@ -214,9 +214,12 @@ fn own_pipe(fd: &OwnedFd, process: &[u8]) {
     }
 }
 
+/// How the names of those files end.
+pub const INNER: &str = ".inner";
+
 /// Where a command's number in its sandbox is kept, by the job that has it started.
 pub fn inner_file(dir: &Path, job: i32) -> PathBuf {
-    dir.join(format!("exec-{job}.inner"))
+    dir.join(format!("exec-{job}{INNER}"))
 }
 
 /// Files that are of no use once the runtime has ended.
