@@ -166,14 +166,22 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
 /// # Errors
 /// Why it did not, for the operator.
 pub fn tell_runtime(path: &Path, arguments: &[&str]) -> Result<(), String> {
+    runtime_says(path, arguments, PATIENCE).map(drop)
+}
+
+/// Has a runtime say something, within this time. Blocks.
+///
+/// # Errors
+/// Why it did not, for the operator.
+pub fn runtime_says(path: &Path, arguments: &[&str], patience: Duration) -> Result<String, String> {
     let shown = path.display();
-    let answer = run(path, arguments, Instant::now() + PATIENCE);
+    let answer = run(path, arguments, Instant::now() + patience);
     match answer.map_err(|e| format!("can't run {shown}: {e}"))? {
         None => Err(format!(
             "{shown} did not end within {} s",
-            PATIENCE.as_secs()
+            patience.as_secs()
         )),
-        Some((status, ..)) if status.success() => Ok(()),
+        Some((status, text, _)) if status.success() => Ok(text),
         Some((status, _, error)) => Err(format!("{shown} ({status}): {}", error.trim())),
     }
 }

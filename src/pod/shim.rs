@@ -89,14 +89,20 @@ struct Shim {
     cgroup: String,
 }
 
+fn written(dir: &Path) -> Option<Shim> {
+    let text = std::fs::read_to_string(dir.join(slipway_runtime::SHIM_RECORD));
+    serde_json::from_str(&text.ok()?).ok()
+}
+
+/// The cgroup of a pod's sandbox, whose run directory this is, if it has one.
+pub fn sandbox_cgroup(dir: &Path) -> Option<String> {
+    Some(written(dir)?.cgroup)
+}
+
 /// Ends the shim of a pod whose keeper is dead or does not obey, with all that it has started. Blocks for up to a few
 /// seconds. A pod without one is no error.
 pub fn end(id: &str, dir: &Path) {
-    let text = std::fs::read_to_string(dir.join(slipway_runtime::SHIM_RECORD));
-    let Some(shim) = text
-        .ok()
-        .and_then(|text| serde_json::from_str::<Shim>(&text).ok())
-    else {
+    let Some(shim) = written(dir) else {
         return;
     };
     // The number may be another process's by now.
