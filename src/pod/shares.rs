@@ -119,8 +119,8 @@ mod tests {
             members,
             cpu,
         };
-        assert_eq!(share(1, None).of(usage.clone()).cpu, Some(900));
-        let part = share(3, Some(700)).of(usage.clone());
+        assert_eq!(share(1, None).of(usage).cpu, Some(900));
+        let part = share(3, Some(700)).of(usage);
         assert_eq!(part.cpu, Some(700));
         let memory = part.memory.unwrap();
         assert_eq!((memory.usage, memory.kernel), (100, Some(10)));
