@@ -370,6 +370,7 @@ async fn statistics_of_containers(env: Env) -> Result<()> {
     let idle = pod.sleeper().await?;
     let (cpu, memory) = used(&idle).await?;
     assert!(cpu > 0 && memory > 1 << 20, "{cpu} {memory}");
+    println!("one idle container: {} KiB", memory >> 10);
     let busy = pod
         .run(&["sh", "-c", "echo up; while :; do :; done"], |_| {})
         .await?;

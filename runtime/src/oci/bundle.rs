@@ -40,6 +40,17 @@ pub enum BundleError {
     /// A part of it can't be made.
     #[error("can't complete the container's OCI spec: {0}")]
     Build(String),
+    /// Hooks that nobody would run.
+    #[error(
+        "runtime handler {handler:?} runs no {stage} hooks, and the container has some: it has no such place in the \
+         container's sandbox"
+    )]
+    Hooks {
+        /// The handler.
+        handler: String,
+        /// Their stage.
+        stage: &'static str,
+    },
     /// A cgroup that systemd could not make.
     #[error("cgroup {} is no scope in a slice of systemd's", .0.display())]
     NoScope(PathBuf),
@@ -128,7 +139,22 @@ const UNKNOWN: [Capability; 3] = [
 
 /// Takes out of a specification what a container in gVisor's sandbox does not have, and would be refused for: its processes
 /// are none of the host's, so no label of SELinux is theirs, and newer capabilities are unknown there.
-pub fn for_sandbox(spec: &mut Spec) {
+///
+/// # Errors
+/// [`BundleError::Hooks`] for what it would pass over in silence.
+pub fn for_sandbox(spec: &mut Spec, handler: &str) -> Result<(), BundleError> {
+    let hooks = spec.hooks().clone().unwrap_or_default();
+    for (stage, list) in [
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+    ] {
+        if list.as_ref().is_some_and(|list| !list.is_empty()) {
+            return Err(BundleError::Hooks {
+                handler: handler.to_owned(),
+                stage,
+            });
+        }
+    }
     if let Some(process) = spec.process_mut() {
         process.set_selinux_label(None);
         let known = process.capabilities().clone().map(known_capabilities);
@@ -137,6 +163,7 @@ pub fn for_sandbox(spec: &mut Spec) {
     if let Some(linux) = spec.linux_mut() {
         linux.set_mount_label(None);
     }
+    Ok(())
 }
 
 fn known_capabilities(all: LinuxCapabilities) -> LinuxCapabilities {
@@ -365,7 +392,7 @@ mod tests {
             "linux": {"mountLabel": "a:b:c:s0"},
         }))
         .unwrap();
-        for_sandbox(&mut spec);
+        for_sandbox(&mut spec, "runsc").unwrap();
         let process = spec.process().clone().unwrap();
         assert_eq!(process.selinux_label(), &None);
         let capabilities = process.capabilities().clone().unwrap();
@@ -375,6 +402,14 @@ mod tests {
         );
         assert_eq!(capabilities.ambient(), &None);
         assert_eq!(spec.linux().clone().unwrap().mount_label(), &None);
+        // What would never be done is refused.
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "hooks": {"createRuntime": [{"path": "/a"}], "createContainer": [{"path": "/b"}]},
+        }))
+        .unwrap();
+        let error = for_sandbox(&mut spec, "runsc").unwrap_err().to_string();
+        assert!(error.contains("createContainer"), "{error}");
     }
 
     #[test]

@@ -126,7 +126,7 @@ pub fn create(
     let pid_namespace = pid_namespace.as_deref();
     let user = prepare::prepare(&mut spec, &runtime.handler, create, pid_namespace)?;
     if runtime.sandbox.is_some() {
-        bundle::for_sandbox(&mut spec);
+        bundle::for_sandbox(&mut spec, &runtime.handler).map_err(PrepareError::from)?;
     }
     creator::write_spec(&dir.join("config.json"), &spec).map_err(PrepareError::from)?;
 

@@ -51,7 +51,9 @@ impl PrepareError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Creator(error) => error.kind(),
-            Self::Bundle(BundleError::Environment { .. }) => ErrorKind::Invalid,
+            Self::Bundle(BundleError::Environment { .. } | BundleError::Hooks { .. }) => {
+                ErrorKind::Invalid
+            }
             Self::Bundle(_) => ErrorKind::Internal,
         }
     }

@@ -183,8 +183,8 @@ fn specification(start: &Start<'_>, id: &str, rootfs: &Path) -> serde_json::Valu
     spec
 }
 
-/// Takes away, for this mount namespace, what runsc of before 2025 takes for the mark of the host's network namespace
-/// (net.core.rmem_default), and Linux since 6.15 has in all. It refuses to work there; this is the pod's.
+/// Takes away, for this mount namespace, what runsc of before August 2024 takes for the mark of the host's network namespace
+/// (net.core.rmem_default), and newer kernels show in all. It refuses to work there; this is the pod's.
 fn hide_sysctls(network: &Path) -> io::Result<()> {
     let own = fs::File::open("/proc/self/ns/net")?;
     // What is seen there depends on the network namespace of who looks, and so does what is mounted there.
