@@ -12,7 +12,7 @@ use super::node::Node;
 use super::state::Stage;
 
 /// How long a runtime may take to tell what a container has used. Whoever asked waits for it.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A container's share of its pod's sandbox.
 pub struct Share {

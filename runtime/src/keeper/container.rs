@@ -645,6 +645,12 @@ impl Keeper {
         let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
         let runtime = container.driver.runtime();
         let (id, dir) = (id.to_owned(), container.dir.clone());
+        let in_sandbox = runtime.as_ref().is_some_and(|r| r.sandbox.is_some());
+        if in_sandbox && cgroups.v2_dir(&cgroup).is_some_and(|dir| !dir.exists()) {
+            // Limits of its own would have no effect there.
+            self.reply(connection, Ok(Answer::Empty(Empty {})));
+            return Ok(());
+        }
         if matches!(container.driver, Driver::Shim(_)) {
             let mut call = self.shim_call()?;
             // The job does not keep it.

@@ -168,8 +168,15 @@ fn wait(container: &Attended<'_>) -> i32 {
             Ok(text) => return exit_status(&text).unwrap_or(KILLED),
             // Killed, maybe for want of memory, and maybe alone.
             Err(CommandError::Failed { code: 129.., .. }) => {}
-            // It can't be asked any more: the sandbox is gone.
-            Err(_) => return KILLED,
+            // It can't be asked any more: the sandbox is gone. The keeper, which hears of that as well, knows why, and kills
+            // this process when it does.
+            Err(_) => {
+                let _ = rustix::event::poll(
+                    &mut [],
+                    rustix::event::Timespec::try_from(LAG).ok().as_ref(),
+                );
+                return KILLED;
+            }
         }
     }
     KILLED

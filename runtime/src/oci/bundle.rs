@@ -162,6 +162,8 @@ pub fn for_sandbox(spec: &mut Spec, handler: &str) -> Result<(), BundleError> {
     }
     if let Some(linux) = spec.linux_mut() {
         linux.set_mount_label(None);
+        // It would make that cgroup, of which it was told to leave all alone.
+        linux.set_cgroups_path(None);
     }
     Ok(())
 }
@@ -389,7 +391,7 @@ mod tests {
             "ociVersion": "1.0.2",
             "process": {"cwd": "/", "args": ["a"], "user": {"uid": 0, "gid": 0}, "selinuxLabel": "a:b:c:s0",
                 "capabilities": {"bounding": ["CAP_BPF", "CAP_CHOWN", "CAP_PERFMON"]}},
-            "linux": {"mountLabel": "a:b:c:s0"},
+            "linux": {"mountLabel": "a:b:c:s0", "cgroupsPath": "/a"},
         }))
         .unwrap();
         for_sandbox(&mut spec, "runsc").unwrap();
@@ -401,7 +403,8 @@ mod tests {
             &Some([Capability::Chown].into_iter().collect())
         );
         assert_eq!(capabilities.ambient(), &None);
-        assert_eq!(spec.linux().clone().unwrap().mount_label(), &None);
+        let linux = spec.linux().clone().unwrap();
+        assert_eq!((linux.mount_label(), linux.cgroups_path()), (&None, &None));
         // What would never be done is refused.
         let mut spec: Spec = serde_json::from_value(serde_json::json!({
             "ociVersion": "1.0.2",

@@ -124,7 +124,15 @@ pub fn create(
     }
     command::hide_v2(cgroups).map_err(namespace)?;
     let pid_namespace = pid_namespace.as_deref();
-    let user = prepare::prepare(&mut spec, &runtime.handler, create, pid_namespace)?;
+    // An attendant that is killed for want of memory would be a container that only seems to have ended.
+    let of_process = runtime.sandbox.is_none();
+    let user = prepare::prepare(
+        &mut spec,
+        &runtime.handler,
+        create,
+        pid_namespace,
+        of_process,
+    )?;
     if runtime.sandbox.is_some() {
         bundle::for_sandbox(&mut spec, &runtime.handler).map_err(PrepareError::from)?;
     }

@@ -93,7 +93,9 @@ pub fn exec(
     let own = std::process::id();
     let process_file = session.dir.join(format!("exec-{own}.json"));
     let pid_file = session.dir.join(format!("exec-{own}.pid"));
-    creator::set_oom_score(session.oom_score_adj);
+    if runtime.sandbox.is_none() {
+        creator::set_oom_score(session.oom_score_adj);
+    }
     let process = process(&runtime.handler, session.dir, session.args, session.tty)?;
     creator::write_private(&process_file, &process)?;
     let _files = Files([&process_file, &pid_file]);

@@ -184,9 +184,11 @@ impl Keeper {
         systemd: bool,
     ) -> io::Result<Option<OwnedFd>> {
         if let Some(sandbox) = &oci.runtime.sandbox {
-            // Its processes are in that one's; its own is for who looks for it there.
+            // Its processes are in that one's; its own is for who looks for it there. systemd has no scope for nobody.
             let of_sandbox = sandbox.cgroup.clone();
-            self.cgroups.ensure(cgroup)?;
+            if !systemd {
+                self.cgroups.ensure(cgroup)?;
+            }
             return self.cgroups.open_v2(&of_sandbox);
         }
         if !systemd {

@@ -148,7 +148,10 @@ impl Keeper {
                 .map(Answer::StartSandbox)
                 .map_err(|e| wire_error(e.kind(), chain(&e)))
         });
-        job.map_err(|e| failed("fork", &e))?;
+        if let Err(e) = job {
+            let _ = self.cgroups.remove(&sandbox.cgroup);
+            return Err(failed("fork", &e));
+        }
         self.oci_sandbox = Some(OciSandbox {
             runtime,
             sandbox,
