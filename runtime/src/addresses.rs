@@ -101,6 +101,7 @@ mod tests {
                 println!("SKIPPED: unshare(CLONE_NEWNET) needs CAP_SYS_ADMIN");
                 return;
             }
+            crate::loopback::bring_loopback_up().unwrap();
             let v4 = IpAddr::from(Ipv4Addr::new(192, 0, 2, 7));
             TcpListener::bind((v4, 0)).unwrap_err();
             add("lo", v4, 24).unwrap();
