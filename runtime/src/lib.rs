@@ -8,6 +8,7 @@
 //! zygote forked and knows neither gRPC, nor images, nor CNI. The OCI command line (`slipway-oci`) has no keeper: it
 //! calls [`creator`] itself, with a [`bundle`].
 
+pub mod addresses;
 pub mod bundle;
 pub mod cgroup;
 mod cgroup_view;

@@ -15,8 +15,8 @@ use thiserror::Error;
 const LOOPBACK_INDEX: i32 = 1;
 const RTM_NEWLINK: u16 = 16;
 const NLMSG_ERROR: u16 = 2;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
+pub(crate) const NLM_F_REQUEST: u16 = 1;
+pub(crate) const NLM_F_ACK: u16 = 4;
 const IFF_UP: u32 = 1;
 const HEADER: usize = 16;
 /// The kernel answers at once; this only bounds the unthinkable.
@@ -93,7 +93,7 @@ fn request() -> [u8; 32] {
 }
 
 /// The error number of an `NLMSG_ERROR` message: 0 is success, else negative.
-fn acknowledgement(answer: &[u8]) -> Option<i32> {
+pub(crate) fn acknowledgement(answer: &[u8]) -> Option<i32> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let error = i32::from_ne_bytes(answer.get(HEADER..HEADER + 4)?.try_into().ok()?);
     (kind == NLMSG_ERROR).then_some(error)

@@ -2,7 +2,7 @@
 //! keepers (in a job), and by the daemon for what a dead keeper has left.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _, Seek as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -72,6 +72,7 @@ pub fn kill_cgroup(
     loop {
         let pids = cgroups.pids(cgroup);
         if pids.is_empty() {
+            settle(cgroups, cgroup, deadline);
             return Ok(());
         }
         if Instant::now() >= deadline {
@@ -85,6 +86,31 @@ pub fn kill_cgroup(
         for process in &pinned {
             wait(process, deadline);
         }
+    }
+}
+
+/// Waits until nothing dies in a cgroup any more: on v2 processes are not listed while they do, and it can't be removed
+/// yet. With much memory to give back that takes its time.
+fn settle(cgroups: &Hierarchies, cgroup: &Path, deadline: Instant) {
+    let Some(dir) = cgroups.v2_dir(cgroup) else {
+        return;
+    };
+    let Ok(mut events) = fs::File::open(dir.join("cgroup.events")) else {
+        return;
+    };
+    loop {
+        let mut text = String::new();
+        let read = events
+            .rewind()
+            .and_then(|()| events.read_to_string(&mut text));
+        let left = deadline.saturating_duration_since(Instant::now());
+        if read.is_err() || !text.contains("populated 1") || left.is_zero() {
+            return;
+        }
+        let Ok(timeout) = rustix::event::Timespec::try_from(left) else {
+            return;
+        };
+        let _ = poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&timeout));
     }
 }
 

@@ -69,7 +69,11 @@ fn others(name: &str, default: &str, runtime: &Runtime, findings: &[Finding]) ->
                 .fix(fix);
         }
     };
-    let kind = format!("{word}{default}: {} ({})", path.display(), facts.version);
+    let mut kind = format!("{word}{default}: {} ({})", path.display(), facts.version);
+    for note in &facts.notes {
+        kind.push_str("; ");
+        kind.push_str(note);
+    }
     let mut lacking = findings
         .iter()
         .filter(|f| OTHERS.contains(&f.id.as_str()) && f.status == Status::Fail);

@@ -43,7 +43,7 @@ pub use finding::{Finding, Report, Status};
 pub use mounts::user_namespaces;
 pub use runtime::{
     Identity, LinuxFeatures, RuntimeFacts, RuntimeFeatures, ask_runtime, ask_shim, find_program,
-    shim_program, tell_runtime,
+    runtime_says, shim_program, tell_runtime,
 };
 
 use slipway_config::Config;

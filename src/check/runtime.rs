@@ -33,7 +33,18 @@ pub struct RuntimeFacts {
     pub version: String,
     /// What its `features` command says; none of a runtime that has no such command.
     pub features: Option<RuntimeFeatures>,
+    /// The containers of a pod share a sandbox that it makes: gVisor's `runsc`, by the name it gives itself.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub pod_sandbox: bool,
+    /// What is not known of it, or different about it, for the operator.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
+
+/// What a command-line runtime without a `features` command is told to be.
+const NO_FEATURES: &str = "it has no features command, so nothing is known of its features";
+/// What is different about gVisor's.
+const POD_SANDBOX: &str = "the containers of a pod share one sandbox (gVisor)";
 
 /// What a runtime can do (features.md of the runtime specification), as far as anything here depends on it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,10 +134,21 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
     };
     match run(path, &["--version"], until).map_err(|e| format!("can't run {shown}: {e}"))? {
         None => Err(hung()),
-        Some((status, text, _)) if status.success() || features.is_some() => Ok(RuntimeFacts {
-            version: text.lines().next().unwrap_or_default().trim().to_owned(),
-            features,
-        }),
+        Some((status, text, _)) if status.success() || features.is_some() => {
+            let version = text.lines().next().unwrap_or_default().trim().to_owned();
+            let pod_sandbox = version.starts_with("runsc version ");
+            let notes = [
+                (features.is_none(), NO_FEATURES),
+                (pod_sandbox, POD_SANDBOX),
+            ];
+            let notes = notes.into_iter().filter(|(holds, _)| *holds);
+            Ok(RuntimeFacts {
+                version,
+                features,
+                pod_sandbox,
+                notes: notes.map(|(_, note)| note.to_owned()).collect(),
+            })
+        }
         Some((status, text, error)) => {
             let said = error
                 .lines()
@@ -144,14 +166,22 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
 /// # Errors
 /// Why it did not, for the operator.
 pub fn tell_runtime(path: &Path, arguments: &[&str]) -> Result<(), String> {
+    runtime_says(path, arguments, PATIENCE).map(drop)
+}
+
+/// Has a runtime say something, within this time. Blocks.
+///
+/// # Errors
+/// Why it did not, for the operator.
+pub fn runtime_says(path: &Path, arguments: &[&str], patience: Duration) -> Result<String, String> {
     let shown = path.display();
-    let answer = run(path, arguments, Instant::now() + PATIENCE);
+    let answer = run(path, arguments, Instant::now() + patience);
     match answer.map_err(|e| format!("can't run {shown}: {e}"))? {
         None => Err(format!(
             "{shown} did not end within {} s",
-            PATIENCE.as_secs()
+            patience.as_secs()
         )),
-        Some((status, ..)) if status.success() => Ok(()),
+        Some((status, text, _)) if status.success() => Ok(text),
         Some((status, _, error)) => Err(format!("{shown} ({status}): {}", error.trim())),
     }
 }
@@ -186,7 +216,7 @@ pub fn ask_shim(path: &Path) -> Result<RuntimeFacts, String> {
     let line = line.or_else(|| text.lines().next());
     Ok(RuntimeFacts {
         version: line.unwrap_or_default().trim().to_owned(),
-        features: None,
+        ..RuntimeFacts::default()
     })
 }
 

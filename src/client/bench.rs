@@ -111,7 +111,7 @@ pub struct BenchArgs {
     /// Also start a command in this root file system with bare system calls
     #[arg(long, value_name = "ROOTFS")]
     floor: Option<PathBuf>,
-    /// Also `run` it with a bare OCI runtime, to its exit; may be repeated
+    /// Also `run` it with a bare OCI runtime, to its exit, and `create` and `start` it; may be repeated
     #[arg(long, value_name = "NAME=BINARY", value_parser = pair)]
     oci: Vec<(String, String)>,
     /// Root file system for --oci (default: that of --floor)
@@ -411,10 +411,7 @@ async fn sequential(
             let into = &mut group.results[index];
             let outcome = match &mut targets[index] {
                 Target::Runtime(bencher) => bencher.one(host_network, args.exec).await,
-                Target::Bare(helper) => helper
-                    .once(host_network)
-                    .await
-                    .map(|took| vec![(pods::READY, took)]),
+                Target::Bare(helper) => helper.once(host_network).await,
             };
             match outcome {
                 Ok(samples) if !warm => into.add(samples),

@@ -49,6 +49,9 @@ pub struct Driver {
     pub path: PathBuf,
     /// Directory of its state.
     pub root: PathBuf,
+    /// Its containers of a pod share a sandbox, which is made first.
+    #[serde(default)]
+    pub pod_sandbox: bool,
 }
 
 impl Driver {
@@ -69,6 +72,7 @@ impl Driver {
             arguments: self.settings.options.arguments().to_vec(),
             create_timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
             options: self.settings.options.toml(),
+            pod_sandbox: self.pod_sandbox,
         }
     }
 }
@@ -183,6 +187,7 @@ impl Handler {
             settings: self.settings.clone(),
             path: known.path,
             root: self.root.clone(),
+            pod_sandbox: known.facts.pod_sandbox,
         }))
     }
 

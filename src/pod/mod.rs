@@ -4,6 +4,7 @@
 //! a task of its own, ordered per pod ([`sandbox::Pod::shared`], [`sandbox::Pod::exclusive`]) and per
 //! container ([`container::Container::turn`]). A stop that waits holds neither.
 
+mod addresses;
 mod assemble;
 mod cdi;
 pub mod checkpoint;
@@ -33,6 +34,7 @@ mod restore;
 mod run;
 pub mod sandbox;
 mod session;
+mod shares;
 mod shim;
 pub mod state;
 pub mod stats;

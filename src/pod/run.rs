@@ -104,6 +104,7 @@ impl Node {
             stopped: false,
             phases: Vec::new(),
         };
+        let shared = draft.driver.as_ref().is_some_and(|d| d.pod_sandbox);
         match self.bring_up(draft, plan, wishes, &dir, phases).await {
             Ok((pod, follow, turn)) => {
                 let laps = pod.record.phases.clone();
@@ -123,7 +124,7 @@ impl Node {
                 Ok(id)
             }
             Err(error) => {
-                self.undo_pod(&id, &dir).await;
+                self.undo_pod(&id, &dir, shared).await;
                 Err(error)
             }
         }
@@ -237,10 +238,15 @@ impl Node {
         Ok(result.ips)
     }
 
-    /// Leaves nothing of a pod that could not be made. Every step is tried; what fails is logged.
-    async fn undo_pod(self: &Arc<Self>, id: &str, dir: &Path) {
+    /// Leaves nothing of a pod that could not be made; `shared`: its containers were to share a sandbox. Every step is tried;
+    /// what fails is logged.
+    async fn undo_pod(self: &Arc<Self>, id: &str, dir: &Path, shared: bool) {
         self.levels.release(id);
         let mut problems = Vec::new();
+        if shared {
+            let netns = dir.join("ns").join("net");
+            self.give_addresses_back_to(id, netns).await;
+        }
         if let Err(e) = self.cni.del(id, None).await {
             problems.push(super::error::chain(&e));
             self.detach_later(id.to_owned());

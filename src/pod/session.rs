@@ -1,7 +1,7 @@
 //! Exec, Attach and PortForward: what is at the container's end of a stream.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -66,9 +66,17 @@ impl Backend for Sessions {
     async fn port_forward(&self, pod_id: &str, port: u16) -> Result<PortStream, StreamError> {
         let pod = self.0.ready_pod(pod_id).map_err(told)?;
         let netns = PathBuf::from(&pod.record.namespaces.network);
-        let stream = connect(netns, port)
-            .await
-            .map_err(|e| failed(&format!("connect to port {port} of pod {pod_id}"), &e))?;
+        let sandbox = pod.record.driver.as_ref().is_some_and(|d| d.pod_sandbox);
+        let stream = match connect(netns, port).await {
+            // Its network stack, loopback interface and all, may be the sandbox's own: then only who comes from outside
+            // reaches it.
+            Err(e) if sandbox && e.kind() == io::ErrorKind::ConnectionRefused => {
+                from_outside(&pod.record.ips, port).await.map_err(|_| e)
+            }
+            connected => connected,
+        };
+        let stream =
+            stream.map_err(|e| failed(&format!("connect to port {port} of pod {pod_id}"), &e))?;
         Ok(Box::new(stream))
     }
 }
@@ -388,6 +396,20 @@ async fn connect(netns: PathBuf, port: u16) -> io::Result<tokio::net::TcpStream>
         .map_err(|_| io::Error::other("the connecting thread died"))??;
     stream.set_nonblocking(true)?;
     tokio::net::TcpStream::from_std(stream)
+}
+
+/// Connects to a port at a pod's addresses, from the host.
+async fn from_outside(addresses: &[IpAddr], port: u16) -> io::Result<tokio::net::TcpStream> {
+    let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for address in addresses {
+        let connecting = tokio::net::TcpStream::connect((*address, port));
+        match tokio::time::timeout(CONNECT, connecting).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(e)) => failure = e,
+            Err(_) => failure = io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(failure)
 }
 
 fn connect_here(port: u16) -> io::Result<TcpStream> {

@@ -1,4 +1,5 @@
-//! Pods whose containers a shim makes: what the shim is told of the pod, and its end when the keeper can't see to that.
+//! Pods whose containers a shim makes, or a runtime in a sandbox that they share: what it is told of the pod, and its end when
+//! the keeper can't see to that.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use slipway_runtime::removal;
 use super::leftovers;
 use super::record::PodRecord;
 
-/// The call that starts the shim; `None` for pods of other runtimes. `sandbox` is the pod's host name, and whether systemd
+/// The call that starts the shim, or makes the sandbox; `None` for pods of other runtimes. `sandbox` is the pod's host name, and whether systemd
 /// makes its cgroups.
 pub fn start(
     record: &PodRecord,
@@ -21,7 +22,7 @@ pub fn start(
     config: &Config,
 ) -> Option<keeper::StartSandbox> {
     let driver = record.driver.as_ref()?;
-    if driver.settings.kind != RuntimeKind::ShimV2 {
+    if driver.settings.kind != RuntimeKind::ShimV2 && !driver.pod_sandbox {
         return None;
     }
     let (hostname, systemd) = sandbox;
@@ -88,14 +89,20 @@ struct Shim {
     cgroup: String,
 }
 
+fn written(dir: &Path) -> Option<Shim> {
+    let text = std::fs::read_to_string(dir.join(slipway_runtime::SHIM_RECORD));
+    serde_json::from_str(&text.ok()?).ok()
+}
+
+/// The cgroup of a pod's sandbox, whose run directory this is, if it has one.
+pub fn sandbox_cgroup(dir: &Path) -> Option<String> {
+    Some(written(dir)?.cgroup)
+}
+
 /// Ends the shim of a pod whose keeper is dead or does not obey, with all that it has started. Blocks for up to a few
 /// seconds. A pod without one is no error.
 pub fn end(id: &str, dir: &Path) {
-    let text = std::fs::read_to_string(dir.join(slipway_runtime::SHIM_RECORD));
-    let Some(shim) = text
-        .ok()
-        .and_then(|text| serde_json::from_str::<Shim>(&text).ok())
-    else {
+    let Some(shim) = written(dir) else {
         return;
     };
     // The number may be another process's by now.

@@ -42,7 +42,17 @@ pub struct Meter {
 impl Meter {
     /// A sample, and the nanocores used lately.
     fn read(&mut self, layout: &Layout, cgroup: &str) -> (Usage, Option<u64>) {
-        let usage = self.files.usage(layout, Path::new(cgroup));
+        self.read_as(layout, cgroup, |usage| usage)
+    }
+
+    /// Likewise, of what is made of a sample.
+    fn read_as(
+        &mut self,
+        layout: &Layout,
+        cgroup: &str,
+        make: impl FnOnce(Usage) -> Usage,
+    ) -> (Usage, Option<u64>) {
+        let usage = make(self.files.usage(layout, Path::new(cgroup)));
         let nano_cores = usage.cpu.and_then(|cpu| self.rate.sample(usage.at, cpu));
         (usage, nano_cores)
     }
@@ -145,13 +155,20 @@ impl Node {
         let counts = self.ledger.usage(&layers, PATIENCE);
         let each = containers.into_iter().zip(counts).collect();
         side_by_side(each, |(container, layer)| {
+            let share = match container.stage() {
+                Stage::Exited => None,
+                _ => self.share(&container),
+            };
             let mut meter = container.meter.lock();
-            let read = match container.stage() {
-                Stage::Exited => {
+            let read = match (container.stage(), share) {
+                (Stage::Exited, _) => {
                     meter.files.close();
                     None
                 }
-                _ => Some(meter.read(&self.layout, &container.record.cgroup)),
+                (_, Some(share)) => {
+                    Some(meter.read_as(&self.layout, &share.cgroup, |all| share.of(all)))
+                }
+                (_, None) => Some(meter.read(&self.layout, &container.record.cgroup)),
             };
             drop(meter);
             let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));

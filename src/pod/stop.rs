@@ -60,6 +60,7 @@ impl Node {
         self.end_everything(pod, false).await?;
         // Its network and namespaces are still there to be looked at.
         self.tell_pod_stopped(pod).await;
+        self.give_addresses_back(&pod.record).await;
         self.cni
             .del(pod.id(), None)
             .await

@@ -145,10 +145,7 @@ async fn reopened_while_running(env: Env) -> Result<()> {
         container.log.exists(),
         "the new file is there when the call returns"
     );
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(container.pid()?),
-        nix::sys::signal::Signal::SIGUSR1,
-    )?;
+    container.signal(nix::sys::signal::Signal::SIGUSR1).await?;
     container.says("second").await?;
     assert_eq!(log::text(&log::read(&old)?, "stdout"), "first\n");
     assert_eq!(container.stdout()?, "second\n");
@@ -190,10 +187,7 @@ async fn a_removed_file_is_made_again(env: Env) -> Result<()> {
     container.says("up").await?;
     std::fs::remove_file(&container.log)?;
     container.reopen_log().await?;
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(container.pid()?),
-        nix::sys::signal::Signal::SIGUSR1,
-    )?;
+    container.signal(nix::sys::signal::Signal::SIGUSR1).await?;
     container.says("again").await
 }
 

@@ -39,6 +39,7 @@ mod devices;
 mod events;
 mod exec;
 mod filesystem;
+mod gvisor;
 mod handlers;
 mod hooks;
 mod hygiene;
@@ -124,6 +125,7 @@ fn main() -> std::process::ExitCode {
         restart::TESTS,
         handlers::TESTS,
         shim::TESTS,
+        gvisor::TESTS,
         hooks::TESTS,
         operations::TESTS,
     ];

@@ -90,11 +90,9 @@ async fn read_only_with_submounts(env: Env) -> Result<()> {
     let container = pod
         .run(&["sleep", "1000"], |c| c.mounts = vec![plain.clone()])
         .await?;
-    assert_eq!(
-        container.exec(&["touch", "/data/below/plain"]).await?.code,
-        0,
-        "readonly is not recursive"
-    );
+    // In gVisor, what is mounted below a source is a part of it.
+    let touched = container.exec(&["touch", "/data/below/plain"]).await?.code;
+    assert_eq!(touched == 0, !gvisor(), "readonly is not recursive");
     assert_ne!(container.exec(&["touch", "/data/plain"]).await?.code, 0);
     let recursive = cri::Mount {
         recursive_read_only: true,
@@ -216,6 +214,7 @@ async fn host_to_container_propagation(env: Env) -> Result<()> {
 }
 
 async fn bidirectional_propagation(env: Env) -> Result<()> {
+    not_in_gvisor("it shares no mounts with the host")?;
     let host = || -> Vec<String> {
         let mounts = leaks::mounts(std::path::Path::new("/"));
         mounts

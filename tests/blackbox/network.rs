@@ -112,7 +112,7 @@ async fn loopback_is_up(env: Env) -> Result<()> {
 }
 
 /// What somebody at an address says.
-async fn hear(address: &str) -> Result<String> {
+pub async fn hear(address: &str) -> Result<String> {
     let mut stream = tokio::net::TcpStream::connect(address).await?;
     let mut text = String::new();
     tokio::time::timeout(seconds(5), stream.read_to_string(&mut text)).await??;

@@ -332,6 +332,10 @@ async fn a_debug_container_comes_later_and_leaves_nothing(env: Env) -> Result<()
     let secret = ["cat", "/proc/1/root/tmp/secret"];
     assert_eq!(debug.exec_output(&secret).await?, "found");
     for (namespace, same) in [("pid", true), ("net", true), ("ipc", true), ("mnt", false)] {
+        if gvisor() {
+            // There these links have a number of their own for each process.
+            break;
+        }
         let script = "for p in 1 self; do readlink /proc/$p/ns/$0; done";
         let text = debug.exec_output(&["sh", "-c", script, namespace]).await?;
         let (theirs, own) = text.split_once('\n').context("two namespaces")?;

@@ -30,6 +30,7 @@ fn version_two() -> bool {
 }
 
 async fn limits_stand_in_the_cgroup(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let container = pod
@@ -78,6 +79,7 @@ async fn limits_stand_in_the_cgroup(env: Env) -> Result<()> {
 }
 
 async fn the_pids_limit(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon_with(|s| s.set("pod.pids_limit", "20")).await?;
     daemon.pull("test").await?;
     let pod = daemon.pod(|_| {}).await?;
@@ -99,6 +101,7 @@ async fn the_pids_limit(env: Env) -> Result<()> {
 }
 
 async fn running_out_of_memory(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let limit = |c: &mut cri::ContainerConfig| resources(c).memory_limit_in_bytes = 20 << 20;
@@ -127,6 +130,7 @@ async fn running_out_of_memory(env: Env) -> Result<()> {
 }
 
 async fn running_out_of_memory_in_an_exec(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let container = pod
@@ -145,6 +149,7 @@ async fn running_out_of_memory_in_an_exec(env: Env) -> Result<()> {
 }
 
 async fn out_of_memory_of_a_child_only(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     // The child is killed, the first process goes on, and ends well: the container completed.
@@ -161,6 +166,7 @@ async fn out_of_memory_of_a_child_only(env: Env) -> Result<()> {
 }
 
 async fn the_cpuset(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let container = pod
@@ -210,6 +216,10 @@ async fn bad_values_are_refused(env: Env) -> Result<()> {
             status.message().to_lowercase().contains(names),
             "{names}: {status}"
         );
+    }
+    if gvisor() {
+        // It has no use for these, of a container.
+        return Ok(());
     }
     // Absurd, but of the right kind: the kernel says no, or the CPU is not there. The answer names it.
     let status = pod
@@ -285,6 +295,7 @@ async fn the_cgroup_is_below_the_pods_parent(env: Env) -> Result<()> {
 }
 
 async fn slices_are_directories(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     if stage::systemd() {
         return skip("slices are systemd's here, and refused");
     }

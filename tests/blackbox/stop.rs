@@ -253,6 +253,7 @@ async fn children_go_with_process_one(env: Env) -> Result<()> {
 }
 
 async fn a_frozen_container_stops(env: Env) -> Result<()> {
+    not_in_gvisor("its processes are in no cgroup that could be frozen")?;
     let daemon = env.daemon().await?;
     let container = daemon.run(&["sleep", "1000"]).await?;
     let dirs = container.cgroup_dirs();

@@ -73,6 +73,7 @@ async fn limited(pod: &Pod, command: &[&str], start: bool) -> Result<Container> 
 }
 
 async fn limits_change_and_stay(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     let running = limited(&pod, &["sleep", "1000"], true).await?;
@@ -133,6 +134,7 @@ async fn limits_change_and_stay(env: Env) -> Result<()> {
 }
 
 async fn only_what_is_named_changes(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon_with(|s| s.set("pod.pids_limit", "77")).await?;
     daemon.pull("test").await?;
     let pod = daemon.pod(|_| {}).await?;
@@ -167,6 +169,7 @@ async fn only_what_is_named_changes(env: Env) -> Result<()> {
 }
 
 async fn less_memory_than_is_in_use(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     // A shell that holds on to its memory.

@@ -170,11 +170,22 @@ impl Keeper {
                     "the OCI spec has no absolute linux.cgroupsPath",
                 )
             })?;
+        let pod_cgroup = self.sandbox.cgroup.clone().unwrap_or_default();
+        let pod = oci::Pod {
+            id: &self.pod_id,
+            cgroup: &pod_cgroup,
+            systemd: create.systemd,
+        };
+        let mut driver = Driver::of(&create, &pod)?;
         let pid_namespace = match create.pid_target.as_str() {
             "" => None,
             target => Some(self.pid_namespace_of(target)?),
         };
-        let mut driver = Driver::of(&create)?;
+        let (control, pid_namespace) = match self.enter_sandbox(&mut driver, &spec, &id)? {
+            Some((control, pids)) => (Some(control), Some(pid_namespace.unwrap_or(pids))),
+            None => (None, pid_namespace),
+        };
+        driver.call_pids(pid_namespace.as_deref());
         let log_path = Some(Path::new(&create.log_path)).filter(|p| !p.as_os_str().is_empty());
         let log = LogFile::open(log_path).map_err(|e| {
             wire_error(
@@ -206,6 +217,7 @@ impl Keeper {
             keep.extend(call.mounts.as_ref().map(AsRawFd::as_raw_fd));
             keep.push(turn.descriptor());
         }
+        keep.extend(control.as_ref().map(AsRawFd::as_raw_fd));
         keep.push(start_write.as_raw_fd());
         // The creator is born in the container's cgroup (v2), so that nothing has to be migrated. A scope of
         // systemd's can only be made around it, when it is there.
@@ -248,6 +260,7 @@ impl Keeper {
                         cgroups: &cgroups,
                         stdio,
                         pid_namespace,
+                        control,
                     };
                     return oci::create(&runtime, inherited)
                         .map(Answer::CreateContainer)
@@ -354,6 +367,9 @@ impl Keeper {
                     format!("target container {target} is not running"),
                 )
             })?;
+        if let Some(name) = container.driver.pids() {
+            return Ok(name.to_owned());
+        }
         Ok(PathBuf::from(format!("/proc/{pid}/ns/pid")))
     }
 
@@ -586,7 +602,7 @@ impl Keeper {
         state.pid = 0;
         state.exit_code = code;
         // A container may outlive the death of a child, and then it has completed all the same.
-        let told = container.driver.shim().is_some_and(|own| own.oom);
+        let told = container.driver.told_of_oom();
         let oom_killed = told || oom_kills > container.oom_kills_of_execs;
         state.oom_killed = oom_killed && code != 0;
         state.finished_at = now_ns();
@@ -629,6 +645,12 @@ impl Keeper {
         let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
         let runtime = container.driver.runtime();
         let (id, dir) = (id.to_owned(), container.dir.clone());
+        let in_sandbox = runtime.as_ref().is_some_and(|r| r.sandbox.is_some());
+        if in_sandbox && cgroups.v2_dir(&cgroup).is_some_and(|dir| !dir.exists()) {
+            // Limits of its own would have no effect there.
+            self.reply(connection, Ok(Answer::Empty(Empty {})));
+            return Ok(());
+        }
         if matches!(container.driver, Driver::Shim(_)) {
             let mut call = self.shim_call()?;
             // The job does not keep it.
@@ -642,8 +664,11 @@ impl Keeper {
         }
         let job = self.start_job(Purpose::Update, connection, Origin::default(), move || {
             let tell = || match &runtime {
-                Some(runtime) => oci::update(runtime, &cgroups, &id, &dir, &resources),
-                None => Ok(()),
+                // One with a sandbox has no limits of containers.
+                Some(runtime) if runtime.sandbox.is_none() => {
+                    oci::update(runtime, &cgroups, &id, &dir, &resources)
+                }
+                _ => Ok(()),
             };
             resize::update(&cgroups, &cgroup, &resources, tell)
                 .map(|()| Answer::Empty(Empty {}))

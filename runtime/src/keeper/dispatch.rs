@@ -11,7 +11,7 @@ use slipway_systemd::SystemdError;
 
 use super::job::{Origin, Purpose, done};
 use super::oom::OomLedger;
-use super::{Keeper, wire_error};
+use super::{Keeper, oci, wire_error};
 use crate::confine::chain;
 use crate::scope::ScopeError;
 use crate::{hooks, placement, removal, sandbox, wire};
@@ -170,6 +170,8 @@ impl Keeper {
             inits.extend(init.iter().map(std::os::fd::AsRawFd::as_raw_fd));
             doomed.push((container.cgroup.clone(), init, id, dir, runtime));
         }
+        let sandbox = self.oci_sandbox.as_ref().map(oci::OciSandbox::doomed);
+        inits.extend(sandbox.iter().flat_map(|s| s.descriptor()));
         let by_shim = self.shim.is_some().then(|| self.shim_call().ok()).flatten();
         let mounts = by_shim.as_ref().and_then(|call| call.mounts.as_ref());
         inits.extend(mounts.map(std::os::fd::AsRawFd::as_raw_fd));
@@ -189,6 +191,9 @@ impl Keeper {
             let (mut failures, mut warnings) = (Vec::new(), Vec::new());
             // One failure must not keep the rest of the pod.
             let until = std::time::Instant::now() + crate::oci::DELETE;
+            if let Some(sandbox) = &sandbox {
+                failures.extend(sandbox.kill(&cgroups));
+            }
             for (cgroup, init, id, dir, runtime) in &doomed {
                 let init = init.as_slice();
                 let container = crate::oci::Removed {
@@ -205,6 +210,9 @@ impl Keeper {
                     Ok(()) => warnings.extend(hooks::run_poststop(dir)),
                     Err(e) => failures.push(chain(&e)),
                 }
+            }
+            if let Some(sandbox) = &sandbox {
+                failures.extend(sandbox.remove(&cgroups));
             }
             if let Some(call) = &by_shim {
                 let cgroup = pod_cgroup.as_deref();

@@ -26,10 +26,19 @@ pub(super) struct Exec {
     pub(super) container: String,
     /// Its own cgroup in the v2 hierarchy, if there is one: what makes it killable as a whole.
     pub(super) leaf: Option<PathBuf>,
+    /// File with its number in the sandbox that it runs in, where the process here only stands for it.
+    pub(super) inner: Option<PathBuf>,
     /// Where the child says that it could not be set up; none of a child that a runtime has made.
     pub(super) setup: Option<OwnedFd>,
     pub(super) deadline: Option<Instant>,
     pub(super) timed_out: bool,
+}
+
+impl Exec {
+    /// Whether a runtime has started it in a sandbox, which it will tell presently.
+    fn begun_inside(&self) -> bool {
+        self.inner.as_ref().is_some_and(|inner| inner.exists())
+    }
 }
 
 impl Keeper {
@@ -144,6 +153,7 @@ impl Keeper {
                 connection,
                 container: id.to_owned(),
                 leaf,
+                inner: None,
                 setup: Some(setup),
                 deadline,
                 timed_out: false,
@@ -226,30 +236,42 @@ impl Keeper {
         for pid in late {
             if let Some(exec) = self.execs.get_mut(&pid) {
                 exec.timed_out = true;
-                kill_tree(pid, exec);
             }
+            self.end_exec(pid);
         }
         for (pid, exec) in &mut self.starting_execs {
             if !exec.timed_out && exec.deadline.is_some_and(|d| d <= now) {
                 exec.timed_out = true;
-                kill_tree(*pid, exec);
+                if !exec.begun_inside() {
+                    kill_tree(*pid, exec);
+                }
             }
         }
     }
 
     /// Kills the execs whose caller has gone.
     pub(super) fn abandon_execs(&mut self, connection: u64) {
-        for (pid, exec) in self
-            .execs
-            .iter()
-            .chain(&self.starting_execs)
-            .filter(|(_, e)| e.connection == connection)
-        {
-            kill_tree(*pid, exec);
+        let of_it = |(pid, exec): (&i32, &Exec)| (exec.connection == connection).then_some(*pid);
+        let running: Vec<i32> = self.execs.iter().filter_map(of_it).collect();
+        running.into_iter().for_each(|pid| self.end_exec(pid));
+        for (pid, exec) in &self.starting_execs {
+            if exec.connection == connection && !exec.begun_inside() {
+                kill_tree(*pid, exec);
+            }
         }
         // The jobs see it, and end what they run.
         self.shim_execs
             .retain(|_, exec| exec.connection != connection);
+    }
+
+    /// Kills a running exec, wherever it runs.
+    pub(super) fn end_exec(&mut self, pid: i32) {
+        if self.end_inside(pid) {
+            return;
+        }
+        if let Some(exec) = self.execs.get(&pid) {
+            kill_tree(pid, exec);
+        }
     }
 
     /// Removes the cgroups of ended execs in which nobody is any more.
@@ -273,6 +295,9 @@ impl Keeper {
         // While children of the exec live, or are about to die, it can't be removed.
         self.stale_leaves.extend(exec.leaf);
         self.tidy_leaves();
+        if let Some(inner) = &exec.inner {
+            let _ = std::fs::remove_file(inner);
+        }
         if code == 128 + libc::SIGKILL
             && let Some(container) = self.containers.get_mut(&exec.container)
         {

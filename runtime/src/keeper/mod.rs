@@ -89,6 +89,8 @@ struct Keeper {
     execs: HashMap<i32, Exec>,
     /// Execs that a runtime is starting, by the job that has it do so.
     starting_execs: HashMap<i32, Exec>,
+    /// What a runtime has all of the pod's containers run in, if it does.
+    oci_sandbox: Option<oci::OciSandbox>,
     /// What the shim runs in containers, by the job.
     shim_execs: HashMap<i32, shim::ShimExec>,
     /// The shim that makes this pod's containers, if one does.
@@ -177,6 +179,7 @@ impl Keeper {
             jobs: HashMap::new(),
             execs: HashMap::new(),
             starting_execs: HashMap::new(),
+            oci_sandbox: None,
             shim_execs: HashMap::new(),
             shim: None,
             shim_dir: None,
@@ -315,6 +318,8 @@ impl Keeper {
             if !of_shim {
                 self.container_exited(&id, code);
             }
+        } else if self.is_oci_sandbox(pid) {
+            self.oci_sandbox_lost(code);
         } else if self.pod_init == Some(pid) {
             self.pod_init = None;
             self.init_lost();

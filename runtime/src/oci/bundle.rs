@@ -9,7 +9,10 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use libcontainer::rootfs::utils::is_bind;
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec, UserBuilder};
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxCapabilities, LinuxNamespaceType, Mount, Process, Spec,
+    UserBuilder,
+};
 use slipway_proto::keeper::CreateContainer;
 
 use crate::confine::chain;
@@ -38,6 +41,17 @@ pub enum BundleError {
     /// A part of it can't be made.
     #[error("can't complete the container's OCI spec: {0}")]
     Build(String),
+    /// Hooks that nobody would run.
+    #[error(
+        "runtime handler {handler:?} runs no {stage} hooks, and the container has some: it has no such place in the \
+         container's sandbox"
+    )]
+    Hooks {
+        /// The handler.
+        handler: String,
+        /// Their stage.
+        stage: &'static str,
+    },
     /// A cgroup that systemd could not make.
     #[error("cgroup {} is no scope in a slice of systemd's", .0.display())]
     NoScope(PathBuf),
@@ -115,6 +129,58 @@ pub fn complete(spec: &mut Spec, known: &Known<'_>) -> Result<(), BundleError> {
         }
     }
     Ok(())
+}
+
+/// Capabilities that gVisor's kernel does not know, and has nothing of what they are for.
+const UNKNOWN: [Capability; 3] = [
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+];
+
+/// Takes out of a specification what a container in gVisor's sandbox does not have, and would be refused for: its processes
+/// are none of the host's, so no label of SELinux is theirs, and newer capabilities are unknown there.
+///
+/// # Errors
+/// [`BundleError::Hooks`] for what it would pass over in silence.
+pub fn for_sandbox(spec: &mut Spec, handler: &str) -> Result<(), BundleError> {
+    let hooks = spec.hooks().clone().unwrap_or_default();
+    for (stage, list) in [
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+    ] {
+        if list.as_ref().is_some_and(|list| !list.is_empty()) {
+            return Err(BundleError::Hooks {
+                handler: handler.to_owned(),
+                stage,
+            });
+        }
+    }
+    if let Some(process) = spec.process_mut() {
+        process.set_selinux_label(None);
+        let known = process.capabilities().clone().map(known_capabilities);
+        process.set_capabilities(known);
+    }
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_mount_label(None);
+        // It would make that cgroup, of which it was told to leave all alone.
+        linux.set_cgroups_path(None);
+    }
+    Ok(())
+}
+
+fn known_capabilities(all: LinuxCapabilities) -> LinuxCapabilities {
+    let known = |set: &Option<Capabilities>| {
+        let set = set.clone();
+        set.map(|set| set.into_iter().filter(|c| !UNKNOWN.contains(c)).collect())
+    };
+    let mut kept = LinuxCapabilities::default();
+    kept.set_bounding(known(all.bounding()))
+        .set_effective(known(all.effective()))
+        .set_permitted(known(all.permitted()))
+        .set_inheritable(known(all.inheritable()))
+        .set_ambient(known(all.ambient()));
+    kept
 }
 
 fn process_of(mut process: Process, known: &Known<'_>) -> Result<Process, BundleError> {
@@ -329,6 +395,36 @@ mod tests {
         let own = format!("/proc/{}/fd/9", std::process::id());
         assert_eq!(namespaces[1].path().as_deref(), Some(Path::new(&own)));
         assert_eq!(spec.root().clone().unwrap().path(), Path::new("/b/rootfs"));
+    }
+
+    #[test]
+    fn a_sandbox_is_not_told_what_it_does_not_know() {
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "process": {"cwd": "/", "args": ["a"], "user": {"uid": 0, "gid": 0}, "selinuxLabel": "a:b:c:s0",
+                "capabilities": {"bounding": ["CAP_BPF", "CAP_CHOWN", "CAP_PERFMON"]}},
+            "linux": {"mountLabel": "a:b:c:s0", "cgroupsPath": "/a"},
+        }))
+        .unwrap();
+        for_sandbox(&mut spec, "runsc").unwrap();
+        let process = spec.process().clone().unwrap();
+        assert_eq!(process.selinux_label(), &None);
+        let capabilities = process.capabilities().clone().unwrap();
+        assert_eq!(
+            capabilities.bounding(),
+            &Some([Capability::Chown].into_iter().collect())
+        );
+        assert_eq!(capabilities.ambient(), &None);
+        let linux = spec.linux().clone().unwrap();
+        assert_eq!((linux.mount_label(), linux.cgroups_path()), (&None, &None));
+        // What would never be done is refused.
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "hooks": {"createRuntime": [{"path": "/a"}], "createContainer": [{"path": "/b"}]},
+        }))
+        .unwrap();
+        let error = for_sandbox(&mut spec, "runsc").unwrap_err().to_string();
+        assert!(error.contains("createContainer"), "{error}");
     }
 
     #[test]

@@ -26,6 +26,8 @@ use crate::sys;
 const GRACE: Duration = Duration::from_secs(2);
 /// How long SIGKILL may take; a process in an uninterruptible wait survives it.
 const AFTER_KILL: Duration = Duration::from_secs(3);
+/// What poll(2) can wait, in its milliseconds, for certain.
+const LONGEST_POLL: Duration = Duration::from_secs(86400);
 /// How much of a standard error is read, in bytes.
 const LONGEST_STDERR: u64 = 16 << 10;
 /// The whole environment of a runtime. It gets none of the daemon's: runc, for one, would take a NOTIFY_SOCKET for the
@@ -224,7 +226,7 @@ pub fn run(runtime: &Runtime, cgroups: &Hierarchies, call: Call<'_>) -> Result<(
                 let _ = rustix::io::write(&tell, &[&[step], error.as_slice()].concat());
                 sys::exit_now(127)
             };
-            if let Err(e) = become_runtime(parent, cgroups, &call, &stderr) {
+            if let Err(e) = become_runtime(parent, runtime, cgroups, &call, &stderr) {
                 failed(b'a', &e);
             }
             let environment: Vec<CString> = ENVIRONMENT.iter().map(|&v| v.to_owned()).collect();
@@ -300,6 +302,9 @@ fn arguments(runtime: &Runtime, call: &Call<'_>, log: &Path) -> io::Result<Vec<C
     add(log.as_os_str().as_bytes());
     add(b"--log-format");
     add(b"json");
+    if runtime.sandbox.is_some() {
+        add(b"--ignore-cgroups");
+    }
     for argument in call.global {
         add(argument.as_bytes());
     }
@@ -316,6 +321,7 @@ fn arguments(runtime: &Runtime, call: &Call<'_>, log: &Path) -> io::Result<Vec<C
 /// Everything between fork and execve.
 fn become_runtime(
     parent: i32,
+    runtime: &Runtime,
     cgroups: &Hierarchies,
     call: &Call<'_>,
     stderr: &File,
@@ -325,7 +331,9 @@ fn become_runtime(
     nix::unistd::setsid()?;
     sys::die_with(parent)?;
     sys::reset_signals();
-    if !call.prepared && cgroups.hidden_v2().is_some() {
+    // One with a sandbox leaves all cgroups alone.
+    let prepared = call.prepared || runtime.sandbox.is_some();
+    if !prepared && cgroups.hidden_v2().is_some() {
         nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
         hide_v2(cgroups)?;
     }
@@ -380,10 +388,11 @@ fn wait(pid: i32, until: Instant) -> bool {
     let Some(process) = pin(pid) else { return true };
     loop {
         let left = until.saturating_duration_since(Instant::now());
-        let Ok(timeout) = rustix::event::Timespec::try_from(left) else {
+        let Ok(timeout) = rustix::event::Timespec::try_from(left.min(LONGEST_POLL)) else {
             return false;
         };
         match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) if left > LONGEST_POLL => {}
             Ok(0) => return false,
             Err(rustix::io::Errno::INTR) => {}
             _ => return true,

@@ -13,6 +13,7 @@ use nix::sched::CloneFlags;
 use oci_spec::runtime::Spec;
 use slipway_proto::keeper::{CreateContainer, CreateContainerResult, ErrorKind};
 
+use super::attendant::{self, Attended};
 use super::command::{self, Call, Streams};
 use super::prepare::{self, PrepareError};
 use super::{CommandError, Runtime, bundle};
@@ -70,8 +71,10 @@ pub struct Inherited<'a> {
     pub cgroups: &'a Hierarchies,
     /// The container's standard streams.
     pub stdio: Stdio,
-    /// Path of the PID namespace to join instead of the spec's (mode TARGET).
+    /// Path of the PID namespace to join instead of the spec's (mode TARGET); in a sandbox only a name for it.
     pub pid_namespace: Option<PathBuf>,
+    /// The attendant's end, of a container in a sandbox.
+    pub control: Option<OwnedFd>,
 }
 
 /// Creates the container. Runs in a job.
@@ -89,8 +92,17 @@ pub fn create(
         cgroups,
         stdio,
         pid_namespace,
+        control,
     } = inherited;
+    if let Some(sandbox) = &runtime.sandbox {
+        let joined = cgroups.join_v1(&sandbox.cgroup);
+        joined.map_err(|source| CreateError::Result {
+            handler: runtime.handler.clone(),
+            problem: format!("its sandbox's cgroup can't be joined: {source}"),
+        })?;
+    }
     let mut spec = prepare::read(create)?;
+    let shared_pids = !creator::has_own_pid_namespace(&spec) || !create.pid_target.is_empty();
     let dir = Path::new(&create.dir);
     let mut private = fs::DirBuilder::new();
     private.recursive(true).mode(0o700);
@@ -112,10 +124,33 @@ pub fn create(
     }
     command::hide_v2(cgroups).map_err(namespace)?;
     let pid_namespace = pid_namespace.as_deref();
-    let user = prepare::prepare(&mut spec, &runtime.handler, create, pid_namespace)?;
+    // An attendant that is killed for want of memory would be a container that only seems to have ended.
+    let of_process = runtime.sandbox.is_none();
+    let user = prepare::prepare(
+        &mut spec,
+        &runtime.handler,
+        create,
+        pid_namespace,
+        of_process,
+    )?;
+    if runtime.sandbox.is_some() {
+        bundle::for_sandbox(&mut spec, &runtime.handler).map_err(PrepareError::from)?;
+    }
     creator::write_spec(&dir.join("config.json"), &spec).map_err(PrepareError::from)?;
 
-    let result = run(runtime, create, cgroups, dir, &stdio, until);
+    let result = match &control {
+        Some(control) => {
+            let attended = Attended {
+                runtime,
+                cgroups,
+                dir,
+                id: &create.id,
+                shared_pids,
+            };
+            run_attended(&attended, &stdio, control, until)
+        }
+        None => run(runtime, create, cgroups, dir, &stdio, until),
+    };
     drop(kept);
     match result {
         Ok(pid) => Ok(user.created(pid)),
@@ -209,6 +244,47 @@ fn run(
             .map_err(|e| wrong(format!("its terminal did not come: {e}")))?;
     }
     Ok(pid)
+}
+
+/// Creates a container in its pod's sandbox, and leaves an attendant for it.
+fn run_attended(
+    container: &Attended<'_>,
+    stdio: &Stdio,
+    control: &OwnedFd,
+    until: Instant,
+) -> Result<i32, CreateError> {
+    let Attended {
+        runtime,
+        cgroups,
+        dir,
+        id,
+        ..
+    } = container;
+    let wrong = |problem: String| CreateError::Result {
+        handler: runtime.handler.clone(),
+        problem,
+    };
+    let console = match stdio {
+        Stdio::Terminal(_) => {
+            Some(Console::listen(dir).map_err(|e| wrong(format!("no terminal can be made: {e}")))?)
+        }
+        Stdio::Pipes { .. } => None,
+    };
+    let bundle = dir.to_string_lossy();
+    let mut args = vec!["create", "--bundle", &bundle];
+    if let Some(console) = &console {
+        args.extend(["--console-socket", &console.path]);
+    }
+    args.push(id);
+    let call = Call::new(&args, dir, until).of(runtime.create_timeout);
+    command::run(runtime, cgroups, call.prepared())?;
+    if let (Some(console), Stdio::Terminal(socket)) = (console, stdio) {
+        console
+            .forward(socket)
+            .map_err(|e| wrong(format!("its terminal did not come: {e}")))?;
+    }
+    attendant::fork(container, stdio, control)
+        .map_err(|e| wrong(format!("no process can be made to wait for it: {e}")))
 }
 
 /// The parent of a process; `None` when it is gone.

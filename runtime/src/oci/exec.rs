@@ -93,7 +93,9 @@ pub fn exec(
     let own = std::process::id();
     let process_file = session.dir.join(format!("exec-{own}.json"));
     let pid_file = session.dir.join(format!("exec-{own}.pid"));
-    creator::set_oom_score(session.oom_score_adj);
+    if runtime.sandbox.is_none() {
+        creator::set_oom_score(session.oom_score_adj);
+    }
     let process = process(&runtime.handler, session.dir, session.args, session.tty)?;
     creator::write_private(&process_file, &process)?;
     let _files = Files([&process_file, &pid_file]);
@@ -108,6 +110,8 @@ pub fn exec(
         own_pipe(fd, &process);
     }
     let texts = (process_file.to_string_lossy(), pid_file.to_string_lossy());
+    let inner = inner_file(session.dir, own.cast_signed());
+    let inner = inner.to_string_lossy();
     let mut args = vec![
         "exec",
         "--process",
@@ -116,6 +120,9 @@ pub fn exec(
         "--pid-file",
         &texts.1,
     ];
+    if runtime.sandbox.is_some() {
+        args.extend(["--internal-pid-file", &inner]);
+    }
     if let Some(console) = &console {
         args.extend(["--console-socket", &console.path]);
     }
@@ -207,6 +214,14 @@ fn own_pipe(fd: &OwnedFd, process: &[u8]) {
         let uid = rustix::fs::Uid::from_raw(process.user().uid());
         let _ = rustix::fs::fchown(fd, Some(uid), None);
     }
+}
+
+/// How the names of those files end.
+pub const INNER: &str = ".inner";
+
+/// Where a command's number in its sandbox is kept, by the job that has it started.
+pub fn inner_file(dir: &Path, job: i32) -> PathBuf {
+    dir.join(format!("exec-{job}{INNER}"))
 }
 
 /// Files that are of no use once the runtime has ended.

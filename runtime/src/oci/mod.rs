@@ -11,11 +11,14 @@
 //!                   \-- mounts the root file system in a mount namespace of its own, writes the bundle
 //! ```
 
+mod attendant;
 mod bundle;
 mod command;
 mod create;
 mod exec;
+mod inside;
 mod prepare;
+mod sandbox;
 mod words;
 
 use std::io;
@@ -27,12 +30,16 @@ use slipway_proto::keeper::{ErrorKind, Runtime as Settings};
 
 use crate::cgroup::Hierarchies;
 use crate::removal::{self, RemovalError};
+use crate::shim::sandbox_cgroup;
 
+pub use attendant::start as start_attended;
 use command::Call;
 pub use command::{CommandError, short_path};
 pub use create::{Inherited, create};
-pub use exec::{ExecError, Session, descriptors, exec, process};
+pub use exec::{ExecError, Session, descriptors, exec, inner_file, process};
+pub use inside::kill_tree as kill_inside;
 pub use prepare::{PrepareError, prepare, read};
+pub use sandbox::{end as end_sandbox, start as start_sandbox};
 pub use words::{beyond, command_failure, of as words, of_command};
 
 /// How long `delete --force` may take before the container is removed without it. All of a pod's share it, so that
@@ -55,18 +62,30 @@ pub struct Runtime {
     path: PathBuf,
     root: PathBuf,
     arguments: Vec<String>,
+    /// What its containers of the pod share, if it makes such a thing.
+    pub sandbox: Option<PodSandbox>,
     /// How long a create may take.
     pub create_timeout: Duration,
 }
 
 impl Runtime {
-    /// As the daemon describes it.
-    pub fn new(settings: &Settings) -> Self {
+    /// As the daemon describes it, for a pod.
+    pub fn new(settings: &Settings, pod: &Pod<'_>) -> Self {
+        let root = PathBuf::from(&settings.root);
+        let sandbox = settings.pod_sandbox.then(|| PodSandbox {
+            id: pod.id.to_owned(),
+            cgroup: pod.cgroup.join(sandbox_cgroup(pod.id, pod.systemd)),
+        });
         Self {
             handler: settings.handler.clone(),
             path: PathBuf::from(&settings.path),
-            root: PathBuf::from(&settings.root),
+            // Of its own, so that what is left of it goes with the pod.
+            root: match &sandbox {
+                Some(sandbox) => root.join(&sandbox.id),
+                None => root,
+            },
             arguments: settings.arguments.clone(),
+            sandbox,
             create_timeout: Duration::from_millis(settings.create_timeout_ms.max(1)),
         }
     }
@@ -90,7 +109,11 @@ impl Runtime {
         } = container;
         removal::kill_cgroup(cgroups, cgroup, init)?;
         let call = Call::new(&["delete", "--force", id], dir, until);
-        let _ = command::run(self, cgroups, call);
+        let deleted = command::run(self, cgroups, call);
+        if let (Err(_), Some(sandbox)) = (deleted, &self.sandbox) {
+            // What runs in a sandbox that does not obey is ended with all of it.
+            removal::kill_cgroup(cgroups, &sandbox.cgroup, &[])?;
+        }
         // It may have begun anew what it should end.
         removal::kill_cgroup(cgroups, cgroup, &[])?;
         removal::remove_cgroup(cgroups, cgroup)?;
@@ -106,12 +129,31 @@ impl Runtime {
         }
     }
 
-    /// Where a container's state is, in runc, crun and youki. runsc has files there, which go with `delete`.
+    /// Where a container's state is, in runc, crun and youki. A runtime with a sandbox has a root for each pod.
     fn state_of(&self, id: &str) -> Option<PathBuf> {
         // An id is one component; anything else must not lead elsewhere.
         let plain = !id.is_empty() && !id.contains('/') && id != "." && id != "..";
         plain.then(|| self.root.join(id))
     }
+}
+
+/// A pod, for its runtime.
+pub struct Pod<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its cgroup.
+    pub cgroup: &'a Path,
+    /// That one is a slice of systemd's.
+    pub systemd: bool,
+}
+
+/// What the containers of a pod run in, where a runtime makes one for all of them.
+#[derive(Debug, Clone)]
+pub struct PodSandbox {
+    /// Its id, which is the pod's.
+    pub id: String,
+    /// The cgroup of all its processes, whichever container they serve.
+    pub cgroup: PathBuf,
 }
 
 /// A container to be removed.

@@ -51,7 +51,9 @@ impl PrepareError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Creator(error) => error.kind(),
-            Self::Bundle(BundleError::Environment { .. }) => ErrorKind::Invalid,
+            Self::Bundle(BundleError::Environment { .. } | BundleError::Hooks { .. }) => {
+                ErrorKind::Invalid
+            }
             Self::Bundle(_) => ErrorKind::Internal,
         }
     }
@@ -68,7 +70,8 @@ pub fn read(create: &CreateContainer) -> Result<Spec, PrepareError> {
 }
 
 /// Mounts the root file system in this process's mount namespace, finds the user in it, and completes the specification
-/// for the runtime of this handler.
+/// for the runtime of this handler. `of_process`: this process gets the container's score for the OOM killer, which what the
+/// runtime makes inherits.
 ///
 /// # Errors
 /// [`PrepareError`].
@@ -77,6 +80,7 @@ pub fn prepare(
     handler: &str,
     create: &CreateContainer,
     pid_namespace: Option<&Path>,
+    of_process: bool,
 ) -> Result<Resolved, PrepareError> {
     let dir = Path::new(&create.dir);
     let target = dir.join("rootfs");
@@ -101,14 +105,21 @@ pub fn prepare(
     drop(root);
     mapped::arrange(spec, &dir.join("mapped"), None)?;
     bundle::arrange_recursive(spec, &dir.join("recursive"))?;
-    set_oom_score(create.oom_score_adj);
+    let oom_score_adj = match of_process {
+        true => {
+            set_oom_score(create.oom_score_adj);
+            own_oom_score()
+        }
+        // What is lower than the own one, only who may lower it can set for others.
+        false => own_oom_score().map(|own| own.max(create.oom_score_adj)),
+    };
     let known = Known {
         handler,
         create,
         user: &user,
         rootfs: &target,
         pid_namespace,
-        oom_score_adj: own_oom_score(),
+        oom_score_adj,
     };
     bundle::complete(spec, &known)?;
     Ok(user)

@@ -13,10 +13,7 @@ const LONGEST: usize = 2048;
 /// wrote to its standard error.
 pub fn of(log: &str, stderr: &str) -> String {
     let mut said: Vec<String> = Vec::new();
-    for line in log.lines() {
-        let Some((level, message)) = entry(line) else {
-            continue;
-        };
+    for (level, message) in log.lines().flat_map(entries) {
         // Several layers of one runtime may tell of one error.
         if is_error(&level) && !message.is_empty() && !said.contains(&message) {
             said.push(message);
@@ -28,9 +25,20 @@ pub fn of(log: &str, stderr: &str) -> String {
     cut(&said.join("; "))
 }
 
-/// Level and message of a line of a log (`--log-format json`).
+/// The entries of a line of a log (`--log-format json`): runsc puts them side by side.
+fn entries(line: &str) -> Vec<(String, String)> {
+    let values = serde_json::Deserializer::from_str(line).into_iter::<serde_json::Value>();
+    let entries = values.map_while(Result::ok);
+    entries.filter_map(|value| entry_of(&value)).collect()
+}
+
+/// The entry that a line is.
 fn entry(line: &str) -> Option<(String, String)> {
-    let value: serde_json::Value = serde_json::from_str(line.trim()).ok()?;
+    entry_of(&serde_json::from_str(line.trim()).ok()?)
+}
+
+/// Level and message.
+fn entry_of(value: &serde_json::Value) -> Option<(String, String)> {
     let text = |key: &str| value.get(key).and_then(|v| v.as_str());
     // "message" is tracing's, youki's.
     let message = text("msg").or_else(|| text("message")).or_else(|| {
@@ -91,7 +99,11 @@ pub fn read_log(path: &Path) -> String {
 /// from nothing else that can go wrong there.
 pub fn command_failure(said: &str) -> Option<i32> {
     let lower = said.to_lowercase();
-    let has = |part: &str| lower.contains(part);
+    // gVisor's kernel names the whole command first, which may have any words.
+    let loading = ["failed to load ", "error finding executable "];
+    let loading = loading.iter().find_map(|part| lower.rfind(part));
+    let about = &lower[loading.unwrap_or(0)..];
+    let has = |part: &str| about.contains(part);
     // runc: exec: "x": …; crun: executable file `x` not found…, open executable: …; youki: executable 'x' for
     // container not found…
     let of_command = [
@@ -100,7 +112,7 @@ pub fn command_failure(said: &str) -> Option<i32> {
         "executable",
         "exec user process",
     ];
-    let of_command = of_command.iter().any(|part| has(part));
+    let of_command = loading.is_some() || of_command.iter().any(|part| has(part));
     if !of_command {
         return None;
     }
@@ -112,6 +124,8 @@ pub fn command_failure(said: &str) -> Option<i32> {
         "not permitted",
         "is a directory",
         "too many levels",
+        // gVisor's kernel, of symbolic links.
+        "too many symbolic",
         "exec format error",
     ];
     let denied = denied.iter().any(|part| has(part));
@@ -148,10 +162,10 @@ mod tests {
             "not JSON\n",
             "{\"msg\":\"no room\",\"level\":\"error\",\"time\":\"t\"}\n",
             "{\"level\":\"error\",\"msg\":\"no room\"}\n",
-            "{\"level\":\"fatal\",\"msg\":\"giving up\"}\n",
+            "{\"level\":\"fatal\",\"msg\":\"giving up\"}{\"msg\":\"of runsc\",\"level\":\"error\"}\n",
             "{\"timestamp\":\"t\",\"level\":\"ERROR\",\"fields\":{\"message\":\"of youki\"},\"target\":\"x\"}\n",
         );
-        assert_eq!(of(log, "ignored"), "no room; giving up; of youki");
+        assert_eq!(of(log, "ignored"), "no room; giving up; of runsc; of youki");
     }
 
     #[test]
@@ -209,6 +223,15 @@ mod tests {
             ),
             (
                 "executable 'nosuch' for container not found in $PATH".into(),
+                127,
+            ),
+            (
+                "starting sub-container [/bin/not found]: creating process: failed to load /bin/not: permission denied"
+                    .into(),
+                126,
+            ),
+            (
+                "executing command \"/nosuch -c\" in sandbox: failed to load /nosuch: no such file or directory".into(),
                 127,
             ),
         ] {

@@ -15,7 +15,7 @@
 mod create;
 mod exec;
 mod input;
-mod pause;
+pub mod pause;
 mod relay;
 mod remove;
 mod sandbox;
@@ -37,7 +37,7 @@ pub use create::{Fifos, Inherited, create};
 pub use exec::{Session, exec};
 pub use relay::both_ends;
 pub use remove::{Pod, clear, remove, tear_down};
-pub use sandbox::{Start, start};
+pub use sandbox::{Start, leave_others, root as pause_root, sandbox_cgroup, specification, start};
 pub use silence::{SILENT, Silence, UNKNOWN};
 pub use turn::Turn;
 

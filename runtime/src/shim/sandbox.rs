@@ -239,7 +239,10 @@ fn written_pid(bundle: &Path) -> Option<i32> {
 
 /// A root file system with one program in it, on a file system from which programs may be executed: the run directory
 /// often is not.
-fn root(at: &Path, program: &[u8]) -> io::Result<()> {
+///
+/// # Errors
+/// What mounting or writing says.
+pub fn root(at: &Path, program: &[u8]) -> io::Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount(
         Some("pause"),
@@ -259,7 +262,10 @@ fn root(at: &Path, program: &[u8]) -> io::Result<()> {
 }
 
 /// Takes the mounts of other pods out of this namespace: as long as they are seen from here, their networks stay.
-fn leave_others(run_root: &Path, pod_dir: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// What mounting says.
+pub fn leave_others(run_root: &Path, pod_dir: &Path) -> io::Result<()> {
     let table = mount_table::read(Path::new("/proc/self/mountinfo"))?;
     if !table.iter().any(|m| m.place == run_root) {
         return Ok(());
@@ -317,7 +323,7 @@ fn annotations(start: &Start<'_>) -> BTreeMap<String, String> {
 }
 
 /// The specification of the sandbox container, which also tells a shim that has the sandbox API what the pod is.
-fn specification(start: &Start<'_>, id: &str, rootfs: &Path) -> Value {
+pub fn specification(start: &Start<'_>, id: &str, rootfs: &Path) -> Value {
     let paths = start.namespaces;
     let mut namespaces = vec![json!({"type": "mount"})];
     for (kind, path) in [

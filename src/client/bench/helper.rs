@@ -1,5 +1,5 @@
 //! The processes that start things without a CRI: they are told `host` or `new` (the network namespace)
-//! on a line each, do one start, and answer with its time. Processes of their own, because a small,
+//! on a line each, do one start, and answer with its time, or its times. Processes of their own, because a small,
 //! single-threaded one forks faster than the benchmark with its event loop.
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use super::floor::Floor;
 use super::oci::Oci;
+use super::pods::{MADE, READY, Timed};
 use crate::error::{ClientError, report};
 
 /// How long one start may take.
@@ -51,7 +52,7 @@ pub fn helper(args: &HelperArgs) -> Result<(), ClientError> {
     match args.kind {
         Kind::Floor => {
             let mut floor = Floor::new(&rootfs, &args.cmd, !args.no_cgroups)?;
-            serve(|host_network| floor.once(host_network))
+            serve(|host_network| Ok(vec![floor.once(host_network)?]))
         }
         Kind::Oci => {
             let mut oci = Oci::new(&args.binary, &rootfs, &args.cmd, args.seccomp.as_deref())?;
@@ -60,7 +61,9 @@ pub fn helper(args: &HelperArgs) -> Result<(), ClientError> {
     }
 }
 
-fn serve(mut once: impl FnMut(bool) -> Result<Duration, ClientError>) -> Result<(), ClientError> {
+fn serve(
+    mut once: impl FnMut(bool) -> Result<Vec<Duration>, ClientError>,
+) -> Result<(), ClientError> {
     let input = std::io::stdin().lock();
     for line in input.lines() {
         let line = line.map_err(|source| ClientError::System {
@@ -68,7 +71,10 @@ fn serve(mut once: impl FnMut(bool) -> Result<Duration, ClientError>) -> Result<
             source,
         })?;
         let answer = match once(line.trim() == "host") {
-            Ok(took) => format!("ok {}\n", took.as_nanos()),
+            Ok(took) => {
+                let times = took.iter().map(|t| t.as_nanos().to_string());
+                format!("ok {}\n", times.collect::<Vec<_>>().join(" "))
+            }
             Err(error) => format!("error {}\n", report(&error).replace('\n', " ")),
         };
         let mut output = std::io::stdout().lock();
@@ -169,11 +175,11 @@ impl Helper {
         &self.name
     }
 
-    /// One start.
+    /// One start, by the names of what was timed.
     ///
     /// # Errors
     /// [`ClientError::Helper`] with what the helper says.
-    pub async fn once(&mut self, host_network: bool) -> Result<Duration, ClientError> {
+    pub async fn once(&mut self, host_network: bool) -> Result<Timed, ClientError> {
         let what = self.name.clone();
         let failed = |message: String| ClientError::Helper {
             what: what.clone(),
@@ -191,11 +197,13 @@ impl Helper {
             Err(_) => return Err(failed(format!("no answer within {LIMIT:?}"))),
         };
         match answer.split_once(' ') {
-            Some(("ok", nanos)) => {
-                let nanos = nanos
-                    .parse()
-                    .map_err(|_| failed(format!("it says '{answer}'")))?;
-                Ok(Duration::from_nanos(nanos))
+            Some(("ok", times)) => {
+                let times = times
+                    .split(' ')
+                    .map(|t| t.parse().map(Duration::from_nanos));
+                let times: Result<Vec<_>, _> = times.collect();
+                let times = times.map_err(|_| failed(format!("it says '{answer}'")))?;
+                Ok([READY, MADE].into_iter().zip(times).collect())
             }
             Some(("error", message)) => Err(failed(message.to_owned())),
             _ => Err(failed(format!("it says '{answer}'"))),

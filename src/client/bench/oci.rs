@@ -1,5 +1,6 @@
 //! A bare OCI runtime: `run` of a bundle with the namespaces and mounts of a pod's container, to the exit
-//! of its command.
+//! of its command; and its `create` and `start` alone, which are what a CRI runtime has it do.
+use std::io::{Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -55,40 +56,78 @@ impl Oci {
         Ok(oci)
     }
 
-    /// One `run`, from the start of the runtime's process to its end.
+    /// One `run`, from the start of the runtime's process to its end, and one `create` with `start`.
     ///
     /// # Errors
     /// [`ClientError::Helper`] with the runtime's own words.
-    pub fn once(&mut self, host_network: bool) -> Result<Duration, ClientError> {
+    pub fn once(&mut self, host_network: bool) -> Result<Vec<Duration>, ClientError> {
+        let bundle = self.scratch.join(if host_network { "host" } else { "new" });
+        let bundle = bundle.to_string_lossy();
+        let id = self.next_id();
+        let run = self.command(&["run", "--bundle", &bundle, &id])?;
+        let id = self.next_id();
+        let made = self
+            .command(&["create", "--bundle", &bundle, &id])
+            .and_then(|create| Ok(create + self.command(&["start", &id])?));
+        // Also of one that was only half made.
+        let deleted = self.command(&["delete", "--force", &id]);
+        let made = made?;
+        deleted?;
+        Ok(vec![run, made])
+    }
+
+    fn next_id(&mut self) -> String {
         self.starts += 1;
-        let id = format!("slipway-bench-{}-{}", std::process::id(), self.starts);
+        format!("slipway-bench-{}-{}", std::process::id(), self.starts)
+    }
+
+    /// One command, and how long it took.
+    fn command(&self, arguments: &[&str]) -> Result<Duration, ClientError> {
         let failed = |message: String| ClientError::Helper {
             what: self.binary.clone(),
             message,
         };
+        // A container that goes on holds it open, so it is no pipe.
+        let mut said = tempfile(&self.scratch).map_err(|e| failed(e.to_string()))?;
+        let stderr = said.try_clone().map_err(|e| failed(e.to_string()))?;
         let mut command = Command::new(&self.binary);
         command
             .arg("--root")
             .arg(self.scratch.join("state"))
-            .args(["run", "--bundle"])
-            .arg(self.scratch.join(if host_network { "host" } else { "new" }))
-            .arg(id)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+            .stderr(stderr);
         let began = Instant::now();
-        let child = command.spawn().map_err(|e| failed(e.to_string()))?;
-        let output = child
-            .wait_with_output()
-            .map_err(|e| failed(e.to_string()))?;
+        let status = command.status().map_err(|e| failed(e.to_string()))?;
         let took = began.elapsed();
-        if output.status.success() {
-            Ok(took)
-        } else {
-            let text = String::from_utf8_lossy(&output.stderr);
-            Err(failed(format!("{}: {}", output.status, text.trim())))
+        if status.success() {
+            return Ok(took);
         }
+        let mut text = String::new();
+        let _ = said
+            .rewind()
+            .and_then(|()| said.read_to_string(&mut text).map(drop));
+        Err(failed(format!(
+            "{}: {status}: {}",
+            arguments.first().copied().unwrap_or_default(),
+            text.trim()
+        )))
     }
+}
+
+/// A file without a name.
+fn tempfile(dir: &Path) -> std::io::Result<std::fs::File> {
+    std::fs::create_dir_all(dir)?;
+    let path = dir.join("stderr");
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&path)?;
+    std::fs::remove_file(path)?;
+    Ok(file)
 }
 
 impl Drop for Oci {

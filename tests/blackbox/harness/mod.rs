@@ -78,6 +78,23 @@ pub fn native_only(why: &str) -> Result<()> {
     }
 }
 
+/// Whether this run's pods are in gVisor.
+pub fn gvisor() -> bool {
+    handler() == "runsc"
+}
+
+/// Ends a test as skipped if this run's pods are in gVisor, for a reason that is of gVisor's making.
+pub fn not_in_gvisor(why: &str) -> Result<()> {
+    match gvisor() {
+        true => skip(format!("under handler {}: {why}", handler())),
+        false => Ok(()),
+    }
+}
+
+/// Why limits of containers can't be tested in gVisor.
+pub const ONE_PROCESS: &str =
+    "gVisor runs all containers of a pod in one process, so there are no limits but the pod's";
+
 /// The full reference of a test image.
 pub fn image(name: &str) -> String {
     format!("{REGISTRY}/slipway/{name}:latest")

@@ -186,7 +186,7 @@ impl Pod {
             .await?;
         let init = eventually("the probe's report", seconds(10), || async {
             let text = container.stdout()?;
-            Ok(text.contains("\nns.uts ").then_some(text))
+            Ok(text.contains("\nfd.2 ").then_some(text))
         })
         .await?;
         let exec = container.exec(&["/bin/probe", "status"]).await?;
@@ -385,6 +385,9 @@ impl Container {
     /// Process id of its first process, in our PID namespace, found through its cgroup. Its creator may still be in
     /// there, about to end.
     pub fn pid(&self) -> Result<i32> {
+        if super::gvisor() {
+            return self.attendant();
+        }
         let processes = self.processes();
         // The first process is one whose parent is not among them.
         let first = |pid: &i32| {
@@ -412,8 +415,41 @@ impl Container {
         keeper_of(init.parse()?)
     }
 
-    /// All processes in its cgroup.
+    /// What stands for it, of a container in gVisor: the process of Slipway's that is in its directory.
+    fn attendant(&self) -> Result<i32> {
+        let own = |pid: &i32| {
+            let at = |name: &str| std::fs::read_link(format!("/proc/{pid}/{name}"));
+            let there = at("cwd").is_ok_and(|path| path.ends_with(&self.id));
+            there && at("exe").is_ok_and(|path| path.to_string_lossy().starts_with("/memfd:"))
+        };
+        let found = all_processes().into_iter().filter(own).min();
+        found.with_context(|| format!("nobody waits for the end of container {}", self.id))
+    }
+
+    /// Sends a signal to its first process.
+    pub async fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        if super::gvisor() {
+            // Nobody outside sees that process.
+            let number = (signal as i32).to_string();
+            return self
+                .exec_output(&["kill", &format!("-{number}"), "1"])
+                .await
+                .map(drop);
+        }
+        let pid = nix::unistd::Pid::from_raw(self.pid()?);
+        Ok(nix::sys::signal::kill(pid, signal)?)
+    }
+
+    /// All processes in its cgroup; in gVisor, those that the runtime has on the host for it alone.
     pub fn processes(&self) -> Vec<i32> {
+        if super::gvisor() {
+            let own = |pid: &i32| {
+                let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                String::from_utf8_lossy(&words).contains(&self.id)
+            };
+            let named = all_processes().into_iter().filter(own);
+            return named.chain(self.attendant().ok()).collect();
+        }
         let mut pids: Vec<i32> = self
             .cgroup_dirs()
             .iter()
@@ -462,4 +498,10 @@ impl Container {
             .find(|f| f.exists());
         super::read(file.with_context(|| format!("the container's cgroup has no {name}"))?)
     }
+}
+
+/// Every process that there is.
+fn all_processes() -> Vec<i32> {
+    let names = super::daemon::names(std::path::Path::new("/proc"));
+    names.iter().filter_map(|name| name.parse().ok()).collect()
 }

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use oci_spec::runtime::LinuxResources;
 use slipway_proto::keeper::{
-    CreateContainer, Empty, Error as WireError, ErrorKind, Runtime, StartSandbox,
+    CreateContainer, Empty, Error as WireError, ErrorKind, Runtime, RuntimeKind, StartSandbox,
     StartSandboxResult, response::Result as Answer,
 };
 use slipway_shim::events::Receiver;
@@ -178,6 +178,9 @@ impl Keeper {
             return Err(wire_error(ErrorKind::AlreadyExists, message));
         }
         let settings = call.runtime.clone().unwrap_or_default();
+        if settings.kind() == RuntimeKind::Oci {
+            return self.begin_oci_sandbox(connection, call);
+        }
         let failed = |step: &str, e: &dyn std::fmt::Display| {
             let message = format!("can't start the sandbox: {step}: {e}");
             wire_error(ErrorKind::Internal, message)
@@ -275,6 +278,9 @@ impl Keeper {
     }
 
     pub(super) fn sandbox_started(&mut self, connection: u64, answer: Result<Answer, WireError>) {
+        if self.oci_sandbox.is_some() {
+            return self.oci_sandbox_started(connection, answer);
+        }
         let answer = answer.and_then(|answer| match answer {
             Answer::StartSandbox(made) => {
                 self.link_shim(&made).map(|()| Answer::StartSandbox(made))

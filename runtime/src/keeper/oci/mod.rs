@@ -3,6 +3,8 @@
 //! The seam is [`Driver`]: where the keeper makes, starts, signals, enters or removes a container, it asks who
 //! made it. Everything else (streams, ends, OOM kills, events) is the same for all.
 
+mod sandbox;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -14,7 +16,7 @@ use slipway_proto::keeper::{
 };
 
 use super::container::{Container, not_found, write_exit_file};
-use super::exec::{Exec, complete, kill_tree};
+use super::exec::{Exec, complete};
 use super::job::{Origin, Purpose};
 use super::shim::ShimContainer;
 use super::{Keeper, now_ns, wire_error};
@@ -22,9 +24,11 @@ use crate::cgroup::{self, Hierarchies};
 use crate::confine::chain;
 use crate::creator;
 use crate::log::Stream;
-use crate::oci::{self, Removed, Runtime, Session};
+use crate::oci::{self, Pod, Removed, Runtime, Session};
 use crate::removal::{self, RemovalError};
 use crate::scope;
+
+pub(super) use sandbox::OciSandbox;
 
 /// Who makes a container.
 pub(super) enum Driver {
@@ -47,22 +51,31 @@ pub(super) struct Oci {
     cannot_run: Option<String>,
     /// What came from its standard error before it was made: the runtime's own.
     early: Option<Vec<u8>>,
+    /// To its attendant, until it is started, of a container in a sandbox.
+    control: Option<OwnedFd>,
+    /// What its PID namespace is called, in a sandbox.
+    pids: PathBuf,
+    /// Its sandbox was ended for want of memory.
+    oom: bool,
 }
 
 impl Driver {
-    /// Who is to make a container.
-    pub(super) fn of(create: &CreateContainer) -> Result<Self, WireError> {
+    /// Who is to make a container of this pod.
+    pub(super) fn of(create: &CreateContainer, pod: &Pod<'_>) -> Result<Self, WireError> {
         let Some(settings) = &create.runtime else {
             return Ok(Self::Native);
         };
         match settings.kind() {
             RuntimeKind::Native => Ok(Self::Native),
             RuntimeKind::Oci => Ok(Self::Oci(Box::new(Oci {
-                runtime: Runtime::new(settings),
+                runtime: Runtime::new(settings, pod),
                 leaf: None,
                 starting: None,
                 cannot_run: None,
                 early: Some(Vec::new()),
+                control: None,
+                pids: PathBuf::new(),
+                oom: false,
             }))),
             RuntimeKind::ShimV2 => Ok(Self::Shim(Box::new(ShimContainer::new()))),
         }
@@ -80,6 +93,15 @@ impl Driver {
         match self {
             Self::Native | Self::Shim(_) => None,
             Self::Oci(oci) => Some(oci),
+        }
+    }
+
+    /// Whether whoever sees it has told of an OOM kill.
+    pub(super) fn told_of_oom(&self) -> bool {
+        match self {
+            Self::Native => false,
+            Self::Oci(oci) => oci.oom,
+            Self::Shim(own) => own.oom,
         }
     }
 
@@ -161,6 +183,14 @@ impl Keeper {
         cgroup: &Path,
         systemd: bool,
     ) -> io::Result<Option<OwnedFd>> {
+        if let Some(sandbox) = &oci.runtime.sandbox {
+            // Its processes are in that one's; its own is for who looks for it there. systemd has no scope for nobody.
+            let of_sandbox = sandbox.cgroup.clone();
+            if !systemd {
+                self.cgroups.ensure(cgroup)?;
+            }
+            return self.cgroups.open_v2(&of_sandbox);
+        }
         if !systemd {
             self.cgroups.ensure(cgroup)?;
         }
@@ -243,6 +273,9 @@ impl Keeper {
             return Ok(());
         };
         let (runtime, own_id) = (oci.runtime.clone(), id.to_owned());
+        if runtime.sandbox.is_some() {
+            return self.begin_attended_start(connection, id);
+        }
         self.may_start(id)?;
         let cgroups = self.cgroups.clone();
         self.start_in_job(connection, id, &[], move || {
@@ -319,6 +352,7 @@ impl Keeper {
             Ok(_) => self.runs(id),
             Err(error) => container.state.message.clone_from(&error.message),
         }
+        self.attendant_answered(id, answer.as_ref().err());
         self.reply(connection, answer);
     }
 
@@ -387,6 +421,9 @@ impl Keeper {
         let (Some(runtime), true) = (container.driver.runtime(), container.is_running()) else {
             return false;
         };
+        if runtime.sandbox.is_some() {
+            return self.signal_inside(connection, id, signal, &runtime);
+        }
         if signal == libc::SIGKILL {
             return false;
         }
@@ -437,9 +474,18 @@ impl Keeper {
         let container = self.executes(call, &stdio)?;
         let (dir, cgroup) = (container.dir.clone(), container.cgroup.clone());
         let oom_score_adj = container.oom_score_adj;
-        let leaf = match self.cgroups.unified() {
-            true => self.runtime_leaf(),
-            false => {
+        let sandbox = runtime.sandbox.clone();
+        let leaf = match (&sandbox, self.cgroups.unified()) {
+            (Some(sandbox), _) => {
+                // No leaf, but where it is born; what it starts in the sandbox is not seen from here.
+                let born_in = self.cgroups.open_v2(&sandbox.cgroup).map_err(|e| {
+                    let message = format!("can't exec in container {id}: join the sandbox: {e}");
+                    wire_error(ErrorKind::Internal, message)
+                })?;
+                born_in.map(|fd| (PathBuf::new(), fd))
+            }
+            (None, true) => self.runtime_leaf(),
+            (None, false) => {
                 self.next_token += 1;
                 let name = format!("exec-{}", self.next_token);
                 let made = self.cgroups.make_leaf(&cgroup, &name);
@@ -458,7 +504,14 @@ impl Keeper {
         };
         let (cgroups, args, tty) = (self.cgroups.clone(), call.args.clone(), call.tty);
         let own_id = id.clone();
+        let (own_dir, in_sandbox) = (dir.clone(), sandbox.clone());
         let job = self.start_job(Purpose::Exec, connection, origin, move || {
+            if let Some(sandbox) = &in_sandbox
+                && let Err(e) = cgroups.join_v1(&sandbox.cgroup)
+            {
+                let message = format!("can't exec: join the sandbox: {e}");
+                return Err(wire_error(ErrorKind::Internal, message));
+            }
             let session = Session {
                 id: &own_id,
                 dir: &dir,
@@ -480,7 +533,7 @@ impl Keeper {
                 Err(e) => Err(wire_error(e.kind(), format!("can't exec: {}", chain(&e)))),
             }
         });
-        let leaf = leaf.map(|(path, _)| path);
+        let leaf = leaf.map(|(path, _)| path).filter(|_| sandbox.is_none());
         let pid = match job {
             Ok(pid) => pid,
             Err(e) => {
@@ -493,6 +546,7 @@ impl Keeper {
             connection,
             container: id,
             leaf,
+            inner: sandbox.map(|_| oci::inner_file(&own_dir, pid)),
             setup: None,
             deadline: limit.map(|limit| Instant::now() + limit),
             timed_out: false,
@@ -509,10 +563,11 @@ impl Keeper {
         let answer = match answer {
             Ok(Answer::CreateContainer(made)) => {
                 let gone = !self.connections.contains_key(&exec.connection);
-                if exec.timed_out || gone {
-                    kill_tree(made.pid, &exec);
-                }
+                let unwanted = exec.timed_out || gone;
                 self.execs.insert(made.pid, exec);
+                if unwanted {
+                    self.end_exec(made.pid);
+                }
                 if let Some(code) = self.unclaimed.remove(&made.pid) {
                     self.exec_exited(made.pid, code);
                 }
