@@ -13,6 +13,7 @@ tests![
     the_writable_layer,
     what_has_ended_uses_nothing,
     filters_of_statistics,
+    those_who_ask_for_all_at_once_share_samples,
     a_pod_on_a_network_is_measured,
     a_pod_on_the_nodes_network,
     metrics_have_the_labels_of_their_descriptors,
@@ -275,6 +276,72 @@ async fn filters_of_statistics(env: Env) -> Result<()> {
         let found = daemon.pod_stats(filter.clone()).await?;
         assert_eq!(found.len(), expected, "{filter:?}");
     }
+    Ok(())
+}
+
+async fn those_who_ask_for_all_at_once_share_samples(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let container = pod
+        .run(&["sleep", "1000"], |c| {
+            let linux = c.linux.get_or_insert_default();
+            let resources = linux.resources.get_or_insert_default();
+            resources.memory_limit_in_bytes = 64 << 20;
+        })
+        .await?;
+    let taken = |stats: &cri::ContainerStats| stats.cpu.as_ref().unwrap().timestamp;
+    let all = || async { anyhow::Ok(daemon.container_stats(None).await?.remove(0)) };
+    let only = |id: &str| {
+        Some(cri::ContainerStatsFilter {
+            id: id.to_owned(),
+            ..Default::default()
+        })
+    };
+    // On a busy machine half a second may pass between any two calls.
+    eventually("calls close to each other", seconds(20), || async {
+        let first = all().await?;
+        let again = daemon.container_stats(Some(Default::default())).await?;
+        let of_pod = daemon.pod_stats(None).await?.remove(0).linux.unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+        if now.as_nanos() as i64 - taken(&first) >= 500_000_000 {
+            return Ok(None);
+        }
+        assert_eq!(again[0].cpu, first.cpu);
+        assert_eq!(again[0].memory, first.memory);
+        assert_eq!(of_pod.containers[0].memory, first.memory);
+        assert!(
+            of_pod.cpu.unwrap().timestamp > taken(&first),
+            "the pod's own"
+        );
+        Ok(Some(()))
+    })
+    .await?;
+    // Who names it is told how it is now, and the next who ask for all are told the same.
+    let before = taken(&all().await?);
+    let named = daemon.container_stats(only(&container.id)).await?.remove(0);
+    assert!(taken(&named) > before);
+    let before = taken(&all().await?);
+    assert!(taken(&stats(&container).await?) > before);
+    // A limit counts at once.
+    all().await?;
+    let request = cri::UpdateContainerResourcesRequest {
+        container_id: container.id.clone(),
+        linux: Some(cri::LinuxContainerResources {
+            memory_limit_in_bytes: 32 << 20,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    daemon.runtime().update_container_resources(request).await?;
+    let last = all().await?;
+    let available = value(last.memory.unwrap().available_bytes);
+    assert!(available <= 32 << 20, "{available}");
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert!(taken(&all().await?) > last.cpu.unwrap().timestamp);
+    // An end does, too.
+    all().await?;
+    container.stop(0).await?;
+    assert_eq!(all().await?.memory, None);
     Ok(())
 }
 
