@@ -87,6 +87,21 @@ fn ids(stats: &[cri::ContainerStats]) -> BTreeSet<String> {
     attributes.map(|a| a.id).collect()
 }
 
+/// What two answers about the same containers have in common: whose they are, and what they tell.
+fn outlines(stats: &[cri::ContainerStats]) -> BTreeMap<String, impl PartialEq + std::fmt::Debug> {
+    let outline = |s: &cri::ContainerStats| {
+        let attributes = s.attributes.clone().unwrap();
+        let told = (
+            s.cpu.is_some(),
+            s.memory.is_some(),
+            s.swap.is_some(),
+            s.io.is_some(),
+        );
+        (attributes.id.clone(), (attributes, told))
+    };
+    stats.iter().map(outline).collect()
+}
+
 async fn a_busy_container_is_measured(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
@@ -551,14 +566,33 @@ async fn streams_say_what_lists_say(env: Env) -> Result<()> {
         .into_iter()
         .flat_map(|m| m.container_stats)
         .collect();
-    assert_eq!(ids(&streamed), ids(&daemon.container_stats(None).await?));
+    let listed = daemon.container_stats(None).await?;
+    assert_eq!(ids(&streamed), ids(&listed));
+    assert_eq!(outlines(&streamed), outlines(&listed));
 
     let streamed = client
         .stream_pod_sandbox_stats(cri::StreamPodSandboxStatsRequest::default())
         .await?;
     let streamed = collect(streamed.into_inner()).await?;
-    let count: usize = streamed.iter().map(|m| m.pod_sandbox_stats.len()).sum();
-    assert_eq!(count, 2);
+    let mut streamed: Vec<_> = streamed
+        .into_iter()
+        .flat_map(|m| m.pod_sandbox_stats)
+        .collect();
+    let mut listed = daemon.pod_stats(None).await?;
+    assert_eq!((streamed.len(), listed.len()), (2, 2));
+    for stats in [&mut streamed, &mut listed] {
+        stats.sort_by_key(|s| s.attributes.as_ref().unwrap().id.clone());
+    }
+    for (streamed, listed) in streamed.iter().zip(&listed) {
+        assert_eq!(streamed.attributes, listed.attributes);
+        let (streamed, listed) = (streamed.linux.as_ref(), listed.linux.as_ref());
+        let (streamed, listed) = (streamed.unwrap(), listed.unwrap());
+        assert_eq!(outlines(&streamed.containers), outlines(&listed.containers));
+        let count = |s: &cri::LinuxPodSandboxStats| s.process.as_ref().unwrap().process_count;
+        assert_eq!(count(streamed), count(listed));
+        assert!(listed.cpu.is_some() && listed.memory.is_some());
+        assert_eq!(streamed.io.is_some(), listed.io.is_some());
+    }
 
     let streamed = client
         .stream_pod_sandbox_metrics(cri::StreamPodSandboxMetricsRequest {})
