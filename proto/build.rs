@@ -14,6 +14,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // Its Debug is written by hand: the derived one would print passwords and tokens.
         .skip_debug(["runtime.v1.AuthConfig"])
+        // Long answers that are asked for often.
+        .extern_path(
+            ".runtime.v1.ListContainersResponse",
+            "crate::wire::ListContainersResponse",
+        )
+        .extern_path(
+            ".runtime.v1.ListContainerStatsResponse",
+            "crate::wire::ListContainerStatsResponse",
+        )
+        .extern_path(
+            ".runtime.v1.ListPodSandboxStatsResponse",
+            "crate::wire::ListPodSandboxStatsResponse",
+        )
         .compile_fds(cri)?;
 
     let keeper = protox::compile(["keeper.proto"], ["."])?;

@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
+use crate::memory;
 use crate::pod::Node;
 
 /// Between two events of a pull.
@@ -41,7 +42,9 @@ impl Admin for Administration {
             .0
             .tasks
             .spawn(async move { import(&store, &own, tag.as_deref()).await });
-        match work.await {
+        let imported = work.await;
+        memory::effort();
+        match imported {
             Ok(Ok(images)) => {
                 tracing::info!(path = %path.display(), images = images.len(), "images imported");
                 Ok(Response::new(admin::ImportImageResponse { images }))

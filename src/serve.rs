@@ -258,6 +258,7 @@ async fn run(
     tracing::info!(socket = %listen.display(), "listening");
     notify(&[NotifyState::Ready]);
     memory::give_back();
+    tokio::spawn(memory::keep_small());
 
     let asked_by = loop {
         tokio::select! {

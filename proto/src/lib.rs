@@ -1,14 +1,20 @@
 //! CRI v1 and the keeper protocol, with the code generated from `api.proto` and `keeper.proto`.
 //!
 //! [`cri`] is the kubelet's interface to the letter; [`keeper`] is what the daemon, the zygote and the
-//! keepers say to each other.
+//! keepers say to each other. [`wire`] has what lists are encoded with without making their objects first.
 #![forbid(unsafe_code)]
+
+pub mod wire;
 
 /// Container Runtime Interface v1 (`runtime.v1`).
 // The comments stand in api.proto; fields and generated services carry none of their own.
 #[allow(missing_docs, clippy::all)]
 pub mod cri {
     tonic::include_proto!("runtime.v1");
+
+    pub use crate::wire::{
+        ListContainerStatsResponse, ListContainersResponse, ListPodSandboxStatsResponse,
+    };
 
     impl std::fmt::Debug for AuthConfig {
         /// Prints who and where, and only whether there are secrets.

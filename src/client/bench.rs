@@ -24,6 +24,7 @@ use crate::interrupt::Interrupts;
 use crate::list::pair;
 use crate::quantity::parse_duration;
 use crate::{images, output};
+use busy::Questions;
 use helper::Helper;
 pub use helper::{HelperArgs, helper};
 use pods::{Bencher, Workload};
@@ -102,6 +103,9 @@ pub struct BenchArgs {
     /// Also keep N containers running (in pods of --containers-per-pod) and time the calls that list them all
     #[arg(long, value_name = "N")]
     containers: Option<usize>,
+    /// With --containers: pause before statistics are asked for in a round; then they are once more, at once
+    #[arg(long, default_value = "1s", value_parser = parse_duration, value_name = "DURATION")]
+    apart: Duration,
     /// With --containers: how long each daemon is watched while it is asked as by a kubelet
     #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
     watch: Duration,
@@ -345,7 +349,11 @@ async fn measure(
             .collect();
         if !stop.load(Ordering::Relaxed) {
             let host_network = args.network != Networks::Cni;
-            let group = busy::measure(&benchers, count, host_network, args.watch).await?;
+            let questions = Questions {
+                apart: args.apart,
+                watched: args.watch,
+            };
+            let group = busy::measure(&benchers, count, host_network, questions).await?;
             report.groups.push(group);
         }
     }

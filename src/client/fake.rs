@@ -390,7 +390,10 @@ impl RuntimeService for Face {
                 ..Default::default()
             })
             .collect();
-        Ok(Response::new(ListContainersResponse { containers }))
+        Ok(Response::new(ListContainersResponse {
+            containers,
+            ..Default::default()
+        }))
     }
 
     async fn container_status(

@@ -227,7 +227,10 @@ pub async fn containers(args: &PsArgs, global: &Global) -> Result<(), ClientErro
         return output::print(&lines(items.iter().map(|c| args.shown.id(&c.id))));
     }
     if args.shown.output != Format::Table {
-        let response = ListContainersResponse { containers: items };
+        let response = ListContainersResponse {
+            containers: items,
+            ..Default::default()
+        };
         let value = output::to_value("ListContainersResponse", &response)?;
         return output::print(&output::render(&value, args.shown.output)?);
     }

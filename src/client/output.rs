@@ -106,6 +106,7 @@ mod tests {
                 labels: [("a".to_owned(), "b".to_owned())].into(),
                 ..Default::default()
             }],
+            ..Default::default()
         };
         let value = to_value("ListContainersResponse", &message).unwrap();
         let container = &value["containers"][0];

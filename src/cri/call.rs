@@ -6,6 +6,7 @@ use tonic::{Response, Status};
 use tracing::Span;
 
 use super::code;
+use crate::memory;
 use crate::pod::PodError;
 
 /// Whether a call changes something, and so is worth a line at the normal level.
@@ -24,6 +25,9 @@ where
 {
     let begin = Instant::now();
     let result = work.await;
+    if kind == Kind::Change {
+        memory::effort();
+    }
     let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
     match result {
         Ok(answer) => {

@@ -4,8 +4,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use prost::Message as _;
 use serde_json::{Value, json};
-use slipway_proto::cri;
+use slipway_proto::{cri, wire};
 
 use super::filter::{container_fits, container_state};
 use super::signal;
@@ -57,10 +58,11 @@ pub async fn remove(
 }
 
 pub fn list(node: &Node, request: &cri::ListContainersRequest) -> cri::ListContainersResponse {
-    let filter = request.filter.as_ref();
-    cri::ListContainersResponse {
-        containers: chosen(node, filter).iter().map(|c| listed(c)).collect(),
+    let mut answer = cri::ListContainersResponse::default();
+    for container in chosen(node, request.filter.as_ref()) {
+        wire::nested(1, &mut answer.encoded, |out| put_listed(&container, out));
     }
+    answer
 }
 
 /// The containers that pass the filter, as they are when they are reached.
@@ -94,6 +96,26 @@ fn listed(c: &Container) -> cri::Container {
         annotations: c.record.config.annotations.clone(),
         image_id: c.record.image_id.clone(),
     }
+}
+
+/// The bytes of [`listed`]: a kubelet asks for all of them each second.
+fn put_listed(c: &Container, out: &mut Vec<u8>) {
+    let status = c.status();
+    let changing = cri::Container {
+        state: container_state(status.stage) as i32,
+        created_at: status.created_at,
+        ..cri::Container::default()
+    };
+    let (record, config) = (&c.record, &c.record.config);
+    wire::string(1, &record.id, out);
+    wire::string(2, &record.pod_id, out);
+    wire::message(3, config.metadata.as_ref(), out);
+    wire::message(4, config.image.as_ref(), out);
+    wire::string(5, &record.image_ref, out);
+    changing.encode_raw(out);
+    wire::strings(8, &config.labels, out);
+    wire::strings(9, &config.annotations, out);
+    wire::string(10, &record.image_id, out);
 }
 
 pub fn status(

@@ -1,18 +1,22 @@
 //! ContainerStats, ListContainerStats, PodSandboxStats, ListPodSandboxStats.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use prost::Message as _;
 use slipway_observe::cgroup::Usage;
 use slipway_observe::network::Interface;
 use slipway_observe::{Pressure, Stall};
-use slipway_proto::cri;
+use slipway_proto::{cri, wire};
 
 use super::filter::{container_stats_fit, pod_stats_fit};
-use crate::pod::stats::{ContainerSample, PodSample};
+use crate::pod::stats::{ContainerSample, PodSample, SHARED};
 use crate::pod::{Container, Node, Pod, PodError};
 
 /// What CNI is asked to call a pod's first interface.
 const DEFAULT_INTERFACE: &str = "eth0";
+/// Bytes that the statistics of most containers take up on the wire.
+const ROOM: usize = 1024;
 
 pub async fn container(
     node: &Arc<Node>,
@@ -30,8 +34,17 @@ pub async fn list_containers(
     request: cri::ListContainerStatsRequest,
 ) -> Result<cri::ListContainerStatsResponse, PodError> {
     let found = chosen_containers(node, request.filter.as_ref());
+    let place = place(node);
+    let encode = move |sample: ContainerSample| {
+        let mut stats = Vec::with_capacity(ROOM);
+        put_container(1, &sample, &place, &mut stats);
+        stats
+    };
+    let age = age(request.filter.is_none_or(|f| f == Default::default()));
+    let all = node.sample_containers(found, age, encode).await?;
     Ok(cri::ListContainerStatsResponse {
-        stats: of_containers(node, found).await?,
+        encoded: all.concat(),
+        ..Default::default()
     })
 }
 
@@ -51,9 +64,18 @@ pub async fn list_pods(
     request: cri::ListPodSandboxStatsRequest,
 ) -> Result<cri::ListPodSandboxStatsResponse, PodError> {
     let found = chosen_pods(node, request.filter.as_ref());
-    Ok(cri::ListPodSandboxStatsResponse {
-        stats: of_pods(node, found).await?,
-    })
+    let place = place(node);
+    let encode = move |sample: ContainerSample| {
+        let mut stats = Vec::with_capacity(ROOM);
+        put_container(5, &sample, &place, &mut stats);
+        stats
+    };
+    let mut answer = cri::ListPodSandboxStatsResponse::default();
+    let age = age(request.filter.is_none_or(|f| f == Default::default()));
+    for sample in node.sample_pods(found, age, encode).await? {
+        put_pod(&sample, &mut answer.encoded);
+    }
+    Ok(answer)
 }
 
 /// The containers that are asked for.
@@ -76,7 +98,12 @@ pub fn chosen_pods(node: &Node, filter: Option<&cri::PodSandboxStatsFilter>) -> 
     found
 }
 
-/// Statistics of these containers.
+/// How old a sample may be: who asks for certain containers or pods is told how they are now.
+fn age(all: bool) -> Duration {
+    if all { SHARED } else { Duration::ZERO }
+}
+
+/// Statistics of these containers, as they are now.
 ///
 /// # Errors
 /// See [`Node::sample_containers`].
@@ -85,11 +112,12 @@ pub async fn of_containers(
     containers: Vec<Arc<Container>>,
 ) -> Result<Vec<cri::ContainerStats>, PodError> {
     let place = place(node);
-    node.sample_containers(containers, move |sample| container_stats(&sample, &place))
+    let tell = move |sample: ContainerSample| container_stats(&sample, &place);
+    node.sample_containers(containers, Duration::ZERO, tell)
         .await
 }
 
-/// Statistics of these pods.
+/// Statistics of these pods, as they are now.
 ///
 /// # Errors
 /// See [`Node::sample_pods`].
@@ -99,7 +127,7 @@ pub async fn of_pods(
 ) -> Result<Vec<cri::PodSandboxStats>, PodError> {
     let place = place(node);
     let tell = move |sample: ContainerSample| container_stats(&sample, &place);
-    let samples = node.sample_pods(pods, tell).await?;
+    let samples = node.sample_pods(pods, Duration::ZERO, tell).await?;
     Ok(samples.into_iter().map(pod_stats).collect())
 }
 
@@ -115,7 +143,6 @@ fn container_stats(
 ) -> cri::ContainerStats {
     let container = &sample.container;
     let config = &container.record.config;
-    let usage = sample.usage.as_ref();
     cri::ContainerStats {
         attributes: Some(cri::ContainerAttributes {
             id: container.id().to_owned(),
@@ -123,6 +150,37 @@ fn container_stats(
             labels: config.labels.clone(),
             annotations: config.annotations.clone(),
         }),
+        ..measured_container(sample, place)
+    }
+}
+
+/// Appends [`container_stats`] as a field of a message.
+fn put_container(
+    tag: u32,
+    sample: &ContainerSample,
+    place: &cri::FilesystemIdentifier,
+    out: &mut Vec<u8>,
+) {
+    let config = &sample.container.record.config;
+    wire::nested(tag, out, |out| {
+        wire::nested(1, out, |out| {
+            wire::string(1, &sample.container.record.id, out);
+            wire::message(2, config.metadata.as_ref(), out);
+            wire::strings(3, &config.labels, out);
+            wire::strings(4, &config.annotations, out);
+        });
+        measured_container(sample, place).encode_raw(out);
+    });
+}
+
+/// All but whose it is.
+fn measured_container(
+    sample: &ContainerSample,
+    place: &cri::FilesystemIdentifier,
+) -> cri::ContainerStats {
+    let usage = sample.usage.as_ref();
+    cri::ContainerStats {
+        attributes: None,
         cpu: usage.and_then(|u| cpu(u, sample.nano_cores)),
         memory: usage.and_then(memory),
         writable_layer: sample.layer.map(|layer| cri::FilesystemUsage {
@@ -136,10 +194,8 @@ fn container_stats(
     }
 }
 
-fn pod_stats(sample: PodSample<cri::ContainerStats>) -> cri::PodSandboxStats {
+fn pod_stats(mut sample: PodSample<cri::ContainerStats>) -> cri::PodSandboxStats {
     let config = &sample.pod.record.config;
-    let usage = sample.usage.as_ref();
-    let now = slipway_observe::now();
     cri::PodSandboxStats {
         attributes: Some(cri::PodSandboxAttributes {
             id: sample.pod.id().to_owned(),
@@ -148,17 +204,45 @@ fn pod_stats(sample: PodSample<cri::ContainerStats>) -> cri::PodSandboxStats {
             annotations: config.annotations.clone(),
         }),
         linux: Some(cri::LinuxPodSandboxStats {
-            cpu: usage.and_then(|u| cpu(u, sample.nano_cores)),
-            memory: usage.and_then(memory),
-            network: sample.interfaces.as_deref().and_then(network),
-            process: sample.processes.map(|count| cri::ProcessUsage {
-                timestamp: now,
-                process_count: number(count),
-            }),
-            containers: sample.containers,
-            io: usage.and_then(io),
+            containers: std::mem::take(&mut sample.containers),
+            ..measured_pod(&sample)
         }),
         windows: None,
+    }
+}
+
+/// Appends [`pod_stats`] as an object of a list. The containers are fields of what the pod uses.
+fn put_pod(sample: &PodSample<Vec<u8>>, out: &mut Vec<u8>) {
+    let config = &sample.pod.record.config;
+    wire::nested(1, out, |out| {
+        wire::nested(1, out, |out| {
+            wire::string(1, &sample.pod.record.id, out);
+            wire::message(2, config.metadata.as_ref(), out);
+            wire::strings(3, &config.labels, out);
+            wire::strings(4, &config.annotations, out);
+        });
+        wire::nested(2, out, |out| {
+            measured_pod(sample).encode_raw(out);
+            for container in &sample.containers {
+                out.extend_from_slice(container);
+            }
+        });
+    });
+}
+
+/// All but its containers.
+fn measured_pod<C>(sample: &PodSample<C>) -> cri::LinuxPodSandboxStats {
+    let usage = sample.usage.as_ref();
+    cri::LinuxPodSandboxStats {
+        cpu: usage.and_then(|u| cpu(u, sample.nano_cores)),
+        memory: usage.and_then(memory),
+        network: sample.interfaces.as_deref().and_then(network),
+        process: sample.processes.map(|count| cri::ProcessUsage {
+            timestamp: slipway_observe::now(),
+            process_count: number(count),
+        }),
+        containers: Vec::new(),
+        io: usage.and_then(io),
     }
 }
 

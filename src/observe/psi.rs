@@ -37,9 +37,9 @@ impl Pressure {
             for field in fields.split(' ') {
                 let (key, value) = field.split_once('=')?;
                 match key {
-                    "avg10" => stall.avg10 = value.parse().ok()?,
-                    "avg60" => stall.avg60 = value.parse().ok()?,
-                    "avg300" => stall.avg300 = value.parse().ok()?,
+                    "avg10" => stall.avg10 = percent(value)?,
+                    "avg60" => stall.avg60 = percent(value)?,
+                    "avg300" => stall.avg300 = percent(value)?,
                     "total" => stall.total = value.parse().ok()?,
                     _ => {}
                 }
@@ -48,6 +48,20 @@ impl Pressure {
         }
         known.then_some(pressure)
     }
+}
+
+/// A number with two decimals, as the kernel prints shares. Hundredths are whole numbers, and so their division is
+/// what a general parser would find; that is there for whatever else comes.
+fn percent(text: &str) -> Option<f64> {
+    if let [front @ .., b'.', a @ b'0'..=b'9', b @ b'0'..=b'9'] = text.as_bytes()
+        && (1..=9).contains(&front.len())
+        && front.iter().all(u8::is_ascii_digit)
+    {
+        let digits = front.iter().chain([a, b]);
+        let hundredths = digits.fold(0, |sum: u64, digit| sum * 10 + u64::from(digit - b'0'));
+        return Some(hundredths as f64 / 100.0);
+    }
+    text.parse().ok()
 }
 
 #[cfg(test)]
@@ -70,5 +84,19 @@ mod tests {
         assert_eq!((pressure.full.avg60, pressure.full.total), (1.0, 5));
         assert_eq!(Pressure::parse(""), None);
         assert_eq!(Pressure::parse("some total=many\n"), None);
+    }
+
+    #[test]
+    fn shares_are_what_a_general_parser_finds() {
+        for hundredths in 0..=10_000 {
+            let text = format!("{}.{:02}", hundredths / 100, hundredths % 100);
+            assert_eq!(percent(&text), text.parse().ok(), "{text}");
+        }
+        for other in ["1", "1.5", "0.125", "123456789012.25"] {
+            assert_eq!(percent(other), other.parse().ok(), "{other}");
+        }
+        for bad in ["", ".25x", "a.25", "1.2x"] {
+            assert_eq!(percent(bad), None, "{bad}");
+        }
     }
 }

@@ -100,6 +100,7 @@ impl Container {
     /// Other limits are in force from now on.
     pub(super) fn set_resources(&self, resources: cri::LinuxContainerResources) {
         *self.resources.write() = resources;
+        self.meter.lock().outdate();
     }
 
     /// Its state now.

@@ -233,7 +233,7 @@ impl Node {
     ) -> Result<Arc<Image>, PodError> {
         let pulled = self.images.pull(reference, auth, progress).await;
         // TLS, decompression and unpacking are done with.
-        memory::give_back();
+        memory::effort();
         pulled.map_err(|source| PodError::Image {
             action: "pull",
             image: reference.to_owned(),

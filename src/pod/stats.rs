@@ -1,9 +1,9 @@
 //! What pods and containers use, sampled when somebody asks.
 //!
-//! The files of cgroups and the namespaces of pods are read in the call, off the runtime's threads, so what is
-//! told is never stale. Two things are remembered between calls: the last CPU sample of each container and
-//! pod, for nanocores, and the size of each writable layer that its file system keeps no account of
-//! ([`slipway_observe::disk::Ledger`]).
+//! The files of cgroups and the namespaces of pods are read in the call, off the runtime's threads. Remembered between
+//! calls are the last CPU sample of each container and pod, for nanocores; the size of each writable layer that its file
+//! system keeps no account of ([`slipway_observe::disk::Ledger`]); and the last sample of each container, so that several
+//! who ask for all of them within [`SHARED`] cost as much as one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,6 +23,9 @@ use super::node::Node;
 use super::sandbox::Pod;
 use super::state::{PodStage, Stage};
 
+/// Whoever asks for all containers may be told samples of so long ago, with the time at which they were taken. It is the
+/// least interval of nanocores, too, and less than what `crictl stats` leaves between its two samples.
+pub const SHARED: Duration = Duration::from_millis(500);
 /// How long a call waits for writable layers that were never counted before.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Fewer cgroups than this are read faster by one thread.
@@ -37,9 +40,35 @@ const THREADS: usize = 4;
 pub struct Meter {
     files: Sampler,
     rate: Rate,
+    /// What was read last, and in which state of the container.
+    last: Option<(Stage, Usage, Option<u64>)>,
 }
 
 impl Meter {
+    /// A sample that is not older than `age`, and was taken in the same state.
+    fn read_container(
+        &mut self,
+        layout: &Layout,
+        container: &Container,
+        age: Duration,
+    ) -> (Usage, Option<u64>) {
+        let stage = container.stage();
+        if let Some((then, usage, nano_cores)) = self.last
+            && then == stage
+            && is_young(usage.at, slipway_observe::now(), age)
+        {
+            return (usage, nano_cores);
+        }
+        let (usage, nano_cores) = self.read(layout, &container.record.cgroup);
+        self.last = Some((stage, usage, nano_cores));
+        (usage, nano_cores)
+    }
+
+    /// What was read last is not what would be read now.
+    pub fn outdate(&mut self) {
+        self.last = None;
+    }
+
     /// A sample, and the nanocores used lately.
     fn read(&mut self, layout: &Layout, cgroup: &str) -> (Usage, Option<u64>) {
         self.read_as(layout, cgroup, |usage| usage)
@@ -100,30 +129,34 @@ pub struct PodMetrics {
 }
 
 impl Node {
-    /// Samples these containers. `tell` makes of each sample what is wanted, on the thread that took it.
+    /// Samples these containers; a sample is at most `age` old. `tell` makes of each what is wanted, on the thread that
+    /// took it.
     ///
     /// # Errors
     /// Only when the daemon is going down.
     pub async fn sample_containers<R: Send + 'static>(
         self: &Arc<Self>,
         containers: Vec<Arc<Container>>,
+        age: Duration,
         tell: impl Fn(ContainerSample) -> R + Send + Sync + 'static,
     ) -> Result<Vec<R>, PodError> {
         let node = self.clone();
-        off_threads(move || node.containers_now(containers, tell)).await
+        off_threads(move || node.containers_now(containers, age, tell)).await
     }
 
-    /// Samples these pods with their containers, which `tell` turns into what is wanted first.
+    /// Samples these pods now, and their containers, whose samples are at most `age` old and are turned by `tell` into
+    /// what is wanted.
     ///
     /// # Errors
     /// Only when the daemon is going down.
     pub async fn sample_pods<C: Send + 'static>(
         self: &Arc<Self>,
         pods: Vec<Arc<Pod>>,
+        age: Duration,
         tell: impl Fn(ContainerSample) -> C + Send + Sync + 'static,
     ) -> Result<Vec<PodSample<C>>, PodError> {
         let node = self.clone();
-        off_threads(move || node.pods_now(pods, tell)).await
+        off_threads(move || node.pods_now(pods, age, tell)).await
     }
 
     /// The metrics of these pods; those that are not ready have none.
@@ -141,6 +174,7 @@ impl Node {
     fn containers_now<R: Send>(
         &self,
         containers: Vec<Arc<Container>>,
+        age: Duration,
         tell: impl Fn(ContainerSample) -> R + Sync,
     ) -> Vec<R> {
         let layers_dir = self.layers_dir();
@@ -168,7 +202,7 @@ impl Node {
                 (_, Some(share)) => {
                     Some(meter.read_as(&self.layout, &share.cgroup, |all| share.of(all)))
                 }
-                (_, None) => Some(meter.read(&self.layout, &container.record.cgroup)),
+                (_, None) => Some(meter.read_container(&self.layout, &container, age)),
             };
             drop(meter);
             let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));
@@ -184,14 +218,14 @@ impl Node {
     fn pods_now<C: Send>(
         &self,
         pods: Vec<Arc<Pod>>,
+        age: Duration,
         tell: impl Fn(ContainerSample) -> C + Sync,
     ) -> Vec<PodSample<C>> {
         // While the containers are looked at.
         let reading = Interfaces::read(&pods);
         let members: Vec<_> = pods.iter().map(|pod| self.containers_of_pod(pod)).collect();
-        let mut containers = self
-            .containers_now(members.iter().flatten().cloned().collect(), tell)
-            .into_iter();
+        let all = members.iter().flatten().cloned().collect();
+        let mut containers = self.containers_now(all, age, tell).into_iter();
         let interfaces = reading.wait();
         let each: Vec<_> = pods
             .into_iter()
@@ -244,7 +278,7 @@ impl Node {
         let devices = metrics::block_devices();
         let all = members.iter().flatten().cloned().collect();
         let mut measured = self
-            .containers_now(all, |sample| {
+            .containers_now(all, Duration::ZERO, |sample| {
                 let container = sample.container;
                 let cgroup = Path::new(&container.record.cgroup);
                 // It may have ended since it was picked.
@@ -329,6 +363,12 @@ fn asked(container: &Container) -> Asked {
     }
 }
 
+/// Whether a sample (nanoseconds since the epoch) is at most `age` old. None is when the clock was set back since.
+fn is_young(at: i64, now: i64, age: Duration) -> bool {
+    let passed = now.checked_sub(at).and_then(|n| u64::try_from(n).ok());
+    passed.is_some_and(|nanos| u128::from(nanos) < age.as_nanos())
+}
+
 /// Does `work` for each, on several threads when that is worth it; the answers are in the same order. They take
 /// small pieces by turns, because nobody says that all processors are ours.
 fn side_by_side<T: Send, R: Send>(list: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
@@ -337,32 +377,30 @@ fn side_by_side<T: Send, R: Send>(list: Vec<T>, work: impl Fn(T) -> R + Sync) ->
     if threads == 1 {
         return list.into_iter().map(work).collect();
     }
-    let length = list.len();
-    let waiting = Mutex::new(list.into_iter().enumerate());
+    let mut answers: Vec<Option<R>> = std::iter::repeat_with(|| None).take(list.len()).collect();
+    let waiting = Mutex::new((list.into_iter(), answers.chunks_mut(PIECE)));
     let run = || {
-        let (mut done, mut piece) = (Vec::new(), Vec::with_capacity(PIECE));
+        let mut items = Vec::with_capacity(PIECE);
         loop {
-            piece.extend(waiting.lock().by_ref().take(PIECE));
-            if piece.is_empty() {
-                return done;
+            let places = {
+                let mut waiting = waiting.lock();
+                let (list, pieces) = &mut *waiting;
+                let Some(places) = pieces.next() else { return };
+                items.extend(list.take(places.len()));
+                places
+            };
+            for (place, item) in places.iter_mut().zip(items.drain(..)) {
+                *place = Some(work(item));
             }
-            done.extend(piece.drain(..).map(|(at, item)| (at, work(item))));
         }
     };
-    let mut answers: Vec<Option<R>> = std::iter::repeat_with(|| None).take(length).collect();
     std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
+        for _ in 1..threads {
+            // One that can't be had is one fewer.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, run);
+        }
         // This thread is one of them.
-        let mut all = run();
-        for thread in others {
-            match thread.join() {
-                Ok(done) => all.extend(done),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        for (at, answer) in all {
-            answers[at] = Some(answer);
-        }
+        run();
     });
     answers.into_iter().flatten().collect()
 }
@@ -403,6 +441,17 @@ pub(super) fn layout() -> Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn samples_are_young_for_a_while() {
+        let second = 1_000_000_000;
+        let young = |at, now| is_young(at, now, SHARED);
+        assert!(young(second, second) && young(second, second + 499_999_999));
+        assert!(!young(second, second + 500_000_000));
+        assert!(!young(second, second - 1), "the clock was set back");
+        assert!(!young(i64::MIN, i64::MAX));
+        assert!(!is_young(second, second, Duration::ZERO));
+    }
 
     #[test]
     fn work_side_by_side_keeps_its_order() {

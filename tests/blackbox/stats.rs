@@ -13,6 +13,7 @@ tests![
     the_writable_layer,
     what_has_ended_uses_nothing,
     filters_of_statistics,
+    those_who_ask_for_all_at_once_share_samples,
     a_pod_on_a_network_is_measured,
     a_pod_on_the_nodes_network,
     metrics_have_the_labels_of_their_descriptors,
@@ -84,6 +85,21 @@ pub fn value(number: Option<cri::UInt64Value>) -> u64 {
 fn ids(stats: &[cri::ContainerStats]) -> BTreeSet<String> {
     let attributes = stats.iter().map(|s| s.attributes.clone().unwrap());
     attributes.map(|a| a.id).collect()
+}
+
+/// What two answers about the same containers have in common: whose they are, and what they tell.
+fn outlines(stats: &[cri::ContainerStats]) -> BTreeMap<String, impl PartialEq + std::fmt::Debug> {
+    let outline = |s: &cri::ContainerStats| {
+        let attributes = s.attributes.clone().unwrap();
+        let told = (
+            s.cpu.is_some(),
+            s.memory.is_some(),
+            s.swap.is_some(),
+            s.io.is_some(),
+        );
+        (attributes.id.clone(), (attributes, told))
+    };
+    stats.iter().map(outline).collect()
 }
 
 async fn a_busy_container_is_measured(env: Env) -> Result<()> {
@@ -275,6 +291,72 @@ async fn filters_of_statistics(env: Env) -> Result<()> {
         let found = daemon.pod_stats(filter.clone()).await?;
         assert_eq!(found.len(), expected, "{filter:?}");
     }
+    Ok(())
+}
+
+async fn those_who_ask_for_all_at_once_share_samples(env: Env) -> Result<()> {
+    let daemon = env.daemon().await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let container = pod
+        .run(&["sleep", "1000"], |c| {
+            let linux = c.linux.get_or_insert_default();
+            let resources = linux.resources.get_or_insert_default();
+            resources.memory_limit_in_bytes = 64 << 20;
+        })
+        .await?;
+    let taken = |stats: &cri::ContainerStats| stats.cpu.as_ref().unwrap().timestamp;
+    let all = || async { anyhow::Ok(daemon.container_stats(None).await?.remove(0)) };
+    let only = |id: &str| {
+        Some(cri::ContainerStatsFilter {
+            id: id.to_owned(),
+            ..Default::default()
+        })
+    };
+    // On a busy machine half a second may pass between any two calls.
+    eventually("calls close to each other", seconds(20), || async {
+        let first = all().await?;
+        let again = daemon.container_stats(Some(Default::default())).await?;
+        let of_pod = daemon.pod_stats(None).await?.remove(0).linux.unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+        if now.as_nanos() as i64 - taken(&first) >= 500_000_000 {
+            return Ok(None);
+        }
+        assert_eq!(again[0].cpu, first.cpu);
+        assert_eq!(again[0].memory, first.memory);
+        assert_eq!(of_pod.containers[0].memory, first.memory);
+        assert!(
+            of_pod.cpu.unwrap().timestamp > taken(&first),
+            "the pod's own"
+        );
+        Ok(Some(()))
+    })
+    .await?;
+    // Who names it is told how it is now, and the next who ask for all are told the same.
+    let before = taken(&all().await?);
+    let named = daemon.container_stats(only(&container.id)).await?.remove(0);
+    assert!(taken(&named) > before);
+    let before = taken(&all().await?);
+    assert!(taken(&stats(&container).await?) > before);
+    // A limit counts at once.
+    all().await?;
+    let request = cri::UpdateContainerResourcesRequest {
+        container_id: container.id.clone(),
+        linux: Some(cri::LinuxContainerResources {
+            memory_limit_in_bytes: 32 << 20,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    daemon.runtime().update_container_resources(request).await?;
+    let last = all().await?;
+    let available = value(last.memory.unwrap().available_bytes);
+    assert!(available <= 32 << 20, "{available}");
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert!(taken(&all().await?) > last.cpu.unwrap().timestamp);
+    // An end does, too.
+    all().await?;
+    container.stop(0).await?;
+    assert_eq!(all().await?.memory, None);
     Ok(())
 }
 
@@ -484,14 +566,33 @@ async fn streams_say_what_lists_say(env: Env) -> Result<()> {
         .into_iter()
         .flat_map(|m| m.container_stats)
         .collect();
-    assert_eq!(ids(&streamed), ids(&daemon.container_stats(None).await?));
+    let listed = daemon.container_stats(None).await?;
+    assert_eq!(ids(&streamed), ids(&listed));
+    assert_eq!(outlines(&streamed), outlines(&listed));
 
     let streamed = client
         .stream_pod_sandbox_stats(cri::StreamPodSandboxStatsRequest::default())
         .await?;
     let streamed = collect(streamed.into_inner()).await?;
-    let count: usize = streamed.iter().map(|m| m.pod_sandbox_stats.len()).sum();
-    assert_eq!(count, 2);
+    let mut streamed: Vec<_> = streamed
+        .into_iter()
+        .flat_map(|m| m.pod_sandbox_stats)
+        .collect();
+    let mut listed = daemon.pod_stats(None).await?;
+    assert_eq!((streamed.len(), listed.len()), (2, 2));
+    for stats in [&mut streamed, &mut listed] {
+        stats.sort_by_key(|s| s.attributes.as_ref().unwrap().id.clone());
+    }
+    for (streamed, listed) in streamed.iter().zip(&listed) {
+        assert_eq!(streamed.attributes, listed.attributes);
+        let (streamed, listed) = (streamed.linux.as_ref(), listed.linux.as_ref());
+        let (streamed, listed) = (streamed.unwrap(), listed.unwrap());
+        assert_eq!(outlines(&streamed.containers), outlines(&listed.containers));
+        let count = |s: &cri::LinuxPodSandboxStats| s.process.as_ref().unwrap().process_count;
+        assert_eq!(count(streamed), count(listed));
+        assert!(listed.cpu.is_some() && listed.memory.is_some());
+        assert_eq!(streamed.io.is_some(), listed.io.is_some());
+    }
 
     let streamed = client
         .stream_pod_sandbox_metrics(cri::StreamPodSandboxMetricsRequest {})

@@ -16,36 +16,53 @@ use crate::error::{ClientError, report};
 /// Pods started at once.
 const BATCH: usize = 8;
 /// How often each call is timed.
-const ROUNDS: usize = 50;
+const ROUNDS: usize = 30;
 /// The kubelet lists pods and containers this often (PLEG).
 const RELIST: Duration = Duration::from_secs(1);
 /// And asks for statistics this often (housekeeping of the summary API).
 const STATISTICS: Duration = Duration::from_secs(10);
 
-type Call =
-    for<'a> fn(&'a Cri) -> Pin<Box<dyn Future<Output = Result<(), ClientError>> + Send + 'a>>;
+type Answered<'a> = Pin<Box<dyn Future<Output = Result<(), ClientError>> + Send + 'a>>;
+type Call = for<'a> fn(&'a Cri) -> Answered<'a>;
 
-const CALLS: [(&str, Call); 4] = [
-    ("ListPodSandbox", |cri| {
+/// The calls of a round, and whether each is made some time after the one before it.
+const CALLS: [(&str, bool, Call); 6] = [
+    ("ListPodSandbox", false, |cri| {
         Box::pin(async { cri.list_pod_sandbox(Default::default()).await.map(drop) })
     }),
-    ("ListContainers", |cri| {
+    ("ListContainers", false, |cri| {
         Box::pin(async { cri.list_containers(Default::default()).await.map(drop) })
     }),
-    ("ListContainerStats", |cri| {
-        Box::pin(async { cri.list_container_stats(Default::default()).await.map(drop) })
-    }),
-    ("ListPodSandboxStats", |cri| {
-        Box::pin(async {
-            cri.list_pod_sandbox_stats(Default::default())
-                .await
-                .map(drop)
-        })
-    }),
+    ("ListContainerStats", true, container_stats),
+    ("ListContainerStats, at once again", false, container_stats),
+    ("ListPodSandboxStats", true, pod_stats),
+    ("ListPodSandboxStats, at once again", false, pod_stats),
 ];
 
-/// Keeps `count` containers running under each runtime, times the calls, and watches each daemon for as long as
-/// `watched` says. Removes the containers again.
+fn container_stats(cri: &Cri) -> Answered<'_> {
+    Box::pin(async { cri.list_container_stats(Default::default()).await.map(drop) })
+}
+
+fn pod_stats(cri: &Cri) -> Answered<'_> {
+    Box::pin(async {
+        cri.list_pod_sandbox_stats(Default::default())
+            .await
+            .map(drop)
+    })
+}
+
+/// How a full node is asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Questions {
+    /// Before statistics are asked for the first time of a round: a runtime may tell a sample again that it took a
+    /// moment ago.
+    pub apart: Duration,
+    /// How long each daemon is watched afterwards.
+    pub watched: Duration,
+}
+
+/// Keeps `count` containers running under each runtime, times the calls, and watches each daemon. Removes the containers
+/// again.
 ///
 /// # Errors
 /// What a runtime answers, or when its daemon is not found.
@@ -53,7 +70,7 @@ pub async fn measure(
     benchers: &[(&Bencher, Option<i32>)],
     count: usize,
     host_network: bool,
-    watched: Duration,
+    questions: Questions,
 ) -> Result<Group, ClientError> {
     let mut pods: Vec<Vec<Pod>> = Vec::new();
     let mut result = Ok(());
@@ -66,7 +83,7 @@ pub async fn measure(
         pods.push(started);
     }
     let group = match result {
-        Ok(()) => ask(benchers, count, host_network, watched).await,
+        Ok(()) => ask(benchers, count, host_network, questions).await,
         Err(error) => Err(error),
     };
     for ((bencher, _), pods) in benchers.iter().zip(&pods) {
@@ -109,7 +126,7 @@ async fn ask(
     benchers: &[(&Bencher, Option<i32>)],
     count: usize,
     host_network: bool,
-    watched: Duration,
+    questions: Questions,
 ) -> Result<Group, ClientError> {
     let results = benchers.iter().map(|(b, _)| TargetResult::new(&b.name));
     let mut group = Group::new(host_network, 1, results.collect());
@@ -118,9 +135,12 @@ async fn ask(
     for round in 0..=ROUNDS {
         for index in super::order(benchers.len()) {
             let mut times = Timed::new();
-            for (name, call) in CALLS {
+            for (name, apart, call) in CALLS {
                 if missing.contains(&(index, name)) {
                     continue;
+                }
+                if apart {
+                    tokio::time::sleep(questions.apart).await;
                 }
                 let began = Instant::now();
                 match call(&benchers[index].0.cri).await {
@@ -148,6 +168,7 @@ async fn ask(
             Some(pid) => *pid,
             None => listener(&bencher.endpoint).await?,
         };
+        let watched = questions.watched;
         eprintln!("{}: watched for {} s", bencher.name, watched.as_secs());
         group.results[index].cpu_percent = Some(watch(bencher, pid, watched).await?);
     }
