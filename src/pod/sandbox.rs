@@ -17,6 +17,7 @@ use super::feed::{Feed, Happening, Kind};
 use super::names::pod_name;
 use super::node::now;
 use super::record::PodRecord;
+use super::shares::Told;
 use super::state::{PodStage, Stage, Status};
 use super::stats::Meter;
 
@@ -113,6 +114,8 @@ pub struct Pod {
     sizes: Mutex<Sizes>,
     /// Its use of the machine, as far as that is remembered between two samples.
     pub meter: Mutex<Meter>,
+    /// What its runtime has told of its containers last, where they share a sandbox.
+    pub told: Mutex<Option<Told>>,
     stage: watch::Sender<PodStage>,
     feed: Arc<Feed>,
     /// Whether its end has been told.
@@ -133,6 +136,7 @@ impl Pod {
             dir: dir.to_owned(),
             sizes: Mutex::new(Sizes::of(&record)),
             meter: Mutex::default(),
+            told: Mutex::default(),
             feed,
             end_told: AtomicBool::new(stage == PodStage::Stopped),
             stop_told: OnceCell::new_with((stage == PodStage::Stopped).then_some(())),

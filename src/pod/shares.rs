@@ -1,8 +1,9 @@
 //! What a container uses of a sandbox that it shares with the others of its pod (gVisor). The host sees only the sandbox, in a
-//! cgroup of its own: that is the one container's, where there is one. CPU time of several is told apart by the runtime;
-//! nobody tells their memory apart, so each is said to use an equal part of it, and the sum is right.
+//! cgroup of its own: that is the one container's, where there is one. CPU time of several is divided as the runtime says;
+//! nobody tells their memory apart, so each is said to use an equal part of it. Either way the sum is right.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use slipway_observe::cgroup::{Memory, Usage};
 
@@ -14,14 +15,25 @@ use super::state::Stage;
 /// How long a runtime may take to tell what a container has used. Whoever asked waits for it.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long what a runtime has told of a pod holds: for one answer about all of its containers.
+const FRESH: Duration = Duration::from_millis(500);
+
+/// What a runtime has told of the CPU time of a pod's containers. In this unit or that: runsc of 2022 has nanoseconds on
+/// cgroup v1 and microseconds on v2.
+#[derive(Debug)]
+pub struct Told {
+    at: Instant,
+    times: HashMap<String, u64>,
+}
+
 /// A container's share of its pod's sandbox.
 pub struct Share {
     /// The sandbox's cgroup.
     pub cgroup: String,
     /// How many containers run in it.
     members: u64,
-    /// CPU time of this one in nanoseconds, where there are others, too, and the runtime tells.
-    cpu: Option<u64>,
+    /// The CPU time of this one and of all, in some unit, where there are others, too, and the runtime tells.
+    cpu: Option<(u64, u64)>,
 }
 
 impl Share {
@@ -30,7 +42,10 @@ impl Share {
         if self.members < 2 {
             return all;
         }
-        all.cpu = self.cpu;
+        all.cpu = self.cpu.zip(all.cpu).and_then(|((own, sum), cpu)| {
+            let part = u128::from(cpu) * u128::from(own) / u128::from(sum.max(1));
+            u64::try_from(part).ok()
+        });
         all.memory = all.memory.map(|m| self.memory(m));
         all.swap = all.swap.map(|mut swap| {
             swap.usage /= self.members;
@@ -66,7 +81,25 @@ impl Node {
         let mut members = self.containers_of_pod(&pod);
         members.retain(|c| c.stage() == Stage::Running);
         let cpu = match (members.len() > 1, container.stage()) {
-            (true, Stage::Running) => driver.cpu_time(pod.id(), container.id()),
+            (true, Stage::Running) => {
+                // Whoever asks for another of them meanwhile waits for this answer.
+                let mut told = pod.told.lock();
+                let fresh = told.take_if(|told| told.at.elapsed() < FRESH);
+                let fresh = fresh.unwrap_or_else(|| {
+                    let ids = members.iter().map(|c| c.id());
+                    let times =
+                        ids.filter_map(|id| Some((id.to_owned(), driver.cpu_time(pod.id(), id)?)));
+                    let times = times.collect();
+                    Told {
+                        at: Instant::now(),
+                        times,
+                    }
+                });
+                let own = fresh.times.get(container.id()).copied();
+                let sum = fresh.times.values().sum();
+                *told = Some(fresh);
+                own.map(|own| (own, sum))
+            }
             _ => None,
         };
         Some(Share {
@@ -78,7 +111,7 @@ impl Node {
 }
 
 impl Driver {
-    /// CPU time of a container in nanoseconds, as its runtime says.
+    /// CPU time of a container, as its runtime says.
     fn cpu_time(&self, pod: &str, container: &str) -> Option<u64> {
         let root = self.root.join(pod);
         let root = root.to_string_lossy();
@@ -91,10 +124,13 @@ impl Driver {
     }
 }
 
-/// The CPU time in what `events --stats` prints.
+/// The CPU time in what `events --stats` prints, which leaves out zeros.
 fn total(text: &str) -> Option<u64> {
     let value: serde_json::Value = serde_json::from_str(text).ok()?;
-    value.pointer("/data/cpu/usage/total")?.as_u64()
+    let usage = value.pointer("/data/cpu/usage")?.as_object()?;
+    usage
+        .get("total")
+        .map_or(Some(0), serde_json::Value::as_u64)
 }
 
 #[cfg(test)]
@@ -120,7 +156,7 @@ mod tests {
             cpu,
         };
         assert_eq!(share(1, None).of(usage).cpu, Some(900));
-        let part = share(3, Some(700)).of(usage);
+        let part = share(3, Some((7, 9))).of(usage);
         assert_eq!(part.cpu, Some(700));
         let memory = part.memory.unwrap();
         assert_eq!((memory.usage, memory.kernel), (100, Some(10)));
@@ -132,6 +168,7 @@ mod tests {
     fn what_a_runtime_says_is_read() {
         let text = r#"{"type":"stats","id":"c1","data":{"cpu":{"usage":{"total":2251}}}}"#;
         assert_eq!(total(text), Some(2251));
+        assert_eq!(total(r#"{"data":{"cpu":{"usage":{}}}}"#), Some(0));
         assert_eq!(total("{}"), None);
     }
 }
