@@ -112,6 +112,11 @@ impl Place {
         }
     }
 
+    /// The cgroup of all its containers'.
+    fn cgroup() -> String {
+        format!("slipway-shim-test-{}", std::process::id())
+    }
+
     /// A bundle whose root holds a static busybox, a copy: nothing of the host may be mounted below a directory that the
     /// test removes.
     fn bundle(&mut self, command: &str) -> Bundle {
@@ -134,7 +139,7 @@ impl Place {
             },
             "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
             "linux": {
-                "cgroupsPath": format!("/slipway-shim-test/{id}"),
+                "cgroupsPath": format!("/{}/{id}", Self::cgroup()),
                 "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}],
             },
         });
@@ -174,6 +179,17 @@ impl Bundle {
         let pid = task.create(&create, Some(&place.options), SOON).unwrap();
         assert!(pid > 0);
         (task, address)
+    }
+}
+
+impl Drop for Place {
+    /// runc removes the containers' cgroups, and leaves what they were in.
+    fn drop(&mut self) {
+        let top = Path::new("/sys/fs/cgroup");
+        let hierarchies = fs::read_dir(top).into_iter().flatten().flatten();
+        for hierarchy in hierarchies.map(|e| e.path()).chain([top.to_owned()]) {
+            let _ = fs::remove_dir(hierarchy.join(Self::cgroup()));
+        }
     }
 }
 
