@@ -2,16 +2,12 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
-};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-use crate::loopback::{NLM_F_ACK, NLM_F_REQUEST, acknowledgement};
+use crate::loopback::{LoopbackError, NLM_F_ACK, NLM_F_REQUEST, exchange};
 
 const RTM_NEWADDR: u16 = 20;
 const NLM_F_CREATE: u16 = 0x400;
@@ -19,21 +15,12 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// No search for others that have it, which would leave it unusable for a second (IPv6).
 const IFA_F_NODAD: u8 = 2;
-/// The kernel answers at once; this only bounds the unthinkable.
-const DEADLINE: Duration = Duration::from_secs(5);
 
 /// Gives an interface an address with this length of its network's prefix. One that it has already is no error.
 ///
 /// # Errors
 /// What the kernel says; `ENODEV` without such an interface.
 pub fn add(interface: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
-    let socket = socket_with(
-        AddressFamily::NETLINK,
-        SocketType::RAW,
-        SocketFlags::CLOEXEC,
-        None, // NETLINK_ROUTE is protocol 0
-    )?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(DEADLINE))?;
     // Any socket does for this.
     let named = socket_with(
         AddressFamily::UNIX,
@@ -42,24 +29,10 @@ pub fn add(interface: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
         None,
     )?;
     let index = name_to_index(&named, interface)?;
-    send(
-        &socket,
-        &request(index, address, prefix),
-        SendFlags::empty(),
-    )?;
-    let mut answer = [0u8; 512];
-    let received = loop {
-        match recv(&socket, &mut answer, RecvFlags::empty()) {
-            Ok((received, _)) => break received,
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-    };
-    match acknowledgement(answer.get(..received).unwrap_or(&answer)) {
-        Some(0) => Ok(()),
-        Some(error) if error.saturating_neg() == libc::EEXIST => Ok(()),
-        Some(error) => Err(io::Error::from_raw_os_error(error.saturating_neg())),
-        None => Err(io::ErrorKind::InvalidData.into()),
+    match exchange(&request(index, address, prefix)) {
+        Ok(()) | Err(LoopbackError::Refused(Errno::EXIST)) => Ok(()),
+        Err(LoopbackError::Refused(e) | LoopbackError::Socket { source: e, .. }) => Err(e.into()),
+        Err(LoopbackError::Answer(_)) => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 

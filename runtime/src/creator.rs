@@ -314,7 +314,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let propagation =
         propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     if users.is_some() {
-        stage::set(&mut spec, &target, dir).map_err(CreateError::Stage)?;
+        stage::set(&mut spec, &target).map_err(CreateError::Stage)?;
         // In there nobody may.
         confinement.raise_limits();
     }

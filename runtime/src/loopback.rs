@@ -51,6 +51,14 @@ pub enum LoopbackError {
 ///
 /// See [`LoopbackError`]; without `CAP_NET_ADMIN` it is [`LoopbackError::Refused`] with `EPERM`.
 pub fn bring_loopback_up() -> Result<(), LoopbackError> {
+    exchange(&request())
+}
+
+/// Sends a request of rtnetlink(7), in the calling thread's network namespace, and waits for its acknowledgement.
+///
+/// # Errors
+/// [`LoopbackError`].
+pub(crate) fn exchange(request: &[u8]) -> Result<(), LoopbackError> {
     let step = |step| move |source| LoopbackError::Socket { step, source };
     let socket = socket_with(
         AddressFamily::NETLINK,
@@ -60,7 +68,7 @@ pub fn bring_loopback_up() -> Result<(), LoopbackError> {
     )
     .map_err(step("socket"))?;
     set_socket_timeout(&socket, Timeout::Recv, Some(DEADLINE)).map_err(step("deadline"))?;
-    send(&socket, &request(), SendFlags::empty()).map_err(step("send"))?;
+    send(&socket, request, SendFlags::empty()).map_err(step("send"))?;
 
     let mut answer = [0u8; 256];
     let received = loop {
@@ -93,7 +101,7 @@ fn request() -> [u8; 32] {
 }
 
 /// The error number of an `NLMSG_ERROR` message: 0 is success, else negative.
-pub(crate) fn acknowledgement(answer: &[u8]) -> Option<i32> {
+fn acknowledgement(answer: &[u8]) -> Option<i32> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let error = i32::from_ne_bytes(answer.get(HEADER..HEADER + 4)?.try_into().ok()?);
     (kind == NLMSG_ERROR).then_some(error)

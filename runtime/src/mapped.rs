@@ -177,10 +177,8 @@ pub fn attach(tree: &OwnedFd, at: &Path) -> io::Result<()> {
 fn map(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
     const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
     let attr = libc::mount_attr {
-        attr_set: MOUNT_ATTR_IDMAP,
-        attr_clr: 0,
-        propagation: 0,
         userns_fd: u64::from(namespace.as_raw_fd().cast_unsigned()),
+        ..sys::mount_attr(MOUNT_ATTR_IDMAP, 0)
     };
     sys::mount_setattr(tree, &attr, recursive)
 }

@@ -11,7 +11,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
 use libcontainer::rootfs::utils::is_bind;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount, Spec};
 
@@ -31,14 +31,14 @@ const MADE_BY_LIBCONTAINER: [&str; 7] = [
 ];
 
 /// Mounts the root file system and the sources of the spec's bind mounts where the pod's root can reach them, and
-/// points the spec at that. Sources below `aside`, a directory of the container's own, are mounted nowhere else then.
+/// points the spec at that.
 ///
 /// Devices become bind mounts of nodes that are made here: in a user namespace nobody may make nodes. Their owners
 /// stay the host's, so that their modes mean what they mean there.
 ///
 /// # Errors
 /// What opening and mounting say, with the path.
-pub fn set(spec: &mut Spec, rootfs: &Path, aside: &Path) -> io::Result<()> {
+pub fn set(spec: &mut Spec, rootfs: &Path) -> io::Result<()> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     // All of it is opened before anything is covered.
     let mut opened = Vec::new();
@@ -47,10 +47,6 @@ pub fn set(spec: &mut Spec, rootfs: &Path, aside: &Path) -> io::Result<()> {
         let recursive = entry.options().iter().flatten().any(|o| o == "rbind");
         let found = tree(&source, recursive).map_err(named(&source))?;
         opened.push((entry, source, found));
-    }
-    for (_, source, _) in opened.iter().filter(|(_, s, _)| s.starts_with(aside)) {
-        // The host's cgroups may be in there, which libcontainer is not to find.
-        let _ = umount2(source, MntFlags::MNT_DETACH);
     }
     let root = tree(rootfs, true).map_err(named(rootfs))?;
 
@@ -70,7 +66,7 @@ pub fn set(spec: &mut Spec, rootfs: &Path, aside: &Path) -> io::Result<()> {
     attach(&root, &place)?;
     for (n, (entry, source, found)) in opened.into_iter().enumerate() {
         let at = top.join(n.to_string());
-        // Of what was unmounted there is only the descriptor left.
+        // Of what is covered by now there is only the descriptor left.
         make_place(
             Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())),
             &at,

@@ -333,6 +333,16 @@ pub fn prctl(option: i32, arg: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// What [`mount_setattr`] is to set and to clear (`MOUNT_ATTR_*`).
+pub fn mount_attr(set: u64, clear: u64) -> libc::mount_attr {
+    libc::mount_attr {
+        attr_set: set,
+        attr_clr: clear,
+        propagation: 0,
+        userns_fd: 0,
+    }
+}
+
 /// `mount_setattr(2)` on the mount that a descriptor leads to, and on all below it if `recursive`.
 ///
 /// # Errors

@@ -119,7 +119,7 @@ fn one(root: &OwnedFd, entry: &Mount) -> Result<(), MountError> {
         let set = attributes(options.flags);
         let clear = cleared(options.flags);
         if (set, clear) != (0, 0) {
-            sys::mount_setattr(tree.as_fd(), &attr(set, clear), false)
+            sys::mount_setattr(tree.as_fd(), &sys::mount_attr(set, clear), false)
                 .map_err(failed("set the options of", &name))?;
         }
         set_recursively(tree.as_fd(), &options).map_err(failed("set the options of", &name))?;
@@ -257,16 +257,11 @@ fn set_recursively(tree: BorrowedFd<'_>, options: &Options) -> io::Result<()> {
     let Some(wanted) = &options.recursive else {
         return Ok(());
     };
-    sys::mount_setattr(tree, &attr(wanted.attr_set, wanted.attr_clr), true)
-}
-
-fn attr(set: u64, clear: u64) -> libc::mount_attr {
-    libc::mount_attr {
-        attr_set: set,
-        attr_clr: clear,
-        propagation: 0,
-        userns_fd: 0,
-    }
+    sys::mount_setattr(
+        tree,
+        &sys::mount_attr(wanted.attr_set, wanted.attr_clr),
+        true,
+    )
 }
 
 /// The attributes of a mount (mount_setattr(2)) that flags of mount(2) stand for.
@@ -314,10 +309,8 @@ pub fn set_propagation(wanted: &[(PathBuf, MsFlags)]) -> io::Result<()> {
         );
         let set = found.map_err(io::Error::from).and_then(|at| {
             let attr = libc::mount_attr {
-                attr_set: 0,
-                attr_clr: 0,
                 propagation: flags.bits(),
-                userns_fd: 0,
+                ..sys::mount_attr(0, 0)
             };
             sys::mount_setattr(at.as_fd(), &attr, true)
         });

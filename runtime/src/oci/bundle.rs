@@ -293,13 +293,7 @@ fn set_aside(source: &Path, at: &Path, attributes: u64) -> io::Result<()> {
     use std::os::fd::AsFd as _;
     let found = tree(source, true)?;
     if attributes != 0 {
-        let attr = libc::mount_attr {
-            attr_set: attributes,
-            attr_clr: 0,
-            propagation: 0,
-            userns_fd: 0,
-        };
-        sys::mount_setattr(found.as_fd(), &attr, true)?;
+        sys::mount_setattr(found.as_fd(), &sys::mount_attr(attributes, 0), true)?;
     }
     make_place(
         Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())),
