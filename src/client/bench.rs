@@ -121,9 +121,10 @@ pub struct BenchArgs {
     /// Root file system for --oci (default: that of --floor)
     #[arg(long, value_name = "ROOTFS")]
     oci_rootfs: Option<PathBuf>,
-    /// JSON file with `linux.seccomp` for the OCI runtimes (default: no filter)
-    #[arg(long, value_name = "FILE")]
-    oci_seccomp: Option<PathBuf>,
+    /// Give --oci what this endpoint's runtime gives a container: mounts, namespaces, devices, limits, seccomp filter
+    /// (default: the least that a container has)
+    #[arg(long, value_name = "NAME", requires_all = ["oci", "image"])]
+    oci_like: Option<String>,
     /// What --floor and --oci run: an absolute path in the root file system that ends by itself
     #[arg(long, default_value = "/bin/true", value_name = "PATH")]
     floor_cmd: String,
@@ -300,6 +301,10 @@ async fn targets(
             cri,
         })));
     }
+    let like = match &args.oci_like {
+        Some(name) => Some(specs_of(args, name, &targets, logs).await?),
+        None => None,
+    };
     for (rootfs, cgroups) in args
         .floor
         .iter()
@@ -318,11 +323,40 @@ async fn targets(
                     "--oci needs --floor or --oci-rootfs: a root file system".to_owned(),
                 )
             })?;
-        let seccomp = args.oci_seccomp.as_deref();
-        let helper = Helper::oci(name, binary, rootfs, &args.floor_cmd, seccomp)?;
+        let helper = Helper::oci(name, binary, rootfs, &args.floor_cmd, like.as_deref())?;
         targets.push(Target::Bare(Box::new(helper)));
     }
     Ok(targets)
+}
+
+/// Starts a pod in each network at this endpoint, and writes the OCI specifications of their containers into a directory.
+/// The pods stay until all of the run are removed: the specifications name their namespaces and files.
+async fn specs_of(
+    args: &BenchArgs,
+    name: &str,
+    targets: &[Target],
+    logs: &std::path::Path,
+) -> Result<PathBuf, ClientError> {
+    let runtimes = targets.iter().filter_map(|target| match target {
+        Target::Runtime(bencher) => Some(bencher),
+        Target::Bare(_) => None,
+    });
+    let bencher = runtimes.into_iter().find(|b| b.name == name);
+    let bencher = bencher.ok_or_else(|| {
+        ClientError::Usage(format!("--oci-like {name}: there is no such --endpoint"))
+    })?;
+    let dir = logs.join("specs");
+    for host_network in args.host_networks() {
+        let spec = bencher.spec_of_one(host_network).await?;
+        let path = dir.join(helper::spec_file(host_network));
+        let written = std::fs::create_dir_all(&dir).and_then(|()| std::fs::write(&path, spec));
+        written.map_err(|source| ClientError::File {
+            what: "cannot write a container's OCI spec",
+            path,
+            source,
+        })?;
+    }
+    Ok(dir)
 }
 
 async fn measure(

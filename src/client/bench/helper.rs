@@ -23,6 +23,15 @@ enum Kind {
     Oci,
 }
 
+/// The file with the OCI specification of a container in that network, in the directory for `like`.
+pub fn spec_file(host_network: bool) -> &'static str {
+    if host_network {
+        "host.json"
+    } else {
+        "new.json"
+    }
+}
+
 /// Options of the hidden helper command.
 #[derive(Debug, clap::Args)]
 pub struct HelperArgs {
@@ -34,7 +43,7 @@ pub struct HelperArgs {
     #[arg(long, default_value = "")]
     binary: String,
     #[arg(long)]
-    seccomp: Option<PathBuf>,
+    like: Option<PathBuf>,
     #[arg(long)]
     no_cgroups: bool,
 }
@@ -55,7 +64,7 @@ pub fn helper(args: &HelperArgs) -> Result<(), ClientError> {
             serve(|host_network| Ok(vec![floor.once(host_network)?]))
         }
         Kind::Oci => {
-            let mut oci = Oci::new(&args.binary, &rootfs, &args.cmd, args.seccomp.as_deref())?;
+            let mut oci = Oci::new(&args.binary, &rootfs, &args.cmd, args.like.as_deref())?;
             serve(|host_network| oci.once(host_network))
         }
     }
@@ -109,7 +118,7 @@ impl Helper {
         Helper::spawn("floor without cgroups", command.arg("--no-cgroups"))
     }
 
-    /// A helper that has an OCI runtime `run` it.
+    /// A helper that has an OCI runtime `run` it; `like`: a directory with specifications ([`spec_file`]) to go by.
     ///
     /// # Errors
     /// [`ClientError::System`] when it can't be started.
@@ -118,12 +127,12 @@ impl Helper {
         binary: &str,
         rootfs: &Path,
         cmd: &str,
-        seccomp: Option<&Path>,
+        like: Option<&Path>,
     ) -> Result<Helper, ClientError> {
         let mut command = Self::command("oci", rootfs, cmd);
         command.arg(format!("--binary={binary}"));
-        if let Some(seccomp) = seccomp {
-            command.arg("--seccomp").arg(seccomp);
+        if let Some(like) = like {
+            command.arg("--like").arg(like);
         }
         Helper::spawn(name, &mut command)
     }

@@ -9,6 +9,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
+use super::helper::spec_file;
 use crate::error::ClientError;
 
 /// Where the v2 side of a hybrid cgroup layout is mounted.
@@ -23,7 +24,8 @@ pub struct Oci {
 }
 
 impl Oci {
-    /// Writes the bundles and prepares this process's mounts for the runtime.
+    /// Writes the bundles and prepares this process's mounts for the runtime. `like`: a directory with the
+    /// specifications of containers, to be given what those are given.
     ///
     /// # Errors
     /// [`ClientError::File`] or [`ClientError::System`].
@@ -31,10 +33,9 @@ impl Oci {
         binary: &str,
         rootfs: &Path,
         command: &str,
-        seccomp: Option<&Path>,
+        like: Option<&Path>,
     ) -> Result<Oci, ClientError> {
         hide_unified()?;
-        let seccomp = seccomp.map(read_json).transpose()?;
         let name = format!("slipway-bench-oci-{}", std::process::id());
         let scratch = std::env::temp_dir().join(name);
         let oci = Oci {
@@ -50,7 +51,12 @@ impl Oci {
                 source,
             };
             std::fs::create_dir_all(&bundle).map_err(failed)?;
-            let config = config(rootfs, command, host, seccomp.as_ref());
+            let own = config(rootfs, command, host);
+            let config = match like.map(|dir| dir.join(spec_file(host))) {
+                // The networks that are not measured have none.
+                Some(path) if path.exists() => as_in(read_json(&path)?, &own),
+                _ => own,
+            };
             std::fs::write(bundle.join("config.json"), config.to_string()).map_err(failed)?;
         }
         Ok(oci)
@@ -138,7 +144,7 @@ impl Drop for Oci {
 
 fn read_json(path: &Path) -> Result<Value, ClientError> {
     let failed = |source: std::io::Error| ClientError::File {
-        what: "cannot read the seccomp profile",
+        what: "cannot read a container's OCI spec",
         path: path.to_owned(),
         source,
     };
@@ -163,7 +169,30 @@ fn hide_unified() -> Result<(), ClientError> {
     umount2(UNIFIED, MntFlags::MNT_DETACH).map_err(failed)
 }
 
-fn config(rootfs: &Path, command: &str, host_network: bool, seccomp: Option<&Value>) -> Value {
+/// A container's specification for one beside it: with a root file system, a command and a cgroup of its own. Namespaces that
+/// only the runtime can name (by its own process) it gets new.
+fn as_in(mut spec: Value, own: &Value) -> Value {
+    spec["root"]["path"] = own["root"]["path"].clone();
+    spec["process"]["args"] = own["process"]["args"].clone();
+    spec["process"]["terminal"] = json!(false);
+    // Slipway's own plan leaves it to whoever sees the image's files.
+    if !spec["process"]["user"].is_object() {
+        spec["process"]["user"] = own["process"]["user"].clone();
+    }
+    spec["linux"]["cgroupsPath"] = own["linux"]["cgroupsPath"].clone();
+    let namespaces = spec["linux"]["namespaces"].as_array_mut();
+    for namespace in namespaces.into_iter().flatten() {
+        let nowhere = |path: &Value| path.as_str().is_some_and(|p| p.starts_with("/proc/"));
+        if nowhere(&namespace["path"])
+            && let Some(fields) = namespace.as_object_mut()
+        {
+            fields.remove("path");
+        }
+    }
+    spec
+}
+
+fn config(rootfs: &Path, command: &str, host_network: bool) -> Value {
     let capabilities = [
         "CAP_CHOWN",
         "CAP_DAC_OVERRIDE",
@@ -193,7 +222,7 @@ fn config(rootfs: &Path, command: &str, host_network: bool, seccomp: Option<&Val
         let options: Vec<&str> = options.split(',').collect();
         json!({"destination": to, "type": kind, "source": kind, "options": options})
     };
-    let mut linux = json!({
+    let linux = json!({
         "namespaces": namespaces,
         "cgroupsPath": format!("/slipway-bench-oci-{}", std::process::id()),
         "resources": {"devices": [{"allow": false, "access": "rwm"}]},
@@ -201,9 +230,6 @@ fn config(rootfs: &Path, command: &str, host_network: bool, seccomp: Option<&Val
             "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware"],
         "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
     });
-    if let Some(seccomp) = seccomp {
-        linux["seccomp"] = seccomp.clone();
-    }
     json!({
         "ociVersion": "1.0.2",
         "hostname": "bench",
@@ -237,13 +263,37 @@ mod tests {
 
     #[test]
     fn bundles_differ_in_the_network_only() {
-        let host = config(Path::new("/r"), "/bin/true", true, None);
-        let mut new = config(Path::new("/r"), "/bin/true", false, None);
+        let host = config(Path::new("/r"), "/bin/true", true);
+        let mut new = config(Path::new("/r"), "/bin/true", false);
         assert_ne!(host, new);
         new["linux"]["namespaces"].as_array_mut().unwrap().pop();
         assert_eq!(host, new);
-        let filtered = config(Path::new("/r"), "/bin/true", true, Some(&json!({"a": 1})));
-        assert_eq!(filtered["linux"]["seccomp"]["a"], 1);
+    }
+
+    #[test]
+    fn a_bundle_goes_by_a_container() {
+        let spec = json!({
+            "root": {"path": "/run/x", "readonly": true},
+            "process": {"args": ["sh"], "env": ["A=1"], "terminal": true, "user": {"uid": 7}},
+            "mounts": [{"destination": "/etc/hosts", "source": "/run/hosts"}],
+            "linux": {
+                "cgroupsPath": "/kubepods/x",
+                "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+                "namespaces": [{"type": "pid", "path": "/proc/self/ns/pid"}, {"type": "ipc", "path": "/run/ns/ipc"}],
+            },
+        });
+        let own = config(Path::new("/r"), "/bin/true", true);
+        let made = as_in(spec.clone(), &own);
+        assert_eq!(made["root"], json!({"path": "/r", "readonly": true}));
+        assert_eq!(made["process"]["args"], json!(["/bin/true"]));
+        assert_eq!(made["process"]["env"], spec["process"]["env"]);
+        assert_eq!(made["process"]["user"]["uid"], 7);
+        assert_eq!(made["mounts"], spec["mounts"]);
+        let linux = &made["linux"];
+        assert_eq!(linux["seccomp"], spec["linux"]["seccomp"]);
+        assert_eq!(linux["cgroupsPath"], own["linux"]["cgroupsPath"]);
+        let namespaces = json!([{"type": "pid"}, {"type": "ipc", "path": "/run/ns/ipc"}]);
+        assert_eq!(linux["namespaces"], namespaces);
     }
 
     #[test]

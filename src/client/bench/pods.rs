@@ -277,6 +277,28 @@ impl Bencher {
         Ok(times)
     }
 
+    /// Starts a pod that stays, and returns the OCI specification of its container, as the runtime tells it (JSON).
+    ///
+    /// # Errors
+    /// What the runtime answers, or that it tells none.
+    pub async fn spec_of_one(&self, host_network: bool) -> Result<String, ClientError> {
+        let pod = self.start(host_network, &mut Timed::new()).await?;
+        let request = ContainerStatusRequest {
+            container_id: pod.containers.first().cloned().unwrap_or_default(),
+            verbose: true,
+        };
+        let mut answer = self.cri.container_status(request).await?;
+        let info = answer.info.remove("info").unwrap_or_default();
+        let mut info: serde_json::Value = serde_json::from_str(&info).unwrap_or_default();
+        match info["runtimeSpec"].take() {
+            spec @ serde_json::Value::Object(_) => Ok(spec.to_string()),
+            _ => Err(ClientError::Usage(format!(
+                "--oci-like {}: its verbose ContainerStatus has no runtimeSpec",
+                self.name
+            ))),
+        }
+    }
+
     /// Starts `count` pods at once, and when all are ready takes them down at once.
     pub async fn batch(&self, host_network: bool, count: usize) -> Batch {
         let began = Instant::now();
