@@ -23,6 +23,7 @@ struct V1 {
     memory: bool,
     devices: bool,
     freezer: bool,
+    blkio: bool,
 }
 
 impl Hierarchies {
@@ -60,6 +61,7 @@ impl Hierarchies {
                         memory: has("memory"),
                         devices: has("devices"),
                         freezer: has("freezer"),
+                        blkio: has("blkio"),
                         mount,
                     });
                 }
@@ -104,6 +106,14 @@ impl Hierarchies {
             .iter()
             .find(|v| v.devices)
             .map(|v| inside(&v.mount, cgroup))
+    }
+
+    /// A cgroup's directory with the limits of block devices, and whether it is a v2 one; `None` where nobody has that
+    /// controller.
+    pub fn block_io_dir(&self, cgroup: &Path) -> Option<(PathBuf, bool)> {
+        let v1 = self.v1.iter().find(|v| v.blkio);
+        let v1 = v1.map(|v| (inside(&v.mount, cgroup), false));
+        v1.or_else(|| self.v2_dir(cgroup).map(|dir| (dir, true)))
     }
 
     /// The directory by which a cgroup is frozen, and whether it is a v2 one; `None` without a freezer.

@@ -9,6 +9,7 @@
 //! calls [`creator`] itself, with a [`bundle`].
 
 pub mod addresses;
+mod block_io;
 pub mod bundle;
 pub mod cgroup;
 mod cgroup_view;

@@ -1,7 +1,7 @@
 //! Writing a container's limits into its cgroup, before its first process is there.
 //!
 //! On v2 [`limits_v2`] writes them; those of v1 go through `cgroups-rs`. Device rules are written here: the crate
-//! reads "any number" as 0. `unified` keys are files of v2 and are written as they are, after all others.
+//! reads "any number" as 0. So are the limits of block devices ([`block_io`]): it knows no bfq. `unified` keys are files of v2 and are written as they are, after all others.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use cgroups_rs::manager::{FsManager, Manager};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
+use crate::block_io;
 use crate::cgroup::Hierarchies;
 use crate::confine::chain;
 use crate::device_filter::{self, Rule};
@@ -58,7 +59,7 @@ pub enum LimitError {
         parent: PathBuf,
     },
     /// A `unified` key that can't be one.
-    #[error("unified resource {key:?} {reason}")]
+    #[error("resource {key:?} {reason}")]
     Unified {
         /// The key.
         key: String,
@@ -96,7 +97,10 @@ pub fn apply(
         reason,
     };
     let mut numbers = resources.clone();
-    numbers.set_devices(None).set_unified(None);
+    numbers
+        .set_devices(None)
+        .set_unified(None)
+        .set_block_io(None);
     let v2 = cgroups.v2_dir(cgroup).filter(|_| cgroups.unified());
     if let Some(dir) = &v2 {
         limits_v2::apply(dir, &mut numbers)?;
@@ -106,6 +110,14 @@ pub fn apply(
         FsManager::new(&base)
             .and_then(|mut manager| manager.set(&numbers))
             .map_err(|e| refused(chain(&e)))?;
+    }
+    if let Some(io) = resources.block_io() {
+        let (dir, v2) = cgroups
+            .block_io_dir(cgroup)
+            .ok_or_else(|| refused("this host has no cgroups for block devices".to_owned()))?;
+        for (file, value) in block_io::files(&dir, v2, io) {
+            limits_v2::set(&dir, &file, &value)?;
+        }
     }
     if let Some(unified) = resources.unified() {
         let dir = v2.ok_or_else(|| {

@@ -71,7 +71,9 @@ pub fn set(dir: &Path, file: &str, value: &str) -> Result<(), LimitError> {
 fn missing(dir: &Path, file: &str) -> LimitError {
     let controller = file.split('.').next().unwrap_or(file);
     let given = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
-    if given.split_whitespace().any(|c| c == controller) {
+    // v1 has no such list: who has the directory has the controller.
+    let v1 = !dir.join("cgroup.controllers").exists();
+    if v1 || given.split_whitespace().any(|c| c == controller) {
         return LimitError::Unified {
             key: file.to_owned(),
             reason: "is no file that this kernel has for a cgroup",

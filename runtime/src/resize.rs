@@ -14,7 +14,7 @@ use slipway_systemd::SystemdError;
 
 use crate::cgroup::{Hierarchies, inside};
 use crate::oci::CommandError;
-use crate::{limits_v2, scope};
+use crate::{block_io, limits_v2, scope};
 
 /// Why limits could not be changed; nothing was.
 #[derive(Debug, thiserror::Error)]
@@ -163,7 +163,7 @@ impl Change<'_> {
         for (file, value) in limits_v2::files(dir, resources) {
             self.write(&file, &value)?;
         }
-        self.weight(resources, ["io.bfq.weight", "io.weight"])
+        self.weight(resources, block_io::WEIGHT_V2)
     }
 
     fn all_v1(&mut self, resources: &LinuxResources) -> Result<()> {
@@ -184,7 +184,7 @@ impl Change<'_> {
                 &limit.map_or("max".to_owned(), |n| n.to_string()),
             )?;
         }
-        self.weight(resources, ["blkio.bfq.weight", "blkio.weight"])
+        self.weight(resources, block_io::WEIGHT_V1)
     }
 
     /// The share of block devices, in whichever of two files the kernel has.
@@ -195,12 +195,7 @@ impl Change<'_> {
         };
         let file = files.iter().find(|file| self.find(file).is_some());
         let file = file.unwrap_or(&files[1]);
-        // Of v1's 10 to 1000 the two others make their 1 to 10000 and 1 to 1000.
-        let weight = match *file {
-            "io.weight" => 1 + (u64::from(weight).saturating_sub(10)) * 9999 / 990,
-            _ => u64::from(weight),
-        };
-        self.write(file, &weight.to_string())
+        self.write(file, &block_io::weight(file, weight).to_string())
     }
 
     fn memory(&mut self, memory: &LinuxMemory) -> Result<()> {

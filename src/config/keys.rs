@@ -259,6 +259,12 @@ pub(crate) const KEYS: &[Key] = &[
         "Where Localhost seccomp profiles with a relative name are looked up.",
     ),
     live(
+        "pod.blockio_config_file",
+        "File (YAML, as CRI-O and containerd have it) with the classes of block I/O that pods and NRI plugins may name.\n\
+         Without one, containers that name a class are refused. It is read for each of them.",
+    )
+    .such_as("\"/etc/slipway/blockio.yaml\""),
+    live(
         "pod.cdi_dirs",
         "Where the files that describe CDI devices are; later directories win. Changed files are seen at once.",
     ),
@@ -463,6 +469,7 @@ mod tests {
             apparmor_profile = "mine"
             seccomp_profile = "/a"
             seccomp_dir = "/a"
+            blockio_config_file = "/a"
             cdi_dirs = ["/a"]
             hooks_dirs = ["/a"]
             [checkpoint]

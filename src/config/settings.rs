@@ -366,6 +366,9 @@ pub struct Pod {
     pub seccomp_profile: Option<PathBuf>,
     /// Directory in which Localhost profiles with a relative name are looked up.
     pub seccomp_dir: PathBuf,
+    /// File with the classes of block I/O.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blockio_config_file: Option<PathBuf>,
     /// Directories of the files that describe CDI devices; later ones win.
     pub cdi_dirs: Vec<PathBuf>,
     /// Directories of the files that say which OCI hooks containers get; later ones win.
@@ -400,6 +403,7 @@ impl Default for Pod {
             apparmor_profile: "slipway-default".to_owned(),
             seccomp_profile: None,
             seccomp_dir: "/var/lib/kubelet/seccomp".into(),
+            blockio_config_file: None,
             cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             hooks_dirs: vec![
                 "/usr/share/containers/oci/hooks.d".into(),

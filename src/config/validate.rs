@@ -128,6 +128,9 @@ impl Config {
             problems.path("pod.seccomp_profile", file);
         }
         problems.path("pod.seccomp_dir", &self.pod.seccomp_dir);
+        if let Some(file) = &self.pod.blockio_config_file {
+            problems.path("pod.blockio_config_file", file);
+        }
         for dir in &self.pod.cdi_dirs {
             problems.path("pod.cdi_dirs", dir);
         }

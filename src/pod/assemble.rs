@@ -12,6 +12,7 @@ use slipway_spec::{
     ContainerInput, ContainerPlan, PodFiles, SandboxPlan, SeccompChoice, SpecOptions,
 };
 
+use super::block_io;
 use super::error::{PodError, file};
 use super::files::{HOSTNAME, HOSTS, RESOLV_CONF};
 use super::names::title;
@@ -110,6 +111,9 @@ pub fn container(
     }
     super::cdi::inject(&node.cdi(), config, &mut plan)?;
     super::hooks::inject(&node.hooks(), id, &pod.record, config, &mut plan)?;
+    let classes = config_now.pod.blockio_config_file.as_deref();
+    block_io::inject(classes, &pod.record.config, config, &mut plan)
+        .map_err(|source| no_class(config, source))?;
     slipway_spec::check_labels(&plan).map_err(failed)?;
     let linux = plan.spec.linux().as_ref();
     if let Some(label) = linux.and_then(|l| l.mount_label().as_ref()) {
@@ -151,6 +155,17 @@ pub fn adjusted(
         what: format!("what NRI plugins want of {}", title(config)),
         source,
     })?;
+    let limits = wish
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.as_ref());
+    if let Some(class) = limits.and_then(|limits| limits.blockio_class.as_ref()) {
+        let config_now = node.config();
+        let classes = config_now.pod.blockio_config_file.as_deref();
+        let plan = &mut ready.plan;
+        let inject = || block_io::inject_class(classes, "an NRI plugin", &class.value, plan);
+        tokio::task::block_in_place(inject).map_err(|source| no_class(config, source))?;
+    }
     if !wish.cdi_devices.is_empty() {
         let names: Vec<_> = wish.cdi_devices.iter().map(|d| d.name.clone()).collect();
         let plan = &mut ready.plan;
@@ -163,6 +178,13 @@ pub fn adjusted(
     }
     ready.create = for_keeper(node, &pod.record, config, &mut ready.plan)?;
     Ok(ready)
+}
+
+fn no_class(config: &cri::ContainerConfig, source: block_io::BlockIoError) -> PodError {
+    PodError::BlockIo {
+        container: title(config),
+        source,
+    }
 }
 
 /// The call for the keeper: with the seccomp profile compiled, or, for a runtime of others, in the specification.

@@ -238,6 +238,15 @@ pub enum PodError {
         #[source]
         source: slipway_seccomp::SeccompError,
     },
+    /// A class of block I/O.
+    #[error("{container} can't be in its block I/O class")]
+    BlockIo {
+        /// The container, by its name.
+        container: String,
+        /// The cause.
+        #[source]
+        source: super::block_io::BlockIoError,
+    },
     /// A CDI device that is not known.
     #[error("{container} can't have its CDI devices")]
     Cdi {
@@ -354,7 +363,7 @@ impl PodError {
                 slipway_cdi::CdiError::Name(_) => Class::InvalidArgument,
                 _ => Class::FailedPrecondition,
             },
-            Self::CdiEdits { .. } => Class::FailedPrecondition,
+            Self::CdiEdits { .. } | Self::BlockIo { .. } => Class::FailedPrecondition,
             Self::Keeper { source, .. } => keeper_class(source),
             Self::Image { source, .. } => Class::Image(source.kind()),
             Self::Network { source, .. } => match source {

@@ -6,6 +6,7 @@
 
 mod addresses;
 mod assemble;
+pub mod block_io;
 mod cdi;
 pub mod checkpoint;
 pub mod container;

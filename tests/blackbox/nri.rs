@@ -525,8 +525,8 @@ async fn what_cannot_be_adjusted(env: Env) -> Result<()> {
                 }),
                 ..Default::default()
             }),
-            Code::Unimplemented,
-            "blockio_class",
+            Code::FailedPrecondition,
+            "pod.blockio_config_file",
         ),
         (
             linux(Linux {

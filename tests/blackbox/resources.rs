@@ -15,6 +15,7 @@ tests![
     the_cgroup_is_below_the_pods_parent,
     slices_are_directories,
     unified_is_refused_where_there_is_none,
+    classes_of_block_io,
 ];
 
 fn resources(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerResources {
@@ -388,5 +389,83 @@ async fn unified_is_refused_where_there_is_none(env: Env) -> Result<()> {
         );
     }
     tokio::time::timeout(seconds(5), pod.status()).await??;
+    Ok(())
+}
+
+/// A disk of this host and its number, as files of cgroups have it.
+fn a_disk() -> Option<(String, String)> {
+    let disks = std::fs::read_dir("/sys/block").ok()?.flatten();
+    disks.into_iter().find_map(|disk| {
+        let name = disk.file_name().into_string().ok()?;
+        let path = format!("/dev/{name}");
+        let number = std::fs::read_to_string(disk.path().join("dev")).ok()?;
+        std::path::Path::new(&path)
+            .exists()
+            .then(|| (path, number.trim().to_owned()))
+    })
+}
+
+async fn classes_of_block_io(env: Env) -> Result<()> {
+    not_in_gvisor(ONE_PROCESS)?;
+    let Some((disk, number)) = a_disk() else {
+        return skip("needs a block device");
+    };
+    let file = env.dir("classes")?.join("blockio.yaml");
+    let shown = file.display().to_string();
+    let daemon = env
+        .daemon_with(|s| s.set("pod.blockio_config_file", &format!("{shown:?}")))
+        .await?;
+    daemon.pull("test").await?;
+    let classes = format!(
+        "Classes:\n  slow:\n  - Devices: [{disk}]\n    ThrottleReadBps: 2M\n    ThrottleWriteIOPS: 70\n  \
+         none: []\n  bad:\n  - ThrottleReadBps: 2M\n"
+    );
+    std::fs::write(&file, classes)?;
+    let pod = daemon
+        .pod(|p| {
+            let class = |name: &str, class: &str| {
+                (
+                    format!("blockio.resources.beta.kubernetes.io/{name}"),
+                    class.to_owned(),
+                )
+            };
+            p.annotations
+                .extend([class("pod", "none"), class("container.slow", "slow")]);
+        })
+        .await?;
+    let named = |name: &'static str| {
+        move |c: &mut cri::ContainerConfig| c.metadata.get_or_insert_default().name = name.into()
+    };
+    // By the pod's annotation for it.
+    let slow = pod.run(&["sleep", "1000"], named("slow")).await?;
+    if version_two() {
+        let limits = slow.cgroup_file("io.max")?;
+        let words: Vec<&str> = limits.split_whitespace().collect();
+        for word in [number.as_str(), "rbps=2000000", "wiops=70"] {
+            assert!(words.contains(&word), "{limits:?} has no {word}");
+        }
+    } else {
+        let read = slow.cgroup_file("blkio.throttle.read_bps_device")?;
+        assert_eq!(read, format!("{number} 2000000"));
+        let write = slow.cgroup_file("blkio.throttle.write_iops_device")?;
+        assert_eq!(write, format!("{number} 70"));
+    }
+    // By the pod's for all, and by its own, which comes first.
+    let other = pod.run(&["sleep", "1000"], named("other")).await?;
+    let limits = if version_two() {
+        "io.max"
+    } else {
+        "blkio.throttle.read_bps_device"
+    };
+    assert_eq!(other.cgroup_file(limits)?, "");
+    for (class, word) in [("bad", "without Devices"), ("fast", "bad, none, slow")] {
+        let answer = pod
+            .try_create(|c| {
+                let key = "io.kubernetes.cri.blockio-class".to_owned();
+                c.annotations.insert(key, class.to_owned());
+            })
+            .await;
+        refused(answer, Code::FailedPrecondition, &[word, shown.as_str()]);
+    }
     Ok(())
 }

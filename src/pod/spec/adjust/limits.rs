@@ -13,6 +13,7 @@ pub fn limits_of(field: &str, wish: &nri::LinuxResources) -> Result<cri::LinuxCo
     let limits = common(field, wish)?;
     let memory = wish.memory.unwrap_or_default();
     let unsupported = [
+        ("blockio_class", names_one(&wish.blockio_class)),
         ("memory.reservation", memory.reservation.is_some()),
         ("pids", wish.pids.is_some()),
         ("devices", !wish.devices.is_empty()),
@@ -26,15 +27,16 @@ pub fn limits_of(field: &str, wish: &nri::LinuxResources) -> Result<cri::LinuxCo
     }
 }
 
+fn names_one(class: &Option<nri::OptionalString>) -> bool {
+    class.as_ref().is_some_and(|class| !class.value.is_empty())
+}
+
 /// What creating and updating have in common; refuses what neither can.
 fn common(field: &str, wish: &nri::LinuxResources) -> Result<cri::LinuxContainerResources> {
     let (memory, cpu) = (
         wish.memory.unwrap_or_default(),
         wish.cpu.clone().unwrap_or_default(),
     );
-    let class = |class: &Option<nri::OptionalString>| {
-        class.as_ref().is_some_and(|class| !class.value.is_empty())
-    };
     // Zero, false and "no class" are what holds anyway.
     let unsupported = [
         ("memory.kernel", memory.kernel.is_some_and(|v| v.value != 0)),
@@ -59,8 +61,7 @@ fn common(field: &str, wish: &nri::LinuxResources) -> Result<cri::LinuxContainer
             "cpu.realtime_period",
             cpu.realtime_period.is_some_and(|v| v.value != 0),
         ),
-        ("blockio_class", class(&wish.blockio_class)),
-        ("rdt_class", class(&wish.rdt_class)),
+        ("rdt_class", names_one(&wish.rdt_class)),
     ];
     if let Some((name, _)) = unsupported.iter().find(|(_, set)| *set) {
         let what = "this limit is not there in this version";
