@@ -388,6 +388,20 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
 /// Gives every cgroup above this one the controllers that its own parent has to give (v2). What can't be
 /// delegated is left out: a limit that needs it fails by name.
 fn delegate(mount: &Path, cgroup: &Path) -> io::Result<()> {
+    let words = |dir: &Path, file: &str| -> io::Result<Vec<String>> {
+        let text = fs::read_to_string(dir.join(file))?;
+        Ok(text.split_whitespace().map(str::to_owned).collect())
+    };
+    // What has come down to the last one went through all.
+    let own = inside(mount, cgroup);
+    if let Some(parent) = own.parent().filter(|parent| parent.starts_with(mount))
+        && let Ok(given) = words(parent, "cgroup.subtree_control")
+    {
+        let all = words(mount, "cgroup.controllers")?;
+        if all.iter().all(|controller| given.contains(controller)) {
+            return Ok(());
+        }
+    }
     let mut dir = mount.to_owned();
     let parts: Vec<_> = cgroup
         .strip_prefix("/")
@@ -395,10 +409,7 @@ fn delegate(mount: &Path, cgroup: &Path) -> io::Result<()> {
         .components()
         .collect();
     for part in parts {
-        let words = |file: &str| -> io::Result<Vec<String>> {
-            let text = fs::read_to_string(dir.join(file))?;
-            Ok(text.split_whitespace().map(str::to_owned).collect())
-        };
+        let words = |file: &str| words(&dir, file);
         let given = words("cgroup.subtree_control")?;
         let missing: Vec<String> = words("cgroup.controllers")?
             .into_iter()

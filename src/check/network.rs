@@ -7,32 +7,44 @@ use slipway_network::{Cni, CniConfig, Directory, Network, NetworkStatus};
 use std::error::Error;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-const ID: &str = "cni";
 const WHAT: &str = "CNI network";
 const COST: &str = "NetworkReady is false: the node takes no pods but those on the host's network";
 
-/// Configuration and plugins.
+/// Configuration and plugins, of the node's network and of those that handlers have.
 pub(crate) fn check(config: &Config) -> Vec<Finding> {
-    let dir = config.network.conf_dir.clone();
+    let mut findings = check_dir(config, &config.network.conf_dir, "cni", COST);
+    for (name, runtime) in &config.runtimes {
+        if let Some(dir) = &runtime.network_conf_dir {
+            let cost = format!(
+                "pods of runtime handler {name:?} are refused, but those on the host's network"
+            );
+            findings.extend(check_dir(config, dir, &format!("cni-{name}"), &cost));
+        }
+    }
+    findings
+}
+
+fn check_dir(config: &Config, conf_dir: &Path, id: &str, cost: &str) -> Vec<Finding> {
+    let dir = conf_dir.to_owned();
     let shown = dir.display().to_string();
     let found = match apart(move || Ok(Directory::read(&dir, 1).map_err(|e| chain(&e)))) {
         Ok(Ok(found)) => found,
         Ok(Err(e)) => {
             return vec![
-                Finding::fail(ID, WHAT, e)
-                    .cost(COST)
+                Finding::fail(id, WHAT, e)
+                    .cost(cost)
                     .fix("make the directory readable"),
             ];
         }
-        Err(e) => return vec![Finding::fail(ID, WHAT, format!("{shown}: {e}")).cost(COST)],
+        Err(e) => return vec![Finding::fail(id, WHAT, format!("{shown}: {e}")).cost(cost)],
     };
     let mut findings: Vec<_> = found
         .rejected
         .iter()
         .map(|e| {
-            Finding::warn("cni-rejected", WHAT, chain(e))
+            Finding::warn(&format!("{id}-rejected"), WHAT, chain(e))
                 .cost("the file is passed over")
                 .fix("mend or remove it")
         })
@@ -40,16 +52,16 @@ pub(crate) fn check(config: &Config) -> Vec<Finding> {
     match found.networks.first() {
         None => findings.push(
             // A network add-on usually comes after the runtime, as pods.
-            Finding::warn(ID, WHAT, format!("none is configured in {shown}"))
-                .cost(COST)
+            Finding::warn(id, WHAT, format!("none is configured in {shown}"))
+                .cost(cost)
                 .fix("install a network add-on, or put a .conflist there; it is seen at once"),
         ),
-        Some(network) => findings.push(usable(config, network)),
+        Some(network) => findings.push(usable(config, conf_dir, network, id, cost)),
     }
     findings
 }
 
-fn usable(config: &Config, network: &Network) -> Finding {
+fn usable(config: &Config, conf_dir: &Path, network: &Network, id: &str, cost: &str) -> Finding {
     let kinds: Vec<&str> = network.plugins().iter().map(|p| p.kind()).collect();
     let name = format!("{:?} of {}", network.name(), network.file().display());
     let missing: Vec<_> = kinds
@@ -65,27 +77,26 @@ fn usable(config: &Config, network: &Network) -> Finding {
             .map(|d| d.display().to_string())
             .collect();
         let found = format!("{name}: plugins missing: {}", missing.join(", "));
-        return Finding::fail(ID, WHAT, found).cost(COST).fix(format!(
+        return Finding::fail(id, WHAT, found).cost(cost).fix(format!(
             "install them in {}, or name their directory in network.bin_dirs",
             dirs.join(" or ")
         ));
     }
     let answered = {
-        let network = &config.network;
-        let (conf_dir, bin_dirs) = (network.conf_dir.clone(), network.bin_dirs.clone());
+        let (conf_dir, bin_dirs) = (conf_dir.to_owned(), config.network.bin_dirs.clone());
         apart(move || ask(conf_dir, bin_dirs))
     };
     match answered {
         Ok(NetworkStatus::Ready { .. }) => {
-            Finding::ok(ID, WHAT, format!("{name}: {}", kinds.join(", ")))
+            Finding::ok(id, WHAT, format!("{name}: {}", kinds.join(", ")))
         }
         Ok(NetworkStatus::NotReady { message, .. }) => {
-            Finding::fail(ID, WHAT, format!("{name}: {message}"))
-                .cost(COST)
+            Finding::fail(id, WHAT, format!("{name}: {message}"))
+                .cost(cost)
                 .fix("see what the plugin says; its own service may not be up yet")
         }
-        Err(e) => Finding::fail(ID, WHAT, format!("{name}: the plugins can't be asked: {e}"))
-            .cost(COST)
+        Err(e) => Finding::fail(id, WHAT, format!("{name}: the plugins can't be asked: {e}"))
+            .cost(cost)
             .fix("see why they hang"),
     }
 }
@@ -139,7 +150,6 @@ mod tests {
     use super::*;
     use crate::Status;
     use std::fs;
-    use std::path::Path;
 
     fn config(dir: &Path) -> Config {
         let mut config = Config::default();
@@ -177,6 +187,15 @@ mod tests {
             r#"echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}'"#,
         );
         let findings = check(&config);
+        let mut other = config.clone();
+        let handler = other
+            .runtimes
+            .entry("kata".into())
+            .or_insert_with(|| config.runtimes["native"].clone());
+        handler.network_conf_dir = Some(dir.path().join("net.kata"));
+        let own = check(&other).pop().unwrap();
+        assert_eq!((own.id.as_str(), own.status), ("cni-kata", Status::Warn));
+        assert!(own.cost.unwrap().contains("kata"));
         assert_eq!(findings[0].id, "cni-rejected");
         assert_eq!(findings[1].status, Status::Fail);
         assert!(

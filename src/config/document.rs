@@ -116,6 +116,7 @@ mod tests {
             "images.mirrors",
             "pod.default_sysctls",
             "pod.seccomp_profile",
+            "pod.blockio_config_file",
             "runtimes",
         ];
         let changes = crate::diff_reloadable(&Config::default(), &back);

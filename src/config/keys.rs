@@ -303,6 +303,7 @@ pub(crate) const KEYS: &[Key] = &[
          allowed_annotations: beginnings of names of pods' annotations that containers' OCI specifications get.\n\
          seccomp_profile: in place of pod.seccomp_profile. create_timeout: in place of limits.create_timeout.\n\
          minimum_memory: containers with a smaller limit are refused. monitor_cgroup: \"pod\", in place of cgroup.monitor.\n\
+         network_conf_dir: in place of network.conf_dir, read for each pod.\n\
          With privileged_without_host_devices, privileged containers get only the devices that they ask for.",
     )
     .such_as("crun = { type = \"oci\", path = \"crun\" }"),

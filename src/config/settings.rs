@@ -488,6 +488,9 @@ pub struct Runtime {
     /// The smallest memory limit that a container may have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub minimum_memory: Option<Size>,
+    /// Directory of the configurations of its pods' networks, in place of `network.conf_dir`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_conf_dir: Option<PathBuf>,
     /// Where the pods' supervisors live, in place of `cgroup.monitor`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor_cgroup: Option<MonitorCgroup>,

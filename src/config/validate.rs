@@ -328,6 +328,9 @@ impl Config {
         if let Some(file) = &runtime.seccomp_profile {
             problems.path(&key("seccomp_profile"), file);
         }
+        if let Some(dir) = &runtime.network_conf_dir {
+            problems.path(&key("network_conf_dir"), dir);
+        }
         if let Some(timeout) = runtime.create_timeout
             && (timeout.is_zero() || timeout > LONGEST)
         {
@@ -470,6 +473,7 @@ mod tests {
             ("options = { a = 1 }", "options"),
             ("allowed_annotations = ['']", "allowed_annotations"),
             ("seccomp_profile = 'x.json'", "seccomp_profile"),
+            ("network_conf_dir = 'net.d'", "network_conf_dir"),
             ("create_timeout = '0s'", "create_timeout"),
         ] {
             let text =

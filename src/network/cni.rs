@@ -163,14 +163,16 @@ impl Cni {
     }
 
     /// Detaches every pod on record but those named, those being worked on right now and those whose
-    /// ADD begins later, then has the plugins of CNI 1.1 networks drop what belongs to no attachment (GC).
+    /// ADD begins later, then has the plugins of CNI 1.1 networks drop what belongs to no attachment (GC): of the node's
+    /// networks and of those in `more` directories.
     ///
     /// # Errors
     ///
     /// All that failed; the rest was done.
-    pub async fn gc(&self, valid_ids: &[String]) -> Result<(), NetworkError> {
+    pub async fn gc(&self, valid_ids: &[String], more: &[PathBuf]) -> Result<(), NetworkError> {
         let valid = valid_ids.iter().cloned().collect();
-        self.run(|shared| async move { shared.gc(valid).await })
+        let more = more.to_vec();
+        self.run(|shared| async move { shared.gc(valid, &more).await })
             .await
     }
 
@@ -212,7 +214,11 @@ impl Shared {
             .to_str()
             .filter(|_| pod.netns.is_absolute())
             .ok_or_else(|| NetworkError::Netns(pod.netns.clone()))?;
-        let networks = self.readiness.networks().map_err(NetworkError::NotReady)?;
+        let networks = match &pod.conf_dir {
+            None => self.readiness.networks(),
+            Some(dir) => self.readiness.networks_in(dir).await,
+        };
+        let networks = networks.map_err(NetworkError::NotReady)?;
         let _turn = self.turns.take(&pod.id).await;
         let _side_by_side = self.exclusive.read().await;
         if let Some(old) = self.read(&pod.id).await? {
@@ -359,7 +365,7 @@ impl Shared {
         })
     }
 
-    async fn gc(&self, mut valid: BTreeSet<String>) -> Result<(), NetworkError> {
+    async fn gc(&self, mut valid: BTreeSet<String>, more: &[PathBuf]) -> Result<(), NetworkError> {
         let now = Instant::now();
         valid.extend(self.turns.busy());
         let mut errors = Vec::new();
@@ -372,7 +378,15 @@ impl Shared {
                 errors.push(Chain(&error).to_string());
             }
         }
-        let networks = self.readiness.networks().unwrap_or_default();
+        let own = self.readiness.networks().unwrap_or_default();
+        let mut networks: Vec<Network> = own.to_vec();
+        for dir in more {
+            let others = self.readiness.networks_in(dir).await.unwrap_or_default();
+            // By its name: what is valid is known by that, too.
+            let known = |other: &&Network| networks.iter().all(|n| n.name() != other.name());
+            let others: Vec<_> = others.iter().filter(known).cloned().collect();
+            networks.extend(others);
+        }
         if networks
             .iter()
             .any(|n| n.version().has_status_and_gc() && !n.gc_disabled())

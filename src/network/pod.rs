@@ -75,6 +75,8 @@ pub struct PodNetwork {
     pub aliases: Vec<String>,
     /// The pod's cgroup; given to plugins that declare `cgroupPath`.
     pub cgroup_path: Option<String>,
+    /// Directory of the configurations of its networks, in place of the node's.
+    pub conf_dir: Option<PathBuf>,
 }
 
 impl PodNetwork {
@@ -101,6 +103,7 @@ impl PodNetwork {
             ips: Vec::new(),
             aliases: Vec::new(),
             cgroup_path: None,
+            conf_dir: None,
         }
     }
 

@@ -7,7 +7,7 @@ use crate::directory::Directory;
 use crate::error::Chain;
 use crate::plugin::Runner;
 use crate::watch::Watch;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
@@ -114,6 +114,22 @@ impl Readiness {
             Err(loaded.problem)
         } else {
             Ok(loaded.networks)
+        }
+    }
+
+    /// The networks in another directory, as it is now; else what is wrong.
+    pub async fn networks_in(&self, dir: &Path) -> Result<Arc<Vec<Network>>, String> {
+        let source = Source {
+            conf_dir: dir.to_owned(),
+            limit: self.source.limit,
+            runner: self.source.runner.clone(),
+        };
+        let loaded = spawn_blocking(move || source.load()).await;
+        let loaded = loaded.map_err(|error| error.to_string())?;
+        loaded.tell_of_rejected(&[]);
+        match loaded.networks.is_empty() {
+            true => Err(loaded.problem),
+            false => Ok(loaded.networks),
         }
     }
 

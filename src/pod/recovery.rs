@@ -116,7 +116,10 @@ impl Node {
         self.tasks.spawn(async move {
             // Before any pod of this daemon can be among them.
             let attached = node.cni.attached().await.unwrap_or_default();
-            if let Err(e) = node.cni.gc(&valid).await {
+            let runtimes = &node.config().runtimes;
+            let others = runtimes.values().filter_map(|r| r.network_conf_dir.clone());
+            let others: Vec<_> = others.collect();
+            if let Err(e) = node.cni.gc(&valid, &others).await {
                 tracing::warn!(
                     error = chain(&e),
                     "can't give back the network of pods that are gone"

@@ -226,6 +226,10 @@ impl Node {
         pod.dns.clone_from(&wishes.dns);
         pod.bandwidth = wishes.bandwidth;
         pod.cgroup_path = Some(record.cgroup.clone());
+        let handler = record.driver.as_ref().map(|driver| &driver.settings);
+        let config = self.config();
+        let handler = handler.or(config.runtimes.get(&record.runtime));
+        pod.conf_dir = handler.and_then(|handler| handler.network_conf_dir.clone());
         let result = self
             .cni
             .add(&pod)

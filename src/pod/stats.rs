@@ -408,10 +408,7 @@ fn side_by_side<T: Send, R: Send>(list: Vec<T>, work: impl Fn(T) -> R + Sync) ->
 async fn off_threads<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, PodError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|_| PodError::Lost {
-        what: "taking a sample",
-    })
+    Ok(tokio::task::block_in_place(work))
 }
 
 impl Node {

@@ -1,6 +1,8 @@
 //! Pods on a network made by Debian's CNI plugins: addresses, ports, DNS, host network.
 
+use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt as _;
+use tonic::Code;
 
 use crate::harness::*;
 
@@ -13,6 +15,7 @@ tests![
     an_address_is_given_back,
     dns_of_the_host,
     the_network_outlives_containers,
+    a_handlers_own_network,
 ];
 
 /// The host's address on the test's bridge.
@@ -266,5 +269,53 @@ async fn the_network_outlives_containers(env: Env) -> Result<()> {
             .await?,
         address
     );
+    Ok(())
+}
+
+/// A handler has networks of its own, from a directory that is read for each pod.
+async fn a_handlers_own_network(env: Env) -> Result<()> {
+    let dir = env.root.join("net-of-apart");
+    let shown = dir.display().to_string();
+    let daemon = env
+        .daemon_with(|s| {
+            s.set("runtimes.apart.type", "\"native\"");
+            s.set("runtimes.apart.network_conf_dir", &format!("{shown:?}"));
+        })
+        .await?;
+    daemon.pull("test").await?;
+    let apart = || {
+        let mut pod = config::pod(&daemon);
+        config::own_network(&mut pod);
+        pod
+    };
+    let refusal = daemon.run_pod_under("apart", apart()).await;
+    refused(refusal.map(|pod| pod.id), Code::Unavailable, &[&shown]);
+
+    let subnet = format!("10.{}.{}", 180 + env.number / 250, env.number % 250);
+    let addresses_dir = env.root.join("apart.addresses");
+    let network = serde_json::json!({
+        "cniVersion": "1.0.0", "name": "apart", "plugins": [{
+            "type": "ptp",
+            "ipam": {"type": "host-local", "dataDir": addresses_dir, "subnet": format!("{subnet}.0/24")},
+        }],
+    });
+    std::fs::create_dir(&dir)?;
+    std::fs::write(dir.join("10-apart.conflist"), network.to_string())?;
+    let pod = daemon.run_pod_under("apart", apart()).await?;
+    let beside = networked(&daemon).await?;
+    let told = addresses(&pod).await?;
+    assert!(told[0].starts_with(&format!("{subnet}.")), "{told:?}");
+    let others = addresses(&beside).await?;
+    let prefix = gateway(&env).trim_end_matches('1').to_owned();
+    assert!(others[0].starts_with(&prefix), "{others:?}");
+
+    // It is detached by what it was attached by.
+    let held = addresses_dir.join("apart").join(&told[0]);
+    assert!(held.exists());
+    std::fs::remove_dir_all(&dir)?;
+    daemon.kill(Signal::SIGKILL).await?;
+    daemon.launch().await?;
+    pod.stop().await?;
+    assert!(!held.exists(), "{} is still held", told[0]);
     Ok(())
 }

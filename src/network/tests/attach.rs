@@ -321,7 +321,9 @@ async fn gc_detaches_the_stale_and_names_the_valid() {
         cni.add(&pod(id)).await.unwrap();
     }
     node.forget_calls();
-    cni.gc(&["keep".into(), "unknown".into()]).await.unwrap();
+    cni.gc(&["keep".into(), "unknown".into()], &[])
+        .await
+        .unwrap();
     assert_eq!(
         node.calls(),
         [
@@ -341,14 +343,14 @@ async fn gc_detaches_the_stale_and_names_the_valid() {
     assert_eq!(cni.attached().await.unwrap(), ["keep"]);
     node.hook("one", "GC", "echo no >&2; exit 1");
     node.forget_calls();
-    let error = words(&cni.gc(&["keep".into()]).await.unwrap_err());
+    let error = words(&cni.gc(&["keep".into()], &[]).await.unwrap_err());
     assert!(error.contains("\"one\""), "{error}");
     assert_eq!(node.calls(), ["GC one", "GC two", "GC three"]);
 
     for (version, more) in [("1.0.0", ""), ("1.1.0", r#""disableGC":true,"#)] {
         let node = Node::with_chain(version);
         node.network("10-net.conflist", &chain(version, more));
-        node.cni().gc(&[]).await.unwrap();
+        node.cni().gc(&[], &[]).await.unwrap();
         assert!(node.calls().is_empty());
     }
 }
@@ -380,7 +382,7 @@ async fn an_add_under_way_is_spared_by_gc_and_waited_for_by_del() {
         .await
         .unwrap()
         .unwrap();
-    cni.gc(&["quick".into()]).await.unwrap();
+    cni.gc(&["quick".into()], &[]).await.unwrap();
     assert!(!node.calls().iter().any(|call| call.starts_with("DEL")));
     let mut del = tokio::spawn({
         let cni = cni.clone();
