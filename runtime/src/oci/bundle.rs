@@ -169,6 +169,17 @@ pub fn for_sandbox(spec: &mut Spec, handler: &str) -> Result<(), BundleError> {
     Ok(())
 }
 
+/// Says in a specification what youki knows words for: it takes the propagation of the whole tree by the four that the
+/// specification has, and all of them recursively.
+pub fn for_youki(spec: &mut Spec) {
+    let Some(linux) = spec.linux_mut() else {
+        return;
+    };
+    let plain = linux.rootfs_propagation().clone();
+    let plain = plain.map(|word| word.strip_prefix('r').unwrap_or(&word).to_owned());
+    linux.set_rootfs_propagation(plain);
+}
+
 fn known_capabilities(all: LinuxCapabilities) -> LinuxCapabilities {
     let known = |set: &Option<Capabilities>| {
         let set = set.clone();
@@ -211,6 +222,10 @@ fn process_of(mut process: Process, known: &Known<'_>) -> Result<Process, Bundle
         .set_user(user)
         .set_env(Some(env))
         .set_oom_score_adj(known.oom_score_adj);
+    if process.no_new_privileges() == Some(false) {
+        // It says the same as nothing, and youki 0.7 loads seccomp filters too late when there is a word at all.
+        process.set_no_new_privileges(None);
+    }
     Ok(process)
 }
 
@@ -353,6 +368,23 @@ mod tests {
             groups: vec![6, 7],
             home: "/home/x".to_owned(),
         }
+    }
+
+    #[test]
+    fn youki_gets_the_specifications_own_words() {
+        let mut spec = spec();
+        let process = spec.process().clone().map(|mut p| {
+            p.set_no_new_privileges(Some(false));
+            p
+        });
+        spec.set_process(process);
+        let (create, user) = (CreateContainer::default(), user());
+        complete(&mut spec, &known(&create, &user)).unwrap();
+        let word = |spec: &Spec| spec.linux().clone().unwrap().rootfs_propagation().clone();
+        assert_eq!(word(&spec).as_deref(), Some("rshared"));
+        for_youki(&mut spec);
+        assert_eq!(word(&spec).as_deref(), Some("shared"));
+        assert_eq!(spec.process().as_ref().unwrap().no_new_privileges(), None);
     }
 
     #[test]
