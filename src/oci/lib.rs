@@ -17,6 +17,7 @@
 //! Everything here runs in single-threaded processes: libcontainer forks without `fork`'s handlers.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod bundle;
 mod cgroup_path;
 mod cli;
@@ -37,6 +38,7 @@ mod process_file;
 mod ps;
 mod record;
 mod relay;
+mod shared_mounts;
 mod start;
 mod template;
 mod trace;
@@ -92,7 +94,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let log = match Log::open(&cli.global) {
         Ok(log) => log,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "slipway oci: {}", chain(&error));
+            let _ = writeln!(std::io::stderr(), "slipway oci: error: {}", chain(&error));
             return ExitCode::FAILURE;
         }
     };
