@@ -17,7 +17,7 @@ use slipway_proto::keeper::CreateContainer;
 
 use crate::confine::chain;
 use crate::mapped::{attach, tree};
-use crate::propagation::make_place;
+use crate::propagation::{self, make_place};
 use crate::sys;
 use crate::user::Resolved;
 
@@ -55,6 +55,9 @@ pub enum BundleError {
     /// A cgroup that systemd could not make.
     #[error("cgroup {} is no scope in a slice of systemd's", .0.display())]
     NoScope(PathBuf),
+    /// A mount's propagation.
+    #[error("can't set the propagation of a mount")]
+    Propagation(#[source] io::Error),
     /// A mount whose options hold for all that is mounted below it.
     #[error("can't mount {} with its options for all below it", path.display())]
     Recursive {
@@ -169,15 +172,15 @@ pub fn for_sandbox(spec: &mut Spec, handler: &str) -> Result<(), BundleError> {
     Ok(())
 }
 
-/// Says in a specification what youki knows words for: it takes the propagation of the whole tree by the four that the
-/// specification has, and all of them recursively.
-pub fn for_youki(spec: &mut Spec) {
-    let Some(linux) = spec.linux_mut() else {
-        return;
-    };
-    let plain = linux.rootfs_propagation().clone();
-    let plain = plain.map(|word| word.strip_prefix('r').unwrap_or(&word).to_owned());
-    linux.set_rootfs_propagation(plain);
+/// Arranges mounts as youki takes them, whose library is the native path's, too: it knows one propagation for all of them,
+/// by the four words that the specification has.
+///
+/// # Errors
+/// [`BundleError::Propagation`].
+pub fn for_youki(spec: &mut Spec, aside: &Path) -> Result<(), BundleError> {
+    // What it opens more than is wanted has nobody on the other side: it is a copy that was bound aside.
+    let opened = propagation::arrange(spec, aside);
+    opened.map(drop).map_err(BundleError::Propagation)
 }
 
 fn known_capabilities(all: LinuxCapabilities) -> LinuxCapabilities {
@@ -382,7 +385,7 @@ mod tests {
         complete(&mut spec, &known(&create, &user)).unwrap();
         let word = |spec: &Spec| spec.linux().clone().unwrap().rootfs_propagation().clone();
         assert_eq!(word(&spec).as_deref(), Some("rshared"));
-        for_youki(&mut spec);
+        for_youki(&mut spec, Path::new("/nowhere")).unwrap();
         assert_eq!(word(&spec).as_deref(), Some("shared"));
         assert_eq!(spec.process().as_ref().unwrap().no_new_privileges(), None);
     }

@@ -137,7 +137,7 @@ pub fn create(
         bundle::for_sandbox(&mut spec, &runtime.handler).map_err(PrepareError::from)?;
     }
     if runtime.youki {
-        bundle::for_youki(&mut spec);
+        bundle::for_youki(&mut spec, &dir.join("mounts")).map_err(PrepareError::from)?;
     }
     creator::write_spec(&dir.join("config.json"), &spec).map_err(PrepareError::from)?;
 
