@@ -42,6 +42,10 @@ pub const TESTS: &[Test] = &[
         a_user_namespace_that_is_joined,
     ),
     (
+        "confinement::a_time_namespace_of_its_own",
+        a_time_namespace_of_its_own,
+    ),
+    (
         "confinement::the_callers_mount_namespace",
         the_callers_mount_namespace,
     ),
@@ -286,6 +290,30 @@ fn a_user_namespace_that_is_joined() {
     linux["gidMappings"] = serde_json::Value::Null;
     assert_eq!(output(&second), own);
     assert_eq!(fs::metadata(second.inside("made")).unwrap().uid(), 100_000);
+}
+
+fn a_time_namespace_of_its_own() {
+    for with_users in [false, true] {
+        let mut bundle = Bundle::new("cat /proc/self/timens_offsets");
+        if with_users {
+            users(&mut bundle);
+        }
+        let linux = &mut bundle.spec["linux"];
+        linux["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "time"}));
+        linux["timeOffsets"] =
+            json!({"boottime": {"secs": 4711}, "monotonic": {"secs": 815, "nanosecs": 7}});
+        let out = output(&bundle);
+        let words: Vec<&str> = out.split_whitespace().collect();
+        assert_eq!(
+            words,
+            ["monotonic", "815", "7", "boottime", "4711", "0"],
+            "{with_users}: {out}"
+        );
+        bundle.nothing_left();
+    }
 }
 
 const LOOK: &str = "readlink /proc/self/ns/mnt; cat /etc/passwd; touch /dev/pts/../made && ls /dev/made; cat /secret";
