@@ -3,8 +3,10 @@
 //! creator's parent is no keeper.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::user::Resolved;
 
@@ -24,6 +26,9 @@ pub struct Bundle {
     pub preserve_fds: i32,
     /// There is a command, which is looked for before anybody is told that the container is there.
     pub has_process: bool,
+    /// The init's end of a [`crate::listener::line`], if its seccomp filter leaves calls to somebody else. Then it is
+    /// confined as the very last step of create, and what it does after its start is done confined.
+    pub listener: Option<Arc<OwnedFd>>,
     /// Done by the init in its root, with all its privileges, as the last step of create.
     pub entered: Step,
     /// Done by the init when it was let go, before it becomes the container's process.

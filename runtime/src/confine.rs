@@ -7,15 +7,19 @@ use std::collections::HashSet;
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use caps::{CapSet, Capability};
 use libcontainer::capabilities::CapabilityExt;
-use oci_spec::runtime::{Capability as OciCapability, Process};
+use oci_spec::runtime::{Capability as OciCapability, Linux, Process};
 use slipway_seccomp::Filter;
 
+use crate::listener;
+use crate::priorities::Priorities;
 use crate::sys;
 use crate::user::Resolved;
 
@@ -129,7 +133,10 @@ pub struct Confinement {
     ambient: HashSet<Capability>,
     no_new_privileges: bool,
     seccomp: Option<Filter>,
+    /// Where the listener of a filter that notifies is told of.
+    line: Option<Arc<OwnedFd>>,
     rlimits: Vec<(u32, u64, u64)>,
+    priorities: Priorities,
     apparmor: Option<String>,
     selinux: Option<String>,
     working_dir: CString,
@@ -156,10 +163,11 @@ pub struct Bounds<'a> {
 }
 
 impl Confinement {
-    /// From the process section of an OCI spec, the resolved user, the environment as raw bytes and the
+    /// From the process and Linux sections of an OCI spec, the resolved user, the environment as raw bytes and the
     /// compiled seccomp filter. HOME is set from the user when the environment has none.
     pub fn new(
         process: &Process,
+        linux: Option<&Linux>,
         user: Resolved,
         env: Vec<Vec<u8>>,
         seccomp: Option<Filter>,
@@ -193,12 +201,14 @@ impl Confinement {
             ambient: sets(|c| c.ambient()),
             no_new_privileges: process.no_new_privileges() == Some(true),
             seccomp,
+            line: None,
             rlimits: process
                 .rlimits()
                 .iter()
                 .flatten()
                 .map(|r| (r.typ() as u32, r.soft(), r.hard()))
                 .collect(),
+            priorities: Priorities::new(process, linux),
             apparmor: process.apparmor_profile().clone().filter(|p| !p.is_empty()),
             selinux: process.selinux_label().clone().filter(|l| !l.is_empty()),
             working_dir: CString::new(process.cwd().as_os_str().as_bytes()).unwrap_or_default(),
@@ -215,6 +225,20 @@ impl Confinement {
             other.env.push(c"TERM=xterm".to_owned());
         }
         other
+    }
+
+    /// The same for a process whose filter leaves calls to somebody else: the listener goes to `line`, the process's end
+    /// of a [`listener::line`].
+    #[must_use]
+    pub fn with_listener(mut self, line: OwnedFd) -> Self {
+        self.line = Some(Arc::new(line));
+        self
+    }
+
+    /// Whether the process's filter leaves calls to somebody else. Such a process must be confined before anybody is told
+    /// that it is there, so that somebody can be asked.
+    pub fn notifies(&self) -> bool {
+        self.line.is_some()
     }
 
     /// The user that the processes run as.
@@ -255,6 +279,15 @@ impl Confinement {
         }
     }
 
+    /// Takes the scheduler, priorities, memory policy and personality that the container's processes have. For an exec
+    /// session, in the container's cgroup and not yet in its namespaces; an init gets them from libcontainer.
+    ///
+    /// # Errors
+    /// The step, and what the kernel says.
+    pub fn prioritise(&self) -> Result<(), (&'static str, io::Error)> {
+        self.priorities.take()
+    }
+
     /// Becomes the container's process and executes `args`, in the container's namespaces and root
     /// already. Returns only on failure, when the process is fit for nothing but exiting.
     pub fn enter(&self, args: &[Vec<u8>]) -> ConfineError {
@@ -264,7 +297,11 @@ impl Confinement {
         }
     }
 
-    fn drop_privileges(&self) -> Result<(), ConfineError> {
+    /// The first part of [`Confinement::enter`]: all but the execution.
+    ///
+    /// # Errors
+    /// [`ConfineError`].
+    pub fn drop_privileges(&self) -> Result<(), ConfineError> {
         let step =
             |step: &'static str| move |source: io::Error| ConfineError::Step { step, source };
         let cap_step = |step: &'static str| {
@@ -325,7 +362,15 @@ impl Confinement {
         // While CAP_SYS_ADMIN is still held: without no_new_privs the kernel demands it. What follows are
         // three calls that every useful profile allows: capset twice, and execve.
         if let Some(filter) = &self.seccomp {
-            slipway_seccomp::load(filter).map_err(step("load the seccomp filter"))?;
+            match &self.line {
+                None => slipway_seccomp::load(filter).map_err(step("load the seccomp filter"))?,
+                Some(line) => {
+                    let listener = slipway_seccomp::load_with_listener(filter)
+                        .map_err(step("load the seccomp filter"))?;
+                    listener::hand_over(line, &listener)
+                        .map_err(step("hand over the listener of its seccomp filter"))?;
+                }
+            }
         }
         let effective: HashSet<_> = ours(&self.effective);
         let permitted: HashSet<_> = ours(&self.permitted);
@@ -393,8 +438,8 @@ impl Confinement {
             .unwrap_or(b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     }
 
-    /// As execvp(3) does it, but with the container's PATH, and without handing scripts to a shell.
-    fn execute(&self, args: &[Vec<u8>]) -> ConfineError {
+    /// The second part of [`Confinement::enter`]. As execvp(3) does it, but with the container's PATH, and without handing scripts to a shell.
+    pub fn execute(&self, args: &[Vec<u8>]) -> ConfineError {
         let command = args.first().cloned().unwrap_or_default();
         let failed = |source| ConfineError::Execute {
             command: format!("{:?}", String::from_utf8_lossy(&command)),

@@ -282,7 +282,14 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     places::secure(&root, &mut spec, owner)?;
     drop(root);
 
-    let confinement = confinement(create, &spec, user)?;
+    let mut confinement = confinement(create, &spec, user)?;
+    if let Some(line) = bundle.and_then(|b| b.listener.as_ref()) {
+        let line = line.try_clone().map_err(|source| CreateError::Bundle {
+            path: PathBuf::from("a socket"),
+            source,
+        })?;
+        confinement = confinement.with_listener(line);
+    }
     // A process that is not root could not open /dev/stdout otherwise: that opens the pipe's inode anew.
     let host_uid = rustix::fs::Uid::from_raw(host_uid);
     // The group is root's; in a user namespace, its root's.
@@ -488,7 +495,8 @@ pub fn confinement(
         [] => None,
         bytes => Some(Filter::from_bytes(bytes).map_err(CreateError::Seccomp)?),
     };
-    Ok(Confinement::new(process, user, create.env.clone(), seccomp))
+    let (linux, env) = (spec.linux().as_ref(), create.env.clone());
+    Ok(Confinement::new(process, linux, user, env, seccomp))
 }
 
 fn process_args(spec: &Spec) -> Result<Vec<Vec<u8>>, CreateError> {
@@ -670,7 +678,10 @@ impl Executor for Enter {
             report(self.start_pipe, SETUP_FAILED, &e.to_string());
             sys::exit_now(SETUP_FAILED);
         }
-        let error = self.confinement.enter(&self.args);
+        let error = match self.confinement.notifies() {
+            true => self.confinement.execute(&self.args),
+            false => self.confinement.enter(&self.args),
+        };
         report(self.start_pipe, error.exit_code(), &error.chain());
         sys::exit_now(error.exit_code())
     }
@@ -720,7 +731,12 @@ impl Executor for Enter {
             let found = self.confinement.look_for(&self.args);
             found.map_err(|e| refused(e.chain()))?;
         }
-        entered().map_err(|e| refused(e.to_string()))
+        entered().map_err(|e| refused(e.to_string()))?;
+        if self.confinement.notifies() {
+            let confined = self.confinement.drop_privileges();
+            confined.map_err(|e| refused(e.chain()))?;
+        }
+        Ok(())
     }
 
     fn setup_envs(

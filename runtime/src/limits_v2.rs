@@ -32,7 +32,7 @@ pub fn apply(dir: &Path, resources: &mut LinuxResources) -> Result<(), LimitErro
 pub fn files(dir: &Path, resources: &LinuxResources) -> Vec<(String, String)> {
     let mut files = Vec::new();
     if let Some(cpu) = resources.cpu() {
-        cpu_files(cpu, &mut files);
+        cpu_files(dir, cpu, &mut files);
     }
     if let Some(memory) = resources.memory() {
         memory_files(memory, &mut files);
@@ -86,17 +86,21 @@ fn missing(dir: &Path, file: &str) -> LimitError {
     }
 }
 
-fn cpu_files(cpu: &LinuxCpu, files: &mut Vec<(String, String)>) {
+fn cpu_files(dir: &Path, cpu: &LinuxCpu, files: &mut Vec<(String, String)>) {
     let mut put = |file: &str, value: String| files.push((file.to_owned(), value));
     if let Some(shares) = cpu.shares().filter(|s| *s > 0) {
         put("cpu.weight", weight(shares).to_string());
     }
     if cpu.quota().is_some() || cpu.period().is_some() {
-        let quota = limit_text(cpu.quota().filter(|q| *q > 0));
-        put(
-            "cpu.max",
-            format!("{quota} {}", cpu.period().unwrap_or(PERIOD)),
-        );
+        // One file holds both: what is not named stays.
+        let now = fs::read_to_string(dir.join("cpu.max")).unwrap_or_default();
+        let mut now = now.split_whitespace().map(str::to_owned);
+        let (quota, period) = (now.next(), now.next());
+        let wanted = cpu.quota().map(|q| limit_text(Some(q).filter(|q| *q > 0)));
+        let quota = wanted.or(quota).unwrap_or_else(|| limit_text(None));
+        let period = cpu.period().map(|p| p.to_string()).or(period);
+        let period = period.unwrap_or_else(|| PERIOD.to_string());
+        put("cpu.max", format!("{quota} {period}"));
     }
     if let Some(burst) = cpu.burst() {
         put("cpu.max.burst", burst.to_string());
@@ -179,16 +183,23 @@ mod tests {
 
     #[test]
     fn quotas_and_limits_in_words_of_v2() {
+        let dir = tempfile::tempdir().unwrap();
         let cpu = |quota: Option<i64>, period: Option<u64>| {
             let mut cpu = LinuxCpuBuilder::default().build().unwrap();
             cpu.set_quota(quota).set_period(period);
             let mut files = Vec::new();
-            cpu_files(&cpu, &mut files);
+            cpu_files(dir.path(), &cpu, &mut files);
             files.pop().map(|(_, value)| value)
         };
         assert_eq!(cpu(None, None), None);
         assert_eq!(cpu(Some(5000), None).as_deref(), Some("5000 100000"));
         assert_eq!(cpu(Some(-1), Some(50_000)).as_deref(), Some("max 50000"));
+        assert_eq!(cpu(None, Some(50_000)).as_deref(), Some("max 50000"));
+        // Where there are some already, half of them stay.
+        fs::write(dir.path().join("cpu.max"), "5000 90000\n").unwrap();
+        assert_eq!(cpu(None, Some(50_000)).as_deref(), Some("5000 50000"));
+        assert_eq!(cpu(Some(7000), None).as_deref(), Some("7000 90000"));
+        assert_eq!(cpu(Some(-1), None).as_deref(), Some("max 90000"));
         let memory = |limit: i64, swap: i64| {
             let memory = LinuxMemoryBuilder::default()
                 .limit(limit)

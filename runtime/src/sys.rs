@@ -333,6 +333,73 @@ pub fn prctl(option: i32, arg: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// `struct sched_attr` of `sched_setattr(2)`, in the version with utilisation clamps.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct SchedAttr {
+    /// Set by [`set_scheduler`].
+    pub size: u32,
+    /// `SCHED_*`.
+    pub policy: u32,
+    /// `SCHED_FLAG_*`.
+    pub flags: u64,
+    /// For SCHED_OTHER and SCHED_BATCH.
+    pub nice: i32,
+    /// For SCHED_FIFO and SCHED_RR.
+    pub priority: u32,
+    /// For SCHED_DEADLINE, in nanoseconds, as the next two.
+    pub runtime: u64,
+    /// See `runtime`.
+    pub deadline: u64,
+    /// See `runtime`.
+    pub period: u64,
+    /// Not used.
+    pub util_min: u32,
+    /// Not used.
+    pub util_max: u32,
+}
+
+/// Gives this process another scheduling policy.
+///
+/// # Errors
+/// What `sched_setattr(2)` says.
+pub fn set_scheduler(attributes: &SchedAttr) -> io::Result<()> {
+    let attributes = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        ..*attributes
+    };
+    // SAFETY: the structure lives for the call and says how long it is.
+    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Gives this process another I/O priority: class and level as in `ioprio_set(2)`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn set_io_priority(priority: i64) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: i64 = 1;
+    // SAFETY: the call takes integers.
+    match unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0i64, priority) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Sets the execution domain, `PER_*` of `personality(2)`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn set_personality(domain: i32) -> io::Result<()> {
+    // SAFETY: the call takes an integer.
+    match unsafe { libc::personality(domain as libc::c_ulong) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// What [`mount_setattr`] is to set and to clear (`MOUNT_ATTR_*`).
 pub fn mount_attr(set: u64, clear: u64) -> libc::mount_attr {
     libc::mount_attr {

@@ -36,11 +36,17 @@ pub struct RuntimeFacts {
     /// The containers of a pod share a sandbox that it makes: gVisor's `runsc`, by the name it gives itself.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub pod_sandbox: bool,
+    /// It is youki's command line, by the name it gives itself.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub youki: bool,
     /// What is not known of it, or different about it, for the operator.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
 
+/// What an operator must know of youki.
+const YOUKI: &str =
+    "what it executes in a container has no seccomp filter: youki 0.7 leaves it out in exec";
 /// What a command-line runtime without a `features` command is told to be.
 const NO_FEATURES: &str = "it has no features command, so nothing is known of its features";
 /// What is different about gVisor's.
@@ -137,15 +143,18 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
         Some((status, text, _)) if status.success() || features.is_some() => {
             let version = text.lines().next().unwrap_or_default().trim().to_owned();
             let pod_sandbox = version.starts_with("runsc version ");
+            let youki = version.starts_with("youki version");
             let notes = [
                 (features.is_none(), NO_FEATURES),
                 (pod_sandbox, POD_SANDBOX),
+                (youki, YOUKI),
             ];
             let notes = notes.into_iter().filter(|(holds, _)| *holds);
             Ok(RuntimeFacts {
                 version,
                 features,
                 pod_sandbox,
+                youki,
                 notes: notes.map(|(_, note)| note.to_owned()).collect(),
             })
         }

@@ -5,6 +5,8 @@ use std::ffi::OsString;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use liboci_cli::{CommonCmd, GlobalOpts, StandardCmd};
 
+use crate::update::Update;
+
 const VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     "\nspec: 1.2.0\nruntime: native (libcontainer 0.7.0)"
@@ -26,6 +28,8 @@ pub enum Command {
     Standard(StandardCmd),
     #[command(flatten)]
     Common(Box<CommonCmd>),
+    /// New limits for a container
+    Update(Update),
     /// Restore a container from a checkpoint (not supported)
     #[command(hide = true, disable_help_flag = true)]
     Restore {
@@ -34,8 +38,14 @@ pub enum Command {
     },
 }
 
+const UPDATE: &str = "update";
+/// Nobody is to call it.
+const OTHER_UPDATE: &str = "update-of-liboci-cli";
+
 fn command() -> clap::Command {
     Cli::command()
+        // The crate's, which comes first, knows no sizes, no limits taken away, and not all options.
+        .mut_subcommand(UPDATE, |update| update.name(OTHER_UPDATE).hide(true))
         // As in runc: the signal may be left out.
         .mut_subcommand("kill", |kill| {
             kill.mut_arg("signal", |arg| arg.required(false).default_value("SIGTERM"))
@@ -53,7 +63,15 @@ fn command() -> clap::Command {
 /// clap's, which is also the answer to `--help` and `--version`.
 pub fn parse(args: Vec<OsString>) -> Result<Cli, clap::Error> {
     let all = std::iter::once(OsString::from("slipway oci")).chain(args);
-    Cli::from_arg_matches(&command().try_get_matches_from(all)?)
+    let matches = command().try_get_matches_from(all)?;
+    if let Some((UPDATE, update)) = matches.subcommand() {
+        // By its name the crate would take it for its own.
+        return Ok(Cli {
+            global: GlobalOpts::from_arg_matches(&matches)?,
+            command: Command::Update(Update::from_arg_matches(update)?),
+        });
+    }
+    Cli::from_arg_matches(&matches)
 }
 
 #[cfg(test)]
@@ -102,6 +120,8 @@ mod tests {
         assert!(matches!(checkpoint, CommonCmd::Checkpointt(_)));
         let restore = parsed(&["restore", "--detach", "id"]);
         assert!(matches!(restore, Command::Restore { .. }));
+        let update = parsed(&["update", "--memory", "-1", "--cpu-idle", "1", "id"]);
+        assert!(matches!(update, Command::Update(_)));
         let CommonCmd::Exec(exec) = common(&["exec", "id", "ls", "-l"]) else {
             panic!("not exec")
         };

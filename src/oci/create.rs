@@ -3,9 +3,9 @@
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::{SecondsFormat, Utc};
@@ -21,19 +21,23 @@ use slipway_runtime::confine::chain;
 use slipway_runtime::creator::{self, Inherited, Stdio};
 use slipway_runtime::removal::{self, KILL_DEADLINE};
 use slipway_runtime::user::{self, Resolved};
-use slipway_runtime::{descriptor, loopback, rootfs, sys};
+use slipway_runtime::{descriptor, listener, loopback, rootfs, sys};
 
+use crate::agent::Agent;
 use crate::bundle::Bundle;
 use crate::console::Console;
 use crate::copy_up::CopyUp;
 use crate::hooks::HookError;
 use crate::record::{Container, Process, Record, Status};
 use crate::relay::Relay;
+use crate::shared_mounts::{self, SharedMounts};
 use crate::trace::Trace;
 use crate::{Context, OciError, Result, cgroup_path, delete, foreground, hooks, namespaces, start};
 
 /// How long the creator may take, hooks not counted.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// How long who listens at a socket may take to accept and to read.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What `create` and `run` are asked for.
 struct Request<'a> {
@@ -131,6 +135,7 @@ fn make(context: &Context, request: &Request<'_>) -> Result<(Container, Option<C
         annotations: bundle.spec.annotations().clone().unwrap_or_default(),
         has_process: bundle.has_process,
         new_keyring: request.new_keyring,
+        shared_mounts: SharedMounts::of(&bundle.spec, &bundle.rootfs)?,
         creator: Process::own(),
         init: None,
     };
@@ -212,12 +217,12 @@ fn console(bundle: &Bundle, request: &Request<'_>) -> Result<(Option<OwnedFd>, O
     }
 }
 
-/// Connects to a console socket, however long its path is.
+/// Connects to a socket of the caller's, however long its path is.
 ///
 /// # Errors
 /// [`OciError::File`].
 pub fn connect(path: &Path) -> Result<OwnedFd> {
-    let failed = OciError::file("connect to the console socket", path);
+    let failed = OciError::file("connect to the socket", path);
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())
@@ -227,7 +232,22 @@ pub fn connect(path: &Path) -> Result<OwnedFd> {
     let short = Path::new("/proc/self/fd")
         .join(dir.as_raw_fd().to_string())
         .join(name);
-    Ok(UnixStream::connect(short).map_err(&failed)?.into())
+    dial(&short).map_err(&failed)
+}
+
+/// Not for ever, whoever listens there.
+fn dial(path: &Path) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+    let kind = (
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+    );
+    let socket = rustix::net::socket_with(kind.0, kind.1, kind.2, None)?;
+    // It holds for connect(2) on such sockets, too.
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(PATIENCE))?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
 }
 
 /// What the creator answers.
@@ -248,9 +268,15 @@ fn build(
     hooked: &mut bool,
 ) -> Result<()> {
     let oci_hooks = spec.hooks().clone();
+    let agent = Agent::of(spec)?;
     let relay = relay_for(spec)?;
     // Must live until the container is there.
     let _users = namespaces::users(spec)?;
+    let shared = container.record.shared_mounts.as_ref();
+    let shared = shared
+        .map(|shared| shared.open(spec))
+        .transpose()?
+        .map(Rc::new);
     let copies = Rc::new(CopyUp::take(spec, &container.record.rootfs)?);
     let fifo = make_fifo(container)?;
     let call = call(container, spec, systemd)?;
@@ -266,7 +292,20 @@ fn build(
             }
         }
     };
-    let wanted = wanted(container, spec, oci_hooks.as_ref(), request, &copies)?;
+    let mut wanted = wanted(
+        container,
+        spec,
+        oci_hooks.as_ref(),
+        request,
+        &copies,
+        &shared,
+    )?;
+    let mut line = None;
+    if agent.is_some() {
+        let (ours, theirs) = listener::line().map_err(OciError::system("make a socket"))?;
+        wanted.listener = Some(Arc::new(theirs));
+        line = Some(ours);
+    }
     let (answer, answer_write) = descriptor::pipe().map_err(OciError::system("make a pipe"))?;
     let cgroup = container.record.cgroup.clone();
     let in_cgroup = |step| {
@@ -304,6 +343,8 @@ fn build(
             kept.extend(3..3 + passed);
             kept.extend(Trace::descriptors());
             kept.extend(copies.descriptors());
+            kept.extend(shared.iter().map(|fd| fd.as_raw_fd()));
+            kept.extend(wanted.listener.iter().map(|fd| fd.as_raw_fd()));
             sys::reset_signals();
             sys::close_all_but(&kept);
             relay.iter().for_each(Relay::pass_on);
@@ -327,7 +368,12 @@ fn build(
         }
     };
     drop((answer_write, stdio));
-    let told = follow(creator, &answer, relay.as_ref(), |init| {
+    let asking = Asking {
+        relay: relay.as_ref(),
+        listener: agent.as_ref().zip(line.as_ref()),
+        record: &container.record,
+    };
+    let told = follow(creator, &answer, &asking, |init| {
         *hooked = true;
         create_hooks(&container.record, oci_hooks.as_ref(), init)
     });
@@ -419,17 +465,28 @@ fn create_hooks(
     }
 }
 
-/// Waits for the creator's answer, and runs hooks when it asks for them.
+/// What the creator and the init may ask for before the container is there.
+struct Asking<'a> {
+    /// Hooks.
+    relay: Option<&'a Relay>,
+    /// That the agent is given the listener of the seccomp filter.
+    listener: Option<(&'a Agent, &'a OwnedFd)>,
+    record: &'a Record,
+}
+
+/// Waits for the creator's answer, and does what is asked for on the way.
 fn follow(
     creator: i32,
     answer: &OwnedFd,
-    relay: Option<&Relay>,
+    asking: &Asking<'_>,
     mut run_hooks: impl FnMut(i32) -> std::result::Result<(), HookError>,
 ) -> Result<Answer> {
     let process = cgroup::pin(creator);
     let mut deadline = Instant::now() + DEADLINE;
     let mut text = Vec::new();
     let mut refused = None;
+    let relay = asking.relay;
+    let mut listener = asking.listener;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -441,6 +498,11 @@ fn follow(
         let mut fds = vec![PollFd::new(answer, PollFlags::IN)];
         fds.extend(process.iter().map(|p| PollFd::new(p, PollFlags::IN)));
         fds.extend(relay.iter().map(|r| PollFd::new(&r.asked, PollFlags::IN)));
+        fds.extend(
+            listener
+                .iter()
+                .map(|(_, line)| PollFd::new(line, PollFlags::IN)),
+        );
         let timeout = rustix::event::Timespec::try_from(left).ok();
         match poll(&mut fds, timeout.as_ref()) {
             Err(rustix::io::Errno::INTR) => continue,
@@ -448,6 +510,7 @@ fn follow(
         };
         let ready = |n: usize| fds.get(n).is_some_and(|fd| !fd.revents().is_empty());
         let asked = relay.filter(|_| ready(1 + process.iter().len()));
+        let confined = listener.filter(|_| ready(1 + process.iter().len() + relay.iter().len()));
         let (answered, ended) = (ready(0), process.is_some() && ready(1));
         if let Some(relay) = asked
             && let Some(init) = relay.init()
@@ -455,6 +518,14 @@ fn follow(
             let done = run_hooks(init);
             relay.reply(done.is_ok());
             refused = done.err();
+            deadline = Instant::now() + DEADLINE;
+            continue;
+        }
+        if let Some((agent, line)) = confined {
+            agent.serve(line, |init| {
+                hooks::state(asking.record, Status::Creating, Some(init))
+            })?;
+            listener = None;
             deadline = Instant::now() + DEADLINE;
             continue;
         }
@@ -545,7 +616,10 @@ pub fn process_of(spec: &Spec) -> Result<&OciProcess> {
 pub fn seccomp(spec: &Spec) -> Result<Vec<u8>> {
     let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
     profile.map_or(Ok(Vec::new()), |profile| {
-        let options = slipway_seccomp::CompileOptions::default();
+        let options = slipway_seccomp::CompileOptions {
+            notify: true,
+            ..Default::default()
+        };
         let filter = slipway_seccomp::compile(profile, &options).map_err(OciError::Seccomp)?;
         Ok(filter.to_bytes())
     })
@@ -577,11 +651,13 @@ fn wanted(
     hooks: Option<&Hooks>,
     request: &Request<'_>,
     copies: &Rc<CopyUp>,
+    shared: &Option<Rc<OwnedFd>>,
 ) -> Result<Wanted> {
     let process = process_of(spec)?;
     let lone = namespaces::has_new(spec, LinuxNamespaceType::Network);
     let new_keyring = request.new_keyring;
     let copies = copies.clone();
+    let (shared, rootfs) = (shared.clone(), container.record.rootfs.clone());
     let entered = move || {
         copies.copy()?;
         if new_keyring {
@@ -597,7 +673,10 @@ fn wanted(
         if lone {
             loopback::bring_loopback_up().map_err(|e| io::Error::other(chain(&e)))?;
         }
-        Ok(())
+        match &shared {
+            Some(namespace) => shared_mounts::enter(namespace, &rootfs),
+            None => Ok(()),
+        }
     };
     let start: Vec<_> = hooks::of(hooks, "startContainer").to_vec();
     let env = process.env().clone().unwrap_or_default();
@@ -612,6 +691,7 @@ fn wanted(
         user: user_of(process, &container.record.rootfs)?,
         no_pivot: request.no_pivot,
         preserve_fds: request.preserve_fds,
+        listener: None,
         has_process: container.record.has_process,
         entered: Rc::new(entered),
         starting: Rc::new(starting),
@@ -631,6 +711,17 @@ pub fn write_pid(path: &Path, pid: i32) -> Result<()> {
         .map_err(OciError::file("write", path))
 }
 
+/// Takes away what others see of a container's mounts.
+pub fn clear_mounts(context: &Context, record: &Record) {
+    if let Some(shared) = &record.shared_mounts
+        && let Err(error) = shared.clear(&record.rootfs)
+    {
+        let rootfs = record.rootfs.display();
+        let text = format!("can't unmount the container's root {rootfs}: {error}");
+        context.log.warning(&text);
+    }
+}
+
 /// Removes what a failed create has made.
 fn undo(context: &Context, container: &Container, cgroups: &Hierarchies, hooked: bool) {
     let init: Vec<OwnedFd> = container.init().into_iter().collect();
@@ -641,6 +732,7 @@ fn undo(context: &Context, container: &Container, cgroups: &Hierarchies, hooked:
         // There is something left: its name must stay, so that it can be deleted.
         return;
     }
+    clear_mounts(context, &container.record);
     // Intermediate process and init are this process's children.
     let until = Instant::now() + KILL_DEADLINE;
     while sys::collect_child().is_some() && Instant::now() < until {}

@@ -10,7 +10,7 @@ use slipway_runtime::creator;
 use slipway_runtime::removal;
 
 use crate::record::{Container, Record, Status};
-use crate::{Context, OciError, Result, hooks};
+use crate::{Context, OciError, Result, create, hooks};
 
 /// Kill, as the kernel numbers it.
 const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
@@ -56,6 +56,7 @@ pub fn delete(context: &Context, id: &str, force: bool) -> Result<()> {
     let init: Vec<OwnedFd> = container.init().into_iter().collect();
     let state = container.dir.join(creator::LIBCONTAINER_ROOT);
     removal::remove_container(&cgroups, &container.record.cgroup, &init, &state)?;
+    create::clear_mounts(context, &container.record);
     match container.spec() {
         Ok(spec) => stop_hooks(context, &container.record, &spec),
         // It was killed before it was written: no hook has run, either.

@@ -8,16 +8,20 @@ use std::path::{Component, Path, PathBuf};
 use liboci_cli::Exec;
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns};
 use oci_spec::runtime::{Process as OciProcess, Spec};
+use rustix::event::{PollFd, PollFlags, poll};
 use slipway_runtime::cgroup::Hierarchies;
 use slipway_runtime::confine::{Confinement, SETUP_FAILED};
 use slipway_runtime::creator::{is_pipe, report, set_oom_score};
 use slipway_runtime::ids::IdMaps;
 use slipway_runtime::terminal::Terminal;
-use slipway_runtime::{descriptor, sys};
+use slipway_runtime::{descriptor, listener, sys};
 
+use crate::agent::Agent;
 use crate::console::Console;
 use crate::record::{Container, Status};
-use crate::{Context, OciError, Result, create, foreground, namespaces, process_file};
+use crate::{
+    Context, OciError, Result, create, foreground, hooks, namespaces, process_file, shared_mounts,
+};
 
 /// Runs a process in a container; unless detached, waits for its end. Returns the exit code.
 ///
@@ -48,8 +52,25 @@ pub fn exec(context: &Context, args: &Exec) -> Result<u8> {
     let process = process_file::process(&spec, args)?;
     create::keep_descriptors(context, args.preserve_fds)?;
     let (socket, console) = console(&process, args)?;
+    let mut confinement = confinement(&spec, &process, pid)?;
+    let mut agent = None;
+    if let Some(asked) = Agent::of(&spec)? {
+        let (ours, theirs) = listener::line().map_err(OciError::system("make a socket"))?;
+        confinement = confinement.with_listener(theirs);
+        let state = hooks::state(&container.record, status, Some(pid));
+        agent = Some((asked, ours, state));
+    }
     let session = Session {
-        confinement: confinement(&spec, &process, pid)?,
+        confinement,
+        agent,
+        root: match shared_mounts::shared(&spec) {
+            true => {
+                let root = PathBuf::from(format!("/proc/{pid}/root"));
+                let opened = shared_mounts::open_root(&root);
+                Some(opened.map_err(OciError::file("open", &root))?)
+            }
+            false => None,
+        },
         args: process
             .args()
             .iter()
@@ -107,7 +128,8 @@ fn confinement(spec: &Spec, process: &OciProcess, pid: i32) -> Result<Confinemen
     };
     let env = process.env().iter().flatten();
     let env = env.map(|entry| entry.clone().into_bytes()).collect();
-    Ok(Confinement::new(process, user, env, seccomp))
+    let linux = spec.linux().as_ref();
+    Ok(Confinement::new(process, linux, user, env, seccomp))
 }
 
 /// The cgroup of an exec: the container's, or one below it.
@@ -132,6 +154,11 @@ fn cgroup(own: &Path, below: Option<&str>) -> Result<PathBuf> {
 /// All that the child needs.
 struct Session {
     confinement: Confinement,
+    /// Who decides calls that the seccomp filter leaves open, the socket on which the child tells how, and the container's
+    /// state.
+    agent: Option<(Agent, OwnedFd, serde_json::Value)>,
+    /// The container's root, if its mount namespace leads to another.
+    root: Option<OwnedFd>,
     args: Vec<Vec<u8>>,
     cgroup: PathBuf,
     score: Option<i32>,
@@ -166,6 +193,14 @@ impl Session {
             sys::Forked::Child => self.become_it(cgroups, &setup_write),
         };
         drop(setup_write);
+        if let Some((agent, line, state)) = &self.agent
+            && asks(line, &setup).map_err(|e| failed("hear from it", &e))?
+            && let Err(error) = agent.serve(line, |_| state.clone())
+        {
+            sys::kill_child(child);
+            sys::wait_child(child);
+            return Err(error);
+        }
         let mut told = Vec::new();
         let heard = File::from(setup).read_to_end(&mut told);
         if let Some((code, reason)) = told.split_first() {
@@ -223,6 +258,7 @@ impl Session {
         if let Some(cpus) = affinity.and_then(|a| a.cpu_affinity_final().as_deref()) {
             set_affinity(cpus).map_err(|e| ("set its CPU affinity", e))?;
         }
+        self.confinement.prioritise()?;
         if let Some(score) = self.score {
             set_oom_score(score);
         }
@@ -230,6 +266,9 @@ impl Session {
         self.confinement.raise_limits();
         namespaces::enter(self.pid, &self.init)
             .map_err(|e| ("join the container's namespaces", io::Error::other(e)))?;
+        if let Some(root) = &self.root {
+            shared_mounts::take_root(root).map_err(|e| ("enter the container's root", e))?;
+        }
         nix::unistd::setsid().map_err(|e| ("make a session", e.into()))?;
         if self.new_keyring {
             // A kernel without keys has none to hide.
@@ -260,6 +299,18 @@ impl Session {
         ];
         for stream in streams.iter().flatten().filter(|fd| is_pipe(fd)) {
             let _ = rustix::fs::fchown(stream, uid, None);
+        }
+    }
+}
+
+/// Waits until the child asks for its agent, or tells why it does not get that far: then there is none to be asked.
+fn asks(line: &OwnedFd, setup: &OwnedFd) -> io::Result<bool> {
+    loop {
+        let mut fds = [line, setup].map(|fd| PollFd::new(fd, PollFlags::IN));
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+            Ok(_) => return Ok(fds[0].revents().contains(PollFlags::IN)),
         }
     }
 }

@@ -60,6 +60,7 @@ fn features(cgroups: &Hierarchies) -> serde_json::Value {
         ("errno", "SCMP_ACT_ERRNO"),
         ("trace", "SCMP_ACT_TRACE"),
         ("log", "SCMP_ACT_LOG"),
+        ("user_notif", "SCMP_ACT_NOTIFY"),
         ("allow", "SCMP_ACT_ALLOW"),
     ]
     .into_iter()

@@ -17,6 +17,7 @@
 //! Everything here runs in single-threaded processes: libcontainer forks without `fork`'s handlers.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod bundle;
 mod cgroup_path;
 mod cli;
@@ -37,6 +38,7 @@ mod process_file;
 mod ps;
 mod record;
 mod relay;
+mod shared_mounts;
 mod start;
 mod template;
 mod trace;
@@ -92,7 +94,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let log = match Log::open(&cli.global) {
         Ok(log) => log,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "slipway oci: {}", chain(&error));
+            let _ = writeln!(std::io::stderr(), "slipway oci: error: {}", chain(&error));
             return ExitCode::FAILURE;
         }
     };
@@ -130,6 +132,7 @@ fn run(context: &Context, command: Command) -> Result<u8> {
             delete::delete(context, &args.container_id, args.force).map(done)
         }
         Command::Common(command) => common(context, *command),
+        Command::Update(args) => update::update(context, &args).map(done),
         Command::Restore { .. } => Err(NO_CHECKPOINTS),
     }
 }
@@ -141,7 +144,10 @@ fn common(context: &Context, command: CommonCmd) -> Result<u8> {
         CommonCmd::Exec(args) => exec::exec(context, &args),
         CommonCmd::Pause(args) => kill::pause(context, &args.container_id).map(done),
         CommonCmd::Resume(args) => kill::resume(context, &args.container_id).map(done),
-        CommonCmd::Update(args) => update::update(context, &args).map(done),
+        CommonCmd::Update(_) => Err(OciError::Unsupported {
+            what: "this form of update",
+            instead: "use update",
+        }),
         CommonCmd::Ps(args) => ps::ps(context, &args).map(done),
         CommonCmd::List(args) => list::list(context, &args).map(done),
         CommonCmd::Features(_) => features::print_features().map(done),

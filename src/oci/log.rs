@@ -62,7 +62,6 @@ impl Log {
         }
         let said = match (&self.file, self.json) {
             (None, true) => line,
-            _ if level == "error" => format!("slipway oci: {text}\n"),
             _ => format!("slipway oci: {level}: {text}\n"),
         };
         let _ = std::io::stderr().write_all(said.as_bytes());

@@ -68,8 +68,9 @@ pub fn check(spec: &mut Spec) -> Result<()> {
         }
         namespace.set_path(path);
     }
-    if !has_new(spec, LinuxNamespaceType::Mount) {
-        let reason = "a container needs a mount namespace of its own: add {\"type\": \"mount\"} without a path";
+    if has(spec, LinuxNamespaceType::User) && !has_new(spec, LinuxNamespaceType::Mount) {
+        let reason = "with a user namespace, a container needs a mount namespace of its own, too: add \
+                      {\"type\": \"mount\"} without a path";
         return Err(OciError::spec(FIELD, reason));
     }
     Ok(())
@@ -280,7 +281,7 @@ mod tests {
                 serde_json::json!([{"type": "network", "path": "/no/where"}]),
                 "No such file",
             ),
-            (serde_json::json!([{"type": "pid"}]), "mount namespace"),
+            (serde_json::json!([{"type": "user"}]), "mount namespace"),
         ] {
             let error = check(&mut spec(bad)).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");

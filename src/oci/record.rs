@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use slipway_runtime::cgroup::{self, Hierarchies};
 use slipway_runtime::freezer::Freezer;
 
+use crate::shared_mounts::SharedMounts;
 use crate::{Context, OciError, Result};
 
 /// The version of the runtime specification that states and records are in.
@@ -87,6 +88,9 @@ pub struct Record {
     pub has_process: bool,
     /// Its processes have session keyrings of their own.
     pub new_keyring: bool,
+    /// It is in a mount namespace that others are in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_mounts: Option<SharedMounts>,
     /// The command that creates it.
     pub creator: Option<Process>,
     /// Its init, once it is there.

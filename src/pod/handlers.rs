@@ -52,6 +52,9 @@ pub struct Driver {
     /// Its containers of a pod share a sandbox, which is made first.
     #[serde(default)]
     pub pod_sandbox: bool,
+    /// It is youki's command line.
+    #[serde(default)]
+    pub youki: bool,
 }
 
 impl Driver {
@@ -73,6 +76,7 @@ impl Driver {
             create_timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
             options: self.settings.options.toml(),
             pod_sandbox: self.pod_sandbox,
+            youki: self.youki,
         }
     }
 }
@@ -188,6 +192,7 @@ impl Handler {
             path: known.path,
             root: self.root.clone(),
             pod_sandbox: known.facts.pod_sandbox,
+            youki: known.facts.youki,
         }))
     }
 

@@ -61,7 +61,11 @@ async fn commands_that_cannot_run(env: Env) -> Result<()> {
         }
         let exec = container.exec(&[command]).await?;
         assert_eq!(exec.code, code, "{command}: {exec:?}");
-        assert!(exec.stderr.contains(command), "{command}: {exec:?}");
+        // youki's exec has ended when the process finds out, and leaves nothing but the code.
+        assert!(
+            exec.stderr.contains(command) || youki(),
+            "{command}: {exec:?}"
+        );
     }
     Ok(())
 }
@@ -241,9 +245,12 @@ async fn it_runs_where_the_container_does(env: Env) -> Result<()> {
                 .filter_map(|d| std::fs::read_to_string(d.join("cgroup.procs")).ok());
             all.map(|t| t.lines().count()).sum()
         };
+        // youki puts nobody into hierarchies without controllers.
+        let named = |d: &std::path::Path| d.starts_with("/sys/fs/cgroup/systemd");
         Ok(container
             .cgroup_dirs()
             .iter()
+            .filter(|d| !(youki() && named(d)))
             .all(|d| count(d) >= 2)
             .then_some(()))
     })

@@ -565,6 +565,9 @@ async fn an_image_whose_dev_is_a_link(env: Env) -> Result<()> {
 }
 
 async fn a_working_directory_in_a_volume(env: Env) -> Result<()> {
+    if youki() {
+        return skip("youki makes no working directory, and what is mounted over ours hides it");
+    }
     let daemon = env.daemon().await?;
     let dir = env.dir("volume")?;
     let pod = daemon.pod(|_| {}).await?;

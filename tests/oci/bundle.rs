@@ -15,7 +15,7 @@ pub const LONG: Duration = Duration::from_secs(30);
 const APPLETS: &[&str] = &[
     "sh", "cat", "echo", "sleep", "id", "ls", "grep", "touch", "true", "false", "test", "tty",
     "hostname", "mkdir", "readlink", "stat", "mknod", "head", "dd", "ps", "env", "pwd", "kill",
-    "ip", "mount",
+    "ip", "mount", "uname", "ionice", "cut",
 ];
 
 /// A bundle with a container's id, deleted with all that is left of it.

@@ -41,6 +41,18 @@ pub const TESTS: &[Test] = &[
         "confinement::a_user_namespace_that_is_joined",
         a_user_namespace_that_is_joined,
     ),
+    (
+        "confinement::a_time_namespace_of_its_own",
+        a_time_namespace_of_its_own,
+    ),
+    (
+        "confinement::the_callers_mount_namespace",
+        the_callers_mount_namespace,
+    ),
+    (
+        "confinement::a_mount_namespace_that_is_joined",
+        a_mount_namespace_that_is_joined,
+    ),
 ];
 
 #[track_caller]
@@ -278,4 +290,128 @@ fn a_user_namespace_that_is_joined() {
     linux["gidMappings"] = serde_json::Value::Null;
     assert_eq!(output(&second), own);
     assert_eq!(fs::metadata(second.inside("made")).unwrap().uid(), 100_000);
+}
+
+fn a_time_namespace_of_its_own() {
+    for with_users in [false, true] {
+        let mut bundle = Bundle::new("cat /proc/self/timens_offsets");
+        if with_users {
+            users(&mut bundle);
+        }
+        let linux = &mut bundle.spec["linux"];
+        linux["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "time"}));
+        linux["timeOffsets"] =
+            json!({"boottime": {"secs": 4711}, "monotonic": {"secs": 815, "nanosecs": 7}});
+        let out = output(&bundle);
+        let words: Vec<&str> = out.split_whitespace().collect();
+        assert_eq!(
+            words,
+            ["monotonic", "815", "7", "boottime", "4711", "0"],
+            "{with_users}: {out}"
+        );
+        bundle.nothing_left();
+    }
+}
+
+const LOOK: &str = "readlink /proc/self/ns/mnt; cat /etc/passwd; touch /dev/pts/../made && ls /dev/made; cat /secret";
+
+/// A container without a mount namespace of its own, which waits.
+fn sharing(path: Option<&str>) -> Bundle {
+    let mut bundle = Bundle::new(&format!("{{ {LOOK}; }} >/said; sleep 1000"));
+    fs::write(bundle.inside("secret"), "secret").unwrap();
+    bundle.spec["linux"]["maskedPaths"] = json!(["/secret"]);
+    let mut namespaces = vec![json!({"type": "pid"}), json!({"type": "uts"})];
+    namespaces.extend(path.map(|path| json!({"type": "mount", "path": path})));
+    bundle.spec["linux"]["namespaces"] = namespaces.into();
+    bundle
+}
+
+fn mounts_of(process: &str) -> String {
+    fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap()
+}
+
+/// What such a container sees, and an exec in it.
+#[track_caller]
+fn looks_at_its_root(bundle: &Bundle, namespace: &str) {
+    let said = || fs::read_to_string(bundle.inside("said")).unwrap_or_default();
+    crate::bundle::until(
+        || said().ends_with("/dev/made\n"),
+        "the container looks around",
+    );
+    assert!(said().starts_with(namespace), "{}", said());
+    assert!(
+        said().contains("/srv/web") && !said().contains("secret"),
+        "{}",
+        said()
+    );
+    assert_eq!(bundle.done(&["exec", &bundle.id, "sh", "-c", LOOK]), said());
+    // The tree was complete when it came: devices are in a file system that is only there.
+    assert!(!bundle.inside("dev/made").exists() || namespace == own_namespace());
+}
+
+fn own_namespace() -> String {
+    let link = fs::read_link("/proc/self/ns/mnt").unwrap();
+    link.to_str().unwrap().to_owned()
+}
+
+fn the_callers_mount_namespace() {
+    let before = mounts_of("self");
+    let bundle = sharing(None);
+    bundle.create_and_start();
+    looks_at_its_root(&bundle, &own_namespace());
+    // Others see it there, and their own mounts are as they were.
+    let now = mounts_of("self");
+    let rootfs = bundle.inside("");
+    let rootfs = rootfs.to_str().unwrap().trim_end_matches('/').to_owned();
+    assert!(
+        now.contains(&format!(" {rootfs} ")) && now.contains(&format!(" {rootfs}/proc ")),
+        "{now}"
+    );
+    let others = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter(|l| !l.contains(&rootfs));
+        lines.map(str::to_owned).collect()
+    };
+    assert_eq!(others(&now), others(&before));
+    bundle.done(&["delete", "--force", &bundle.id]);
+    assert_eq!(mounts_of("self"), before);
+    bundle.nothing_left();
+    // A create that fails late leaves nothing, either.
+    let mut bundle = sharing(None);
+    bundle.spec["process"]["args"] = json!(["/no/where"]);
+    let path = bundle.path().to_str().unwrap();
+    bundle.refused(&["create", "-b", path, &bundle.id]);
+    assert_eq!(mounts_of("self"), before);
+    bundle.nothing_left();
+}
+
+fn a_mount_namespace_that_is_joined() {
+    let mut other = std::process::Command::new("unshare");
+    let mut other = other
+        .args(["--mount", "--propagation", "private", "sleep", "1000"])
+        .spawn()
+        .unwrap();
+    let path = format!("/proc/{}/ns/mnt", other.id());
+    let link = || fs::read_link(&path).unwrap().to_str().unwrap().to_owned();
+    crate::bundle::until(|| link() != own_namespace(), "unshare(1) makes a namespace");
+    let (before, theirs) = (mounts_of("self"), mounts_of(&other.id().to_string()));
+    let bundle = sharing(Some(&path));
+    bundle.create_and_start();
+    looks_at_its_root(&bundle, &link());
+    assert_eq!(mounts_of("self"), before);
+    assert_ne!(mounts_of(&other.id().to_string()), theirs);
+    bundle.done(&["delete", "--force", &bundle.id]);
+    assert_eq!(mounts_of(&other.id().to_string()), theirs);
+    bundle.nothing_left();
+    // A namespace that has gone takes the container's root along.
+    let bundle = sharing(Some(&path));
+    bundle.create_and_start();
+    bundle.done(&["kill", &bundle.id, "KILL"]);
+    bundle.wait_for("stopped");
+    other.kill().unwrap();
+    other.wait().unwrap();
+    bundle.done(&["delete", &bundle.id]);
+    bundle.nothing_left();
 }

@@ -52,13 +52,13 @@ fn bad_specifications_leave_nothing() {
             s["linux"]["namespaces"][2]["path"] = "/proc/self/ns/uts".into()
         }),
         ("mount namespace", |s| {
-            s["linux"]["namespaces"] = json!([{"type": "pid"}])
+            s["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "user"}])
         }),
         ("cgroupsPath", |s| s["linux"]["cgroupsPath"] = "/".into()),
         ("cgroupsPath", |s| {
             s["linux"]["cgroupsPath"] = "/a/../..".into()
         }),
-        ("seccomp", |s| {
+        ("listenerPath", |s| {
             s["linux"]["seccomp"] = json!({
                 "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_NOTIFY"}],
             });

@@ -13,6 +13,10 @@ pub const TESTS: &[Test] = &[
     ("exec::codes_output_and_options", codes_output_and_options),
     ("exec::a_process_from_a_file", a_process_from_a_file),
     ("exec::is_confined_as_the_init", is_confined_as_the_init),
+    (
+        "exec::has_the_priorities_of_the_init",
+        has_the_priorities_of_the_init,
+    ),
     ("exec::detached_with_a_pid_file", detached_with_a_pid_file),
     (
         "exec::commands_that_are_not_there",
@@ -156,6 +160,42 @@ fn is_confined_as_the_init() {
     let init = namespaces(&fs::read_to_string(bundle.inside("init-ns")).unwrap());
     assert!(init.len() >= 7);
     assert_eq!(init, namespaces(&out));
+}
+
+/// Machine, I/O priority, and nice value and policy, which are the 19th and 41st field (proc_pid_stat(5)).
+const PRIORITIES: &str = "uname -m; ionice -p $$; cut -d' ' -f 19,41 /proc/self/stat";
+
+fn has_the_priorities_of_the_init() {
+    let mut bundle = Bundle::new(&format!("{{ {PRIORITIES}; }} >/init; sleep 1000"));
+    let process = &mut bundle.spec["process"];
+    process["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 7});
+    process["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE", "priority": 0});
+    bundle.spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+    bundle.create_and_start();
+    let init = || fs::read_to_string(bundle.inside("init")).unwrap_or_default();
+    until(|| init().lines().count() == 3, "the init tells");
+    let own = bundle.done(&["exec", &bundle.id, "sh", "-c", PRIORITIES]);
+    assert_eq!(own, init());
+    let lines: Vec<&str> = own.lines().collect();
+    assert!(lines[1].starts_with("idle") && lines[2] == "7 3", "{own}");
+    assert!(!lines[0].contains("64"), "{own}");
+    // A process of its own has its own.
+    let file = bundle.path().join("process.json");
+    let process = json!({
+        "args": ["sh", "-c", PRIORITIES], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0},
+        "scheduler": {"policy": "SCHED_OTHER", "nice": 3},
+    });
+    fs::write(&file, process.to_string()).unwrap();
+    let out = bundle.done(&["exec", "--process", file.to_str().unwrap(), &bundle.id]);
+    assert!(out.ends_with("\n3 0\n"), "{out}");
+    // What the kernel refuses is told with the step.
+    let process = json!({
+        "args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0},
+        "scheduler": {"policy": "SCHED_FIFO", "priority": 1000},
+    });
+    fs::write(&file, process.to_string()).unwrap();
+    let error = bundle.refused(&["exec", "--process", file.to_str().unwrap(), &bundle.id]);
+    assert!(error.contains("scheduler"), "{error}");
 }
 
 fn detached_with_a_pid_file() {

@@ -7,6 +7,7 @@
 // A test says what it expects, and a failed expectation is a panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod agent;
 mod bundle;
 mod confinement;
 mod errors;
@@ -56,6 +57,7 @@ fn inside() -> ExitCode {
         lifecycle::TESTS,
         exec::TESTS,
         confinement::TESTS,
+        agent::TESTS,
         hooks::TESTS,
         errors::TESTS,
     ];

@@ -35,6 +35,8 @@ pub struct CompileOptions {
     pub enosys_for_newer: bool,
     /// Which compiler to use.
     pub engine: EngineChoice,
+    /// Whether the profile may have `SCMP_ACT_NOTIFY`: for who loads the filter by [`crate::load_with_listener`].
+    pub notify: bool,
 }
 
 impl Default for CompileOptions {
@@ -43,6 +45,7 @@ impl Default for CompileOptions {
             native: None,
             enosys_for_newer: true,
             engine: EngineChoice::Auto,
+            notify: false,
         }
     }
 }

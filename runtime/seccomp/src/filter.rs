@@ -1,6 +1,6 @@
 //! A compiled filter: the classic BPF program and the flags to load it with.
 
-use crate::SeccompError;
+use crate::{SeccompError, rules::NEW_LISTENER};
 
 /// `BPF_MAXINSNS`: the longest program the kernel takes.
 pub const MAX_INSTRUCTIONS: usize = 4096;
@@ -47,6 +47,12 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Whether it leaves calls to somebody else (`SCMP_ACT_NOTIFY`), so that it has to be loaded by
+    /// [`crate::load_with_listener`].
+    pub fn notifies(&self) -> bool {
+        self.flags & NEW_LISTENER != 0
+    }
+
     /// Encodes program and flags for another process of the same machine: `SLF1`, flags (u32 LE),
     /// count (u32 LE), then 8 bytes an instruction, little endian.
     pub fn to_bytes(&self) -> Vec<u8> {

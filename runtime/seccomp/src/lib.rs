@@ -22,7 +22,7 @@
 //! - Calls newer than every call that the profile names fail with `ENOSYS`, whatever the default action,
 //!   unless that lets them pass. (runc leaves this out for architectures that the profile does not list
 //!   and for 32-bit ARM; we don't.)
-//! - `SCMP_ACT_NOTIFY` is refused.
+//! - `SCMP_ACT_NOTIFY` is refused, unless [`CompileOptions::notify`] says that there is somebody to ask.
 //!
 //! # Two compilers
 //!
@@ -56,5 +56,5 @@ pub use default::default_profile;
 pub use error::SeccompError;
 pub use filter::{Engine, Filter, Instruction, MAX_INSTRUCTIONS};
 pub use kernel::running_kernel;
-pub use load::{load, load_program};
+pub use load::{load, load_program, load_with_listener};
 pub use profile::{Subject, parse_profile};

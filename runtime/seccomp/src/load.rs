@@ -2,11 +2,12 @@
 //!
 //! The only unsafe code of the crate. Invariant: the pointer handed to the kernel is that of a live
 //! slice of [`Instruction`], which has the layout of `struct sock_filter`, and the length beside it
-//! is that slice's.
+//! is that slice's; a descriptor that the kernel makes gets one owner.
 #![allow(unsafe_code)]
 
 use crate::{Filter, Instruction, filter::MAX_INSTRUCTIONS};
 use std::io;
+use std::os::fd::{FromRawFd as _, OwnedFd};
 
 // The kernel reads our instructions as its own.
 const _: () = assert!(
@@ -28,11 +29,33 @@ pub fn load(filter: &Filter) -> io::Result<()> {
     load_program(&filter.instructions, filter.flags)
 }
 
+/// As [`load`], for a filter that [`Filter::notifies`]. Answers with the descriptor by which calls are decided
+/// (seccomp_unotify(2)), which is close-on-exec.
+///
+/// # Errors
+/// As [`load`]; `EBUSY`: a filter of this process has a listener already; `EINVAL` also when the filter does not notify.
+pub fn load_with_listener(filter: &Filter) -> io::Result<OwnedFd> {
+    if !filter.notifies() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let listener = call(&filter.instructions, filter.flags)?;
+    // SAFETY: with this flag a result that is no error is a new descriptor, which nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(listener) })
+}
+
 /// As [`load`], for a program and flags that the caller holds by themselves.
 ///
 /// # Errors
 /// As [`load`].
 pub fn load_program(program: &[Instruction], flags: u32) -> io::Result<()> {
+    match call(program, flags)? {
+        0 => Ok(()),
+        // With TSYNC a positive result is the id of the thread that could not follow.
+        _ => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+    }
+}
+
+fn call(program: &[Instruction], flags: u32) -> io::Result<i32> {
     if program.is_empty() || program.len() > MAX_INSTRUCTIONS {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
@@ -51,9 +74,7 @@ pub fn load_program(program: &[Instruction], flags: u32) -> io::Result<()> {
         )
     };
     match result {
-        0 => Ok(()),
-        // With TSYNC a positive result is the id of the thread that could not follow.
-        tid if tid > 0 => Err(io::Error::from_raw_os_error(libc::ESRCH)),
-        _ => Err(io::Error::last_os_error()),
+        -1 => Err(io::Error::last_os_error()),
+        result => Ok(result as i32),
     }
 }

@@ -26,6 +26,11 @@ const MAX_ARGS: usize = 6;
 /// The kernel cuts greater error numbers to this (`MAX_ERRNO`).
 const MAX_ERRNO: u32 = 4095;
 
+/// The flag by which a filter that asks somebody else for decisions can be told.
+pub(crate) const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
+/// Since Linux 5.19.
+const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
+
 pub(crate) const ENOSYS: u32 = libc::ENOSYS as u32;
 const EPERM: u32 = libc::EPERM as u32;
 
@@ -81,6 +86,14 @@ impl Plan {
             Some(abi) => abi,
             None => Abi::native().map_err(|_| SeccompError::Architecture(native_arch()))?,
         };
+        if profile.default_action() == Action::ScmpActNotify {
+            return Err(SeccompError::Profile {
+                place: "defaultAction".to_owned(),
+                problem: "it can't be SCMP_ACT_NOTIFY: the calls that make a process the container's would wait for an \
+                          answer, too"
+                    .to_owned(),
+            });
+        }
         let default = return_value(
             profile.default_action(),
             profile.default_errno_ret(),
@@ -97,7 +110,7 @@ impl Plan {
                     newest: None,
                 })
                 .collect(),
-            flags: flags(profile)?,
+            flags: flags(profile, options)?,
             unknown: Vec::new(),
         };
         for (i, entry) in profile.syscalls().iter().flatten().enumerate() {
@@ -106,8 +119,30 @@ impl Plan {
         Ok(plan)
     }
 
+    /// An entry whose calls somebody else decides.
+    fn notify(&mut self, entry: &LinuxSyscall, place: &str) -> Result<(), SeccompError> {
+        if self.flags & NEW_LISTENER == 0 {
+            return Err(SeccompError::Unsupported {
+                place: place.to_owned(),
+                what: "the action SCMP_ACT_NOTIFY".to_owned(),
+                remedy: "use SCMP_ACT_ERRNO or SCMP_ACT_TRACE, or run the pod with the runc handler",
+            });
+        }
+        // With it the process tells of the descriptor that the answers come by.
+        if entry.names().iter().any(|name| name == "write") {
+            return Err(SeccompError::Profile {
+                place: place.to_owned(),
+                problem: "SCMP_ACT_NOTIFY can't be used for write".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
     fn add(&mut self, entry: &LinuxSyscall, place: &str, stub: bool) -> Result<(), SeccompError> {
         let ret = return_value(entry.action(), entry.errno_ret(), place)?;
+        if entry.action() == Action::ScmpActNotify {
+            self.notify(entry, place)?;
+        }
         let alternatives = alternatives(entry.args().as_deref().unwrap_or_default(), place)?;
         for name in entry.names() {
             if name.is_empty() {
@@ -334,23 +369,20 @@ fn return_value(action: Action, data: Option<u32>, place: &str) -> Result<u32, S
         Action::ScmpActTrace => libc::SECCOMP_RET_TRACE | limited(libc::SECCOMP_RET_DATA)?,
         Action::ScmpActLog => libc::SECCOMP_RET_LOG,
         Action::ScmpActAllow => libc::SECCOMP_RET_ALLOW,
-        Action::ScmpActNotify => {
-            return Err(SeccompError::Unsupported {
-                place: place.to_owned(),
-                what: "the action SCMP_ACT_NOTIFY".to_owned(),
-                remedy: "use SCMP_ACT_ERRNO or SCMP_ACT_TRACE, or run the pod with the runc handler",
-            });
-        }
+        Action::ScmpActNotify => libc::SECCOMP_RET_USER_NOTIF,
     })
 }
 
-fn flags(profile: &LinuxSeccomp) -> Result<u32, SeccompError> {
+fn flags(profile: &LinuxSeccomp, options: &CompileOptions) -> Result<u32, SeccompError> {
     let mut bits: libc::c_ulong = 0;
+    let mut entries = profile.syscalls().iter().flatten();
+    let notifies = options.notify && entries.any(|e| e.action() == Action::ScmpActNotify);
     for (i, flag) in profile.flags().iter().flatten().enumerate() {
         bits |= match flag {
             Flag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
             Flag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
             Flag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+            Flag::SeccompFilterFlagWaitKillableRecv if notifies => WAIT_KILLABLE_RECV,
             Flag::SeccompFilterFlagWaitKillableRecv => {
                 return Err(SeccompError::Unsupported {
                     place: format!("flags[{i}]"),
@@ -360,5 +392,10 @@ fn flags(profile: &LinuxSeccomp) -> Result<u32, SeccompError> {
             }
         };
     }
-    Ok(bits as u32)
+    let mut bits = bits as u32;
+    if notifies {
+        // Both in one call need a third flag; and what loads a filter here has one thread.
+        bits = bits & !(libc::SECCOMP_FILTER_FLAG_TSYNC as u32) | NEW_LISTENER;
+    }
+    Ok(bits)
 }

@@ -21,6 +21,7 @@ const TREE: CompileOptions = CompileOptions {
     native: Some(Abi::X86_64),
     enosys_for_newer: true,
     engine: EngineChoice::RangeTree,
+    notify: false,
 };
 
 /// Names with different numbers everywhere, multiplexed ones, one-ABI ones, new ones, and none at all.
@@ -207,7 +208,7 @@ proptest! {
 
     #[test]
     fn program_decides_as_the_profile_says(p in profiles(), native in prop::sample::select(vec![Abi::X86_64, Abi::Aarch64]), enosys: bool) {
-        let options = CompileOptions { native: Some(native), enosys_for_newer: enosys, engine: EngineChoice::Auto };
+        let options = CompileOptions { native: Some(native), enosys_for_newer: enosys, ..CompileOptions::default() };
         let filter = compile(&p, &options).expect("a valid profile");
         compare(&p, &options, &filter);
     }
@@ -480,6 +481,39 @@ fn what_cannot_be_done_is_said() {
         vec![entry(&["mount"], Action::ScmpActNotify, None, vec![])],
     );
     assert!(text(&notify).contains("syscalls[0]") && text(&notify).contains("SCMP_ACT_NOTIFY"));
+    // For who can serve it, all is well, but for what would wait for itself.
+    let served = CompileOptions {
+        notify: true,
+        ..TREE
+    };
+    let filter = compile(&notify, &served).expect("a filter");
+    assert!(
+        filter.notifies()
+            && Filter::from_bytes(&filter.to_bytes())
+                .expect("bytes")
+                .notifies()
+    );
+    let mount = numbers::number(Abi::X86_64, "mount").expect("a number");
+    let ret = |nr| {
+        let call = Call {
+            arch: Abi::X86_64.audit(),
+            nr,
+            args: [0; 6],
+        };
+        bpf::run(&filter.instructions, &call).ret
+    };
+    assert_eq!(ret(mount), libc::SECCOMP_RET_USER_NOTIF);
+    assert_eq!(ret(mount + 1), libc::SECCOMP_RET_ALLOW);
+    let silent = profile(Action::ScmpActAllow, vec![], vec![]);
+    assert!(!compile(&silent, &served).expect("a filter").notifies());
+    for (default, name) in [
+        (Action::ScmpActNotify, "mount"),
+        (Action::ScmpActAllow, "write"),
+    ] {
+        let entry = entry(&[name], Action::ScmpActNotify, None, vec![]);
+        let error = compile(&profile(default, vec![], vec![entry]), &served).expect_err("refused");
+        assert!(error.to_string().contains("SCMP_ACT_NOTIFY"), "{error}");
+    }
     let index = profile(
         Action::ScmpActAllow,
         vec![],

@@ -8,7 +8,7 @@
 mod mounts;
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write as _};
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -440,6 +440,17 @@ impl Entry {
 
     /// Joins the namespace of users, and those that only children enter.
     fn enter_outer(&self) -> Result<(), String> {
+        let failed = |e: io::Error| format!("can't set the offsets of the time namespace: {e}");
+        // For root of a user namespace it is somebody else's file: this process can't be dumped.
+        let offsets = match self.time_offsets.is_empty() {
+            true => None,
+            false => {
+                let file = File::options()
+                    .write(true)
+                    .open("/proc/self/timens_offsets");
+                Some(file.map_err(failed)?)
+            }
+        };
         if let Some(user) = &self.user {
             join(user)?;
             let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
@@ -450,9 +461,10 @@ impl Entry {
         for namespace in &self.outer {
             join(namespace)?;
             let time = namespace.typ() == LinuxNamespaceType::Time && namespace.path().is_none();
-            if time && !self.time_offsets.is_empty() {
-                fs::write("/proc/self/timens_offsets", &self.time_offsets)
-                    .map_err(|e| format!("can't set the offsets of the time namespace: {e}"))?;
+            if let Some(mut file) = offsets.as_ref().filter(|_| time) {
+                // All of them in one write.
+                file.write_all(self.time_offsets.as_bytes())
+                    .map_err(failed)?;
             }
         }
         Ok(())

@@ -173,6 +173,7 @@ impl Keeper {
         self.cgroups
             .join_v1(&container.cgroup)
             .map_err(|e| ("join the container's cgroup", e))?;
+        confinement.prioritise()?;
         set_oom_score(container.oom_score_adj);
         let uid = confinement.user().uid;
         let ids = container.ids.as_ref();

@@ -17,7 +17,7 @@ use slipway_proto::keeper::CreateContainer;
 
 use crate::confine::chain;
 use crate::mapped::{attach, tree};
-use crate::propagation::make_place;
+use crate::propagation::{self, make_place};
 use crate::sys;
 use crate::user::Resolved;
 
@@ -55,6 +55,9 @@ pub enum BundleError {
     /// A cgroup that systemd could not make.
     #[error("cgroup {} is no scope in a slice of systemd's", .0.display())]
     NoScope(PathBuf),
+    /// A mount's propagation.
+    #[error("can't set the propagation of a mount")]
+    Propagation(#[source] io::Error),
     /// A mount whose options hold for all that is mounted below it.
     #[error("can't mount {} with its options for all below it", path.display())]
     Recursive {
@@ -169,6 +172,17 @@ pub fn for_sandbox(spec: &mut Spec, handler: &str) -> Result<(), BundleError> {
     Ok(())
 }
 
+/// Arranges mounts as youki takes them, whose library is the native path's, too: it knows one propagation for all of them,
+/// by the four words that the specification has.
+///
+/// # Errors
+/// [`BundleError::Propagation`].
+pub fn for_youki(spec: &mut Spec, aside: &Path) -> Result<(), BundleError> {
+    // What it opens more than is wanted has nobody on the other side: it is a copy that was bound aside.
+    let opened = propagation::arrange(spec, aside);
+    opened.map(drop).map_err(BundleError::Propagation)
+}
+
 fn known_capabilities(all: LinuxCapabilities) -> LinuxCapabilities {
     let known = |set: &Option<Capabilities>| {
         let set = set.clone();
@@ -211,6 +225,10 @@ fn process_of(mut process: Process, known: &Known<'_>) -> Result<Process, Bundle
         .set_user(user)
         .set_env(Some(env))
         .set_oom_score_adj(known.oom_score_adj);
+    if process.no_new_privileges() == Some(false) {
+        // It says the same as nothing, and youki 0.7 loads seccomp filters too late when there is a word at all.
+        process.set_no_new_privileges(None);
+    }
     Ok(process)
 }
 
@@ -353,6 +371,23 @@ mod tests {
             groups: vec![6, 7],
             home: "/home/x".to_owned(),
         }
+    }
+
+    #[test]
+    fn youki_gets_the_specifications_own_words() {
+        let mut spec = spec();
+        let process = spec.process().clone().map(|mut p| {
+            p.set_no_new_privileges(Some(false));
+            p
+        });
+        spec.set_process(process);
+        let (create, user) = (CreateContainer::default(), user());
+        complete(&mut spec, &known(&create, &user)).unwrap();
+        let word = |spec: &Spec| spec.linux().clone().unwrap().rootfs_propagation().clone();
+        assert_eq!(word(&spec).as_deref(), Some("rshared"));
+        for_youki(&mut spec, Path::new("/nowhere")).unwrap();
+        assert_eq!(word(&spec).as_deref(), Some("shared"));
+        assert_eq!(spec.process().as_ref().unwrap().no_new_privileges(), None);
     }
 
     #[test]

@@ -136,6 +136,9 @@ pub fn create(
     if runtime.sandbox.is_some() {
         bundle::for_sandbox(&mut spec, &runtime.handler).map_err(PrepareError::from)?;
     }
+    if runtime.youki {
+        bundle::for_youki(&mut spec, &dir.join("mounts")).map_err(PrepareError::from)?;
+    }
     creator::write_spec(&dir.join("config.json"), &spec).map_err(PrepareError::from)?;
 
     let result = match &control {

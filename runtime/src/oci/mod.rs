@@ -64,6 +64,8 @@ pub struct Runtime {
     arguments: Vec<String>,
     /// What its containers of the pod share, if it makes such a thing.
     pub sandbox: Option<PodSandbox>,
+    /// It is youki, which wants some things said otherwise.
+    pub youki: bool,
     /// How long a create may take.
     pub create_timeout: Duration,
 }
@@ -86,6 +88,7 @@ impl Runtime {
             },
             arguments: settings.arguments.clone(),
             sandbox,
+            youki: settings.youki,
             create_timeout: Duration::from_millis(settings.create_timeout_ms.max(1)),
         }
     }

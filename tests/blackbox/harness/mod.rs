@@ -83,6 +83,11 @@ pub fn gvisor() -> bool {
     handler() == "runsc"
 }
 
+/// Whether this run's pods are made by youki's command line.
+pub fn youki() -> bool {
+    handler() == "youki"
+}
+
 /// Ends a test as skipped if this run's pods are in gVisor, for a reason that is of gVisor's making.
 pub fn not_in_gvisor(why: &str) -> Result<()> {
     match gvisor() {
