@@ -89,6 +89,14 @@ impl IdMaps {
         root.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "id 0 is not mapped"))
     }
 
+    /// Gives a container's pipe to a user of the namespace, who could not open `/dev/stdout` otherwise, and to its root's
+    /// group.
+    pub fn own_pipe(&self, fd: &OwnedFd, uid: u32) {
+        let uid = self.host_uid(uid).map(rustix::fs::Uid::from_raw);
+        let gid = self.host_gid(0).map(rustix::fs::Gid::from_raw);
+        let _ = rustix::fs::fchown(fd, uid, gid);
+    }
+
     /// Refuses a user that does not exist in the namespace, before the kernel does with nothing but EINVAL.
     ///
     /// # Errors

@@ -72,7 +72,10 @@ pub fn mapped(config: &mut cri::PodSandboxConfig) {
 async fn has_user_namespaces(daemon: &Daemon) -> Result<bool> {
     let request = cri::StatusRequest::default();
     let status = daemon.runtime().status(request).await?.into_inner();
-    let able = |h: &cri::RuntimeHandler| h.features.is_some_and(|f| f.user_namespaces);
+    // The default, which this run's pods have.
+    let able = |h: &cri::RuntimeHandler| {
+        h.name.is_empty() && h.features.is_some_and(|f| f.user_namespaces)
+    };
     Ok(status.runtime_handlers.iter().any(able))
 }
 

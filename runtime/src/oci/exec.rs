@@ -14,6 +14,7 @@ use super::create::{Console, parent_of};
 use super::{CommandError, Runtime};
 use crate::cgroup::Hierarchies;
 use crate::creator;
+use crate::ids::IdMaps;
 
 /// Why a command could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -96,7 +97,14 @@ pub fn exec(
     if runtime.sandbox.is_none() {
         creator::set_oom_score(session.oom_score_adj);
     }
-    let process = process(&runtime.handler, session.dir, session.args, session.tty)?;
+    let spec = read_spec(session.dir)?;
+    let process = process_of(
+        &spec,
+        &runtime.handler,
+        session.dir,
+        session.args,
+        session.tty,
+    )?;
     creator::write_private(&process_file, &process)?;
     let _files = Files([&process_file, &pid_file]);
     let console = match session.tty {
@@ -107,7 +115,7 @@ pub fn exec(
         false => None,
     };
     for fd in session.stdio.iter().filter(|_| !session.tty) {
-        own_pipe(fd, &process);
+        own_pipe(fd, &spec);
     }
     let texts = (process_file.to_string_lossy(), pid_file.to_string_lossy());
     let inner = inner_file(session.dir, own.cast_signed());
@@ -180,13 +188,26 @@ pub fn process(
     args: &[Vec<u8>],
     tty: bool,
 ) -> Result<Vec<u8>, ExecError> {
+    process_of(&read_spec(dir)?, handler, dir, args, tty)
+}
+
+fn read_spec(dir: &Path) -> Result<Spec, ExecError> {
     let path = dir.join("config.json");
+    let read = fs::read(&path).and_then(|text| Ok(serde_json::from_slice(&text)?));
+    read.map_err(|source| ExecError::Bundle { path, source })
+}
+
+fn process_of(
+    spec: &Spec,
+    handler: &str,
+    dir: &Path,
+    args: &[Vec<u8>],
+    tty: bool,
+) -> Result<Vec<u8>, ExecError> {
     let failed = |source: io::Error| ExecError::Bundle {
-        path: path.clone(),
+        path: dir.join("config.json"),
         source,
     };
-    let text = fs::read(&path).map_err(failed)?;
-    let spec: Spec = serde_json::from_slice(&text).map_err(|e| failed(e.into()))?;
     let missing = || failed(io::ErrorKind::InvalidData.into());
     let mut process: Process = spec.process().clone().ok_or_else(missing)?;
     let args = args.iter().map(|a| String::from_utf8(a.clone()));
@@ -205,14 +226,16 @@ pub fn process(
 }
 
 /// A process that is not root could not open /dev/stdout otherwise.
-fn own_pipe(fd: &OwnedFd, process: &[u8]) {
-    let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
-        rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
-    });
-    let process: Option<Process> = serde_json::from_slice(process).ok();
-    if let (true, Some(process)) = (pipe, process) {
-        let uid = rustix::fs::Uid::from_raw(process.user().uid());
-        let _ = rustix::fs::fchown(fd, Some(uid), None);
+fn own_pipe(fd: &OwnedFd, spec: &Spec) {
+    let Some(uid) = spec.process().as_ref().map(|p| p.user().uid()) else {
+        return;
+    };
+    match IdMaps::of_spec(spec) {
+        _ if !creator::is_pipe(fd) => {}
+        Some(ids) => ids.own_pipe(fd, uid),
+        None => {
+            let _ = rustix::fs::fchown(fd, Some(rustix::fs::Uid::from_raw(uid)), None);
+        }
     }
 }
 
