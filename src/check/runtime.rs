@@ -53,6 +53,9 @@ const POD_SANDBOX: &str = "the containers of a pod share one sandbox (gVisor)";
 /// What is missing of one that says so.
 const NO_USERS: &str =
     "it does not say that it knows user namespaces, so its pods have none (hostUsers: true)";
+/// What is different about youki's.
+const EXEC_OUTSIDE: &str = "its exec leaves a command in the host's user namespace (youki 0.7), so its pods have no \
+                            user namespaces (hostUsers: true)";
 /// Runtimes that could join user namespaces by path before they had a `features` command (runc 1.1, crun 1.8.6), by the
 /// beginning of what they say to `--version`.
 const JOIN_USERS: [&str; 2] = ["runc version 1.", "crun version 1."];
@@ -148,11 +151,15 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
         Some((status, text, _)) if status.success() || features.is_some() => {
             let version = text.lines().next().unwrap_or_default().trim().to_owned();
             let pod_sandbox = version.starts_with("runsc version ");
-            let user_namespaces = !pod_sandbox && joins_users(features.as_ref(), &version);
+            let exec_outside = version.starts_with("youki");
+            let user_namespaces =
+                !pod_sandbox && !exec_outside && joins_users(features.as_ref(), &version);
+            let silent = !pod_sandbox && !exec_outside && !user_namespaces;
             let notes = [
                 (features.is_none(), NO_FEATURES),
                 (pod_sandbox, POD_SANDBOX),
-                (!pod_sandbox && !user_namespaces, NO_USERS),
+                (exec_outside, EXEC_OUTSIDE),
+                (silent, NO_USERS),
             ];
             let notes = notes.into_iter().filter(|(holds, _)| *holds);
             Ok(RuntimeFacts {
@@ -339,6 +346,7 @@ mod tests {
         // What says nothing of them has none, whatever it is called.
         for text in [
             r#"[ $1 = --version ] && echo 'crun version 1.9' && exit; echo '{"linux":{"namespaces":["pid"]}}'"#,
+            r#"[ $1 = --version ] && echo 'youki version 0.7.0' && exit; echo '{"linux":{"namespaces":["user"]}}'"#,
             "[ $1 = --version ] && echo 'crun version 0.17' && exit; exit 1",
             "[ $1 = --version ] && echo 'runsc version 1' && exit; exit 1",
         ] {

@@ -183,7 +183,7 @@ impl Handler {
                 "on a kernel with neither debugfs nor pstore: there is no place where they could find their files"
             }
             RuntimeKind::Native | RuntimeKind::Oci => {
-                "that are known of: its program names none among its features"
+                "that can be relied on: crictl info has notes on its program, and what that says of its features"
             }
             RuntimeKind::ShimV2 => {
                 "in this version: only those of type \"native\" and \"oci\" have"

@@ -177,6 +177,17 @@ pub fn create(
         None => run(runtime, create, cgroups, dir, &stdio, until),
     };
     drop(kept);
+    // It would be the host's root.
+    let result = result.and_then(|pid| {
+        let ids = users.as_ref().map(|users| &users.ids);
+        match ids.map_or(Ok(true), |ids| ids.are_of(pid)) {
+            Ok(true) => Ok(pid),
+            _ => Err(CreateError::Result {
+                handler: runtime.handler.clone(),
+                problem: format!("its process {pid} is not in the pod's user namespace"),
+            }),
+        }
+    });
     match result {
         Ok(pid) => Ok(user.created(pid)),
         // Found now, and told when the container is started, as by those who find it then.

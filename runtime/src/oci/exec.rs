@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Process, Spec};
+use rustix::process::{Signal, pidfd_send_signal};
 use slipway_proto::keeper::ErrorKind;
 
 use super::command::{self, Call, Streams};
 use super::create::{Console, parent_of};
 use super::{CommandError, Runtime};
-use crate::cgroup::Hierarchies;
+use crate::cgroup::{self, Hierarchies};
 use crate::creator;
 use crate::ids::IdMaps;
 
@@ -170,6 +171,11 @@ pub fn exec(
         let problem = format!("process {pid} is a child of {parent}, and none of the pod's");
         return Err(wrong(problem));
     }
+    if IdMaps::of_spec(&spec).is_some_and(|ids| !ended_or_in(&ids, pid)) {
+        let problem =
+            format!("its process {pid} was not in the pod's user namespace, and was killed");
+        return Err(wrong(problem));
+    }
     if let (Some(console), [socket]) = (console, session.stdio) {
         console
             .forward(socket)
@@ -223,6 +229,18 @@ fn process_of(
         .set_env(Some(env))
         .set_terminal(Some(tty));
     serde_json::to_vec(&process).map_err(|e| failed(e.into()))
+}
+
+/// Whether a command is in the pod's user namespace, or over. If it is not, it is killed: it would be the host's root.
+fn ended_or_in(ids: &IdMaps, pid: i32) -> bool {
+    let Some(process) = cgroup::pin(pid) else {
+        return true;
+    };
+    if ids.are_of(pid).unwrap_or(false) {
+        return true;
+    }
+    // The number may be somebody else's by now; then this one's process is gone.
+    pidfd_send_signal(&process, Signal::KILL).is_err()
 }
 
 /// A process that is not root could not open /dev/stdout otherwise.
