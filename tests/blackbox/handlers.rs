@@ -335,7 +335,12 @@ async fn settings_of_a_handler(env: Env) -> Result<()> {
     Ok(())
 }
 
+/// What Status says of a handler's user namespaces, once its program has been asked.
 async fn told_user_namespaces(daemon: &Daemon, handler: &str) -> Result<bool> {
+    eventually("the program's answer", seconds(20), || async {
+        Ok((!report(daemon, handler).await?["usable"].is_null()).then_some(()))
+    })
+    .await?;
     let request = cri::StatusRequest::default();
     let status = daemon.runtime().status(request).await?;
     let handlers = status.into_inner().runtime_handlers;

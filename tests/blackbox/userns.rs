@@ -83,6 +83,15 @@ fn never() -> bool {
     ["shim-runc", "runsc"].contains(&handler())
 }
 
+/// Waits until this run's handler is known to have user namespaces: its program is asked while the daemon starts, and
+/// once more should it have been too slow.
+async fn known(daemon: &Daemon) -> Result<()> {
+    eventually("user namespaces of the handler", seconds(20), || async {
+        Ok(told(daemon, "").await?.then_some(()))
+    })
+    .await
+}
+
 /// A daemon on a machine that has user namespaces.
 pub async fn daemon(env: &Env) -> Result<Daemon> {
     if never() {
@@ -92,7 +101,7 @@ pub async fn daemon(env: &Env) -> Result<Daemon> {
     if !told(&daemon, "native").await? {
         return skip("no user namespaces or no idmapped mounts here; see slipway check");
     }
-    ensure!(told(&daemon, "").await?, "{} has none", handler());
+    known(&daemon).await?;
     Ok(daemon)
 }
 
@@ -930,6 +939,9 @@ async fn mount_options(env: Env) -> Result<()> {
 
 async fn what_the_status_says(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
+    if told(&daemon, "native").await? && !never() {
+        known(&daemon).await?;
+    }
     let status = daemon
         .runtime()
         .status(cri::StatusRequest::default())
