@@ -15,7 +15,7 @@ use std::rc::Rc;
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
-use nix::mount::{MsFlags, mount};
+use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
 use oci_spec::runtime::{
     ContainerState, Hook, LinuxNamespaceType, PosixRlimit, Process, Spec, State, UserBuilder,
@@ -26,7 +26,7 @@ use slipway_systemd::SystemdError;
 
 use crate::bundle::{Bundle, Step};
 use crate::cgroup::Hierarchies;
-use crate::cgroup_view::View;
+use crate::cgroup_view::{CGROUP_ROOT, View};
 use crate::confine::{Confinement, SETUP_FAILED, chain};
 use crate::detach::Kept;
 use crate::hook_output::Complaints;
@@ -43,6 +43,7 @@ use crate::rootfs::{self, RootfsError};
 use crate::scope::{self, ScopeError};
 use crate::terminal::Terminal;
 use crate::user::{self, UserError};
+use crate::users::Users;
 use crate::{cgroup_view, detach, labels, own_dev, places, propagation, stage, sys, volumes};
 
 /// Subdirectory of a container's directory that libcontainer keeps its state in.
@@ -267,10 +268,9 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
             create.user.as_ref().unwrap_or(&Default::default()),
         )?,
     };
-    let mut host_uid = user.uid;
+    let user_uid = user.uid;
     if let Some(users) = &users {
         users.ids.check(&user)?;
-        host_uid = users.ids.host_uid(user.uid).unwrap_or(users.root.0);
         if bundle.is_none() {
             users.own_pod_files(&spec, dir)?;
         }
@@ -291,9 +291,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         confinement = confinement.with_listener(line);
     }
     // A process that is not root could not open /dev/stdout otherwise: that opens the pipe's inode anew.
-    let host_uid = rustix::fs::Uid::from_raw(host_uid);
-    // The group is root's; in a user namespace, its root's.
-    let host_gid = owner.map(|(_, gid)| rustix::fs::Gid::from_raw(gid));
+    let host_uid = rustix::fs::Uid::from_raw(user_uid);
     if let Stdio::Pipes {
         stdin,
         stdout,
@@ -303,7 +301,13 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
         // A bundle's streams are its caller's, and may be files.
         let ours = |fd: &&OwnedFd| bundle.is_none() || is_pipe(fd);
         for pipe in stdin.iter().chain([stdout, stderr]).filter(ours) {
-            let _ = rustix::fs::fchown(pipe, Some(host_uid), host_gid);
+            match &users {
+                Some(users) => users.ids.own_pipe(pipe, user_uid),
+                // The group is root's.
+                None => {
+                    let _ = rustix::fs::fchown(pipe, Some(host_uid), None);
+                }
+            }
         }
     }
     set_oom_score(create.oom_score_adj);
@@ -321,7 +325,7 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let propagation =
         propagation::arrange(&mut spec, &dir.join("mounts")).map_err(CreateError::Propagation)?;
     if users.is_some() {
-        stage::set(&mut spec, &target).map_err(CreateError::Stage)?;
+        stage::set(&mut spec, &target, Path::new(CGROUP_ROOT), None).map_err(CreateError::Stage)?;
         // In there nobody may.
         confinement.raise_limits();
     }
@@ -407,75 +411,6 @@ pub fn create(inherited: Inherited<'_>) -> Result<CreateContainerResult, CreateE
     let pid = made.map_err(|e| failed(chain(&e)))?;
     drop(kept);
     Ok(user.created(pid))
-}
-
-/// What is different for a container in a user namespace.
-struct Users {
-    ids: IdMaps,
-    /// The host's ids of its root.
-    root: (u32, u32),
-    namespace: OwnedFd,
-}
-
-impl Users {
-    /// Opens the namespaces that the container joins: from within the first of them, their paths lead nowhere. And
-    /// sees to it that nothing that is mounted here gets out.
-    fn prepare(
-        spec: &mut Spec,
-        ids: IdMaps,
-        kept: &mut Kept,
-        mut pid_namespace: Option<PathBuf>,
-    ) -> Result<Self, CreateError> {
-        let linux = spec.linux_mut().as_mut();
-        let namespaces = linux.and_then(|l| l.namespaces_mut().as_mut());
-        let mut own = None;
-        for namespace in namespaces.into_iter().flatten() {
-            if namespace.typ() == LinuxNamespaceType::Pid
-                && let Some(path) = pid_namespace.take()
-            {
-                namespace.set_path(Some(path));
-            }
-            if namespace.path().is_none() {
-                continue;
-            }
-            let fd = kept.open(namespace).map_err(CreateError::Namespace)?;
-            if namespace.typ() == LinuxNamespaceType::User {
-                own = Some(fd.try_clone_to_owned().map_err(CreateError::Namespace)?);
-            }
-        }
-        let namespace = own.ok_or(CreateError::Incomplete("linux.namespaces of type user"))?;
-        let slave = MsFlags::MS_SLAVE | MsFlags::MS_REC;
-        mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)
-            .map_err(|e| CreateError::Namespace(e.into()))?;
-        Ok(Self {
-            root: ids.root().map_err(CreateError::Namespace)?,
-            ids,
-            namespace,
-        })
-    }
-
-    /// Gives the pod's own files (hosts, resolv.conf, hostname) to the pod's root, who may write them elsewhere, too.
-    fn own_pod_files(&self, spec: &Spec, container_dir: &Path) -> Result<(), CreateError> {
-        // <run root>/pods/<id>/containers/<id>
-        let Some(pod_dir) = container_dir.ancestors().nth(2) else {
-            return Ok(());
-        };
-        let sources = spec
-            .mounts()
-            .iter()
-            .flatten()
-            .filter_map(|m| m.source().as_ref());
-        for file in sources.filter(|s| s.parent() == Some(pod_dir) && s.is_file()) {
-            let (uid, gid) = self.root;
-            std::os::unix::fs::lchown(file, Some(uid), Some(gid)).map_err(|source| {
-                CreateError::Bundle {
-                    path: file.clone(),
-                    source,
-                }
-            })?;
-        }
-        Ok(())
-    }
 }
 
 /// How the container's processes are confined; the keeper needs the same for exec sessions.

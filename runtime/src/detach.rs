@@ -109,8 +109,11 @@ fn shares_mounts(spec: &Spec) -> bool {
     options.any(|o| o == "shared" || o == "rshared")
 }
 
-/// Whether a directory is the root of a mount.
-fn is_mount_point(dir: &Path) -> io::Result<bool> {
+/// Whether a directory or file is the root of a mount.
+///
+/// # Errors
+/// What looking at it says.
+pub fn is_mount_point(dir: &Path) -> io::Result<bool> {
     use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, statx};
     let status = statx(CWD, dir, AtFlags::empty(), StatxFlags::BASIC_STATS)?;
     Ok(status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))

@@ -89,6 +89,14 @@ impl IdMaps {
         root.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "id 0 is not mapped"))
     }
 
+    /// Gives a container's pipe to a user of the namespace, who could not open `/dev/stdout` otherwise, and to its root's
+    /// group.
+    pub fn own_pipe(&self, fd: &OwnedFd, uid: u32) {
+        let uid = self.host_uid(uid).map(rustix::fs::Uid::from_raw);
+        let gid = self.host_gid(0).map(rustix::fs::Gid::from_raw);
+        let _ = rustix::fs::fchown(fd, uid, gid);
+    }
+
     /// Refuses a user that does not exist in the namespace, before the kernel does with nothing but EINVAL.
     ///
     /// # Errors
@@ -111,6 +119,29 @@ impl IdMaps {
             }
         }
         Ok(())
+    }
+
+    /// Whether a process is in a user namespace with these ids, as seen from this process's. One that is gone is.
+    ///
+    /// # Errors
+    /// What reading says.
+    pub fn are_of(&self, pid: i32) -> io::Result<bool> {
+        for (file, ranges) in [("uid_map", &self.uids), ("gid_map", &self.gids)] {
+            let text = match fs::read_to_string(format!("/proc/{pid}/{file}")) {
+                Ok(text) => text,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(true),
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(true),
+                Err(e) => return Err(e),
+            };
+            let held = text.split_whitespace().map(str::to_owned);
+            let own = ranges
+                .iter()
+                .flat_map(|range| [range.container, range.host, range.length]);
+            if !held.eq(own.map(|number| number.to_string())) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Gives the ids to the user namespace of a process, which must be new.
@@ -208,6 +239,27 @@ mod tests {
             length: 1,
         };
         assert_eq!(outside(&[beyond, second], 1000), Some(7));
+    }
+
+    #[test]
+    fn processes_in_other_namespaces_are_told_apart() {
+        let own = std::process::id().cast_signed();
+        assert!(!maps(1000).are_of(own).unwrap());
+        assert!(maps(1000).are_of(i32::MAX).unwrap());
+        let text = fs::read_to_string("/proc/self/uid_map").unwrap();
+        let numbers = text.split_whitespace().map(|n| n.parse().unwrap());
+        let numbers: Vec<u32> = numbers.collect();
+        let range = |n: &[u32]| IdRange {
+            container: n[0],
+            host: n[1],
+            length: n[2],
+        };
+        let ranges: Vec<_> = numbers.chunks(3).map(range).collect();
+        let own_ids = IdMaps {
+            uids: ranges.clone(),
+            gids: ranges,
+        };
+        assert!(own_ids.are_of(own).unwrap());
     }
 
     #[test]

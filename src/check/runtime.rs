@@ -39,6 +39,10 @@ pub struct RuntimeFacts {
     /// It is youki's command line, by the name it gives itself.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub youki: bool,
+    /// Its containers can join a user namespace. By its features; where it has no such command, by its name and version,
+    /// and then only those are known that could do so before they had one.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub user_namespaces: bool,
     /// What is not known of it, or different about it, for the operator.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
@@ -51,6 +55,16 @@ const YOUKI: &str =
 const NO_FEATURES: &str = "it has no features command, so nothing is known of its features";
 /// What is different about gVisor's.
 const POD_SANDBOX: &str = "the containers of a pod share one sandbox (gVisor)";
+
+/// What is missing of one that says so.
+const NO_USERS: &str =
+    "it does not say that it knows user namespaces, so its pods have none (hostUsers: true)";
+/// What is different about youki's.
+const EXEC_OUTSIDE: &str = "its exec leaves a command in the host's user namespace (youki 0.7), so its pods have no \
+                            user namespaces (hostUsers: true)";
+/// Runtimes that could join user namespaces by path before they had a `features` command (runc 1.1, crun 1.8.6), by the
+/// beginning of what they say to `--version`.
+const JOIN_USERS: [&str; 2] = ["runc version 1.", "crun version 1."];
 
 /// What a runtime can do (features.md of the runtime specification), as far as anything here depends on it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,10 +158,15 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
             let version = text.lines().next().unwrap_or_default().trim().to_owned();
             let pod_sandbox = version.starts_with("runsc version ");
             let youki = version.starts_with("youki version");
+            let user_namespaces =
+                !pod_sandbox && !youki && joins_users(features.as_ref(), &version);
+            let silent = !pod_sandbox && !youki && !user_namespaces;
             let notes = [
                 (features.is_none(), NO_FEATURES),
                 (pod_sandbox, POD_SANDBOX),
                 (youki, YOUKI),
+                (youki, EXEC_OUTSIDE),
+                (silent, NO_USERS),
             ];
             let notes = notes.into_iter().filter(|(holds, _)| *holds);
             Ok(RuntimeFacts {
@@ -155,6 +174,7 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
                 features,
                 pod_sandbox,
                 youki,
+                user_namespaces,
                 notes: notes.map(|(_, note)| note.to_owned()).collect(),
             })
         }
@@ -167,6 +187,13 @@ pub fn ask_runtime(path: &Path) -> Result<RuntimeFacts, String> {
             let said: String = said.chars().take(300).collect();
             Err(format!("{shown} --version failed ({status}): {said}"))
         }
+    }
+}
+
+fn joins_users(features: Option<&RuntimeFeatures>, version: &str) -> bool {
+    match features {
+        Some(said) => said.linux.namespaces.iter().any(|kind| kind == "user"),
+        None => JOIN_USERS.iter().any(|known| version.starts_with(known)),
     }
 }
 
@@ -316,12 +343,24 @@ mod tests {
         let facts = ask_runtime(&script(dir.path(), old)).unwrap();
         assert_eq!(facts.version, "crun version 1.8.1");
         assert_eq!(facts.features, None);
+        assert!(facts.user_namespaces);
         let new = r#"[ $1 = --version ] && echo 'x 2' && exit; echo '{"ociVersionMax":"1.2.0","mountOptions":["rro"],
             "linux":{"namespaces":["user"]},"other":1}'"#;
         let facts = ask_runtime(&script(dir.path(), new)).unwrap();
-        let features = facts.features.unwrap();
+        let features = facts.features.clone().unwrap();
         assert_eq!(features.mount_options, ["rro"]);
         assert_eq!(features.linux.namespaces, ["user"]);
+        assert!(facts.user_namespaces && facts.notes.is_empty());
+        // What says nothing of them has none, whatever it is called.
+        for text in [
+            r#"[ $1 = --version ] && echo 'crun version 1.9' && exit; echo '{"linux":{"namespaces":["pid"]}}'"#,
+            r#"[ $1 = --version ] && echo 'youki version 0.7.0' && exit; echo '{"linux":{"namespaces":["user"]}}'"#,
+            "[ $1 = --version ] && echo 'crun version 0.17' && exit; exit 1",
+            "[ $1 = --version ] && echo 'runsc version 1' && exit; exit 1",
+        ] {
+            let facts = ask_runtime(&script(dir.path(), text)).unwrap();
+            assert!(!facts.user_namespaces && !facts.notes.is_empty(), "{text}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The node: Version, Status, RuntimeConfig, UpdateRuntimeConfig.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use serde_json::json;
 use slipway_config::CgroupDriver;
@@ -23,7 +24,10 @@ pub fn version() -> cri::VersionResponse {
     }
 }
 
-pub fn status(node: &Node, request: &cri::StatusRequest) -> cri::StatusResponse {
+/// How long the first Status waits for runtimes of others to say what they can do. The kubelet sends pods by that.
+const FIRST_ANSWER: Duration = Duration::from_secs(1);
+
+pub async fn status(node: &Node, request: &cri::StatusRequest) -> cri::StatusResponse {
     let condition = |kind: &str, problem: Option<(String, String)>| {
         let status = problem.is_none();
         let (reason, message) = problem.unwrap_or_default();
@@ -40,16 +44,20 @@ pub fn status(node: &Node, request: &cri::StatusRequest) -> cri::StatusResponse 
     };
     let runtimes = node.runtimes();
     // A program that was installed or replaced since is seen with the next call.
-    node.tasks.spawn(runtimes.clone().ask_all());
+    let asked = node.tasks.spawn(runtimes.clone().ask_all());
+    if runtimes.unasked() {
+        let _ = tokio::time::timeout(FIRST_ANSWER, asked).await;
+    }
     let runtime_handlers = runtimes
         .list()
         .into_iter()
-        .map(|(name, handler)| cri::RuntimeHandler {
-            name,
-            features: Some(cri::RuntimeHandlerFeatures {
-                recursive_read_only_mounts: handler.features.recursive_read_only_mounts,
-                user_namespaces: handler.features.user_namespaces,
-            }),
+        .map(|(name, handler)| {
+            let features = handler.features();
+            let features = Some(cri::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: features.recursive_read_only_mounts,
+                user_namespaces: features.user_namespaces,
+            });
+            cri::RuntimeHandler { name, features }
         })
         .collect();
     cri::StatusResponse {

@@ -36,7 +36,7 @@ impl RuntimeService for Runtime {
         let r = request.into_inner();
         let node = &self.0;
         let span = node_span("Status");
-        call(Kind::Look, async move { Ok(info::status(node, &r)) })
+        call(Kind::Look, async move { Ok(info::status(node, &r).await) })
             .instrument(span)
             .await
     }

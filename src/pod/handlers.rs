@@ -118,8 +118,8 @@ pub struct Handler {
     pub name: String,
     /// As it is configured.
     pub settings: Runtime,
-    /// What it can do on this machine.
-    pub features: Features,
+    /// What this machine has.
+    here: Features,
     root: PathBuf,
     /// What its program said last; not of a native one.
     answer: Mutex<Option<Result<Known, String>>>,
@@ -148,23 +148,50 @@ pub struct Report {
 
 impl Handler {
     fn new(name: &str, settings: &Runtime, config: &Config, here: Features) -> Self {
-        let features = match settings.kind {
-            RuntimeKind::Native => here,
-            // Recursive options are set before the runtime binds what has them. Its user namespace a pod shares with
-            // its keeper's view of the layers, which runtimes of others don't have.
-            RuntimeKind::Oci | RuntimeKind::ShimV2 => Features {
-                user_namespaces: false,
-                ..here
-            },
-        };
         let root = settings.root.clone();
         Self {
             name: name.to_owned(),
             settings: settings.clone(),
-            features,
+            here,
             root: root.unwrap_or_else(|| config.run_root.join("runtimes").join(name)),
             answer: Mutex::default(),
             asking: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// What its pods can use on this machine, as far as is known by now.
+    pub fn features(&self) -> Features {
+        let user_namespaces = match self.settings.kind {
+            RuntimeKind::Native => true,
+            // Owners of files are mapped before the runtime sees a mount, so it only has to join the namespace.
+            RuntimeKind::Oci => {
+                let answer = self.answer.lock();
+                matches!(&*answer, Some(Ok(known)) if known.facts.user_namespaces)
+                    && slipway_runtime::stage_places().is_ok()
+            }
+            // A shim mounts in a namespace that it shares with its pod's other containers.
+            RuntimeKind::ShimV2 => false,
+        };
+        Features {
+            user_namespaces: user_namespaces && self.here.user_namespaces,
+            // Recursive options are set before the runtime binds what has them.
+            ..self.here
+        }
+    }
+
+    /// Why its pods have no user namespaces, at the end of a sentence.
+    pub fn no_user_namespaces(&self) -> &'static str {
+        match self.settings.kind {
+            _ if !self.here.user_namespaces => "on this machine; slipway check says why",
+            RuntimeKind::Oci if slipway_runtime::stage_places().is_err() => {
+                "on a kernel with neither debugfs nor pstore: there is no place where they could find their files"
+            }
+            RuntimeKind::Native | RuntimeKind::Oci => {
+                "that can be relied on: crictl info has notes on its program, and what that says of its features"
+            }
+            RuntimeKind::ShimV2 => {
+                "in this version: only those of type \"native\" and \"oci\" have"
+            }
         }
     }
 
@@ -299,6 +326,14 @@ impl Runtimes {
         futures_util::future::join_all(asked).await;
     }
 
+    /// Whether there is a runtime of others that nobody has asked yet.
+    pub fn unasked(&self) -> bool {
+        let mut others = self.table.values();
+        others.any(|handler| {
+            handler.settings.kind != RuntimeKind::Native && handler.answer.lock().is_none()
+        })
+    }
+
     /// The handler of this name; the empty name is the default's.
     ///
     /// # Errors
@@ -353,8 +388,8 @@ mod tests {
             (handler.name.as_str(), handler.settings.kind),
             ("native", RuntimeKind::Native)
         );
-        assert!(handler.features.recursive_read_only_mounts);
-        assert!(!handler.features.user_namespaces);
+        assert!(handler.features().recursive_read_only_mounts);
+        assert!(!handler.features().user_namespaces);
         assert_eq!(runtimes.resolve("native").unwrap().name, "native");
         let error = runtimes.resolve("kata").unwrap_err().to_string();
         assert!(

@@ -67,11 +67,8 @@ impl Node {
         let runtime = handler.name.clone();
         let id = new_id()?;
         let plan = assemble::pod(&self, &id, &config)?;
-        if plan.setup.users.is_some() && !handler.features.user_namespaces {
-            let why = match driver {
-                None => "on this machine; slipway check says why",
-                Some(_) => "in this version: only those of type \"native\" have",
-            };
+        if plan.setup.users.is_some() && !handler.features().user_namespaces {
+            let why = handler.no_user_namespaces();
             return Err(PodError::NoUserNamespaces { id, runtime, why });
         }
         let wishes = Wishes::new(&config, &plan)?;

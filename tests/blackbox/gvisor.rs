@@ -332,6 +332,13 @@ async fn it_says_what_is_different(env: Env) -> Result<()> {
         .and_then(|handler| handler.features)
         .context("features")?;
     assert!(!features.user_namespaces);
+    let mut mapped = config::pod(&daemon);
+    crate::userns::mapped(&mut mapped);
+    refused(
+        daemon.run_pod_under(HANDLER, mapped).await.map(|p| p.id),
+        Code::FailedPrecondition,
+        &[HANDLER, "user namespaces", "hostUsers"],
+    );
     if own["features"].is_null() {
         assert!(notes.contains("no features command"), "{notes}");
     }

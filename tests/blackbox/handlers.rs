@@ -16,7 +16,8 @@ tests![
     a_missing_runtime_is_told,
     a_runtime_that_comes_later,
     settings_of_a_handler,
-    user_namespaces_are_refused_by_name,
+    user_namespaces_by_what_a_runtime_says,
+    a_runtime_that_ignores_user_namespaces,
     everything_of_a_container,
     commands_that_cannot_run,
     a_runtime_that_hangs,
@@ -334,50 +335,146 @@ async fn settings_of_a_handler(env: Env) -> Result<()> {
     Ok(())
 }
 
-async fn user_namespaces_are_refused_by_name(env: Env) -> Result<()> {
-    let (daemon, all) = with_all(&env).await?;
-    let status = daemon
-        .runtime()
-        .status(cri::StatusRequest::default())
-        .await?;
+/// What Status says of a handler's user namespaces, once its program has been asked.
+async fn told_user_namespaces(daemon: &Daemon, handler: &str) -> Result<bool> {
+    eventually("the program's answer", seconds(20), || async {
+        Ok((!report(daemon, handler).await?["usable"].is_null()).then_some(()))
+    })
+    .await?;
+    let request = cri::StatusRequest::default();
+    let status = daemon.runtime().status(request).await?;
     let handlers = status.into_inner().runtime_handlers;
+    let told = handlers.iter().find(|h| h.name == handler);
+    let features = told.and_then(|told| told.features).context("in Status")?;
+    assert!(features.recursive_read_only_mounts, "{handler}");
+    Ok(features.user_namespaces)
+}
+
+async fn mapped_pod(daemon: &Daemon, handler: &str) -> Result<Pod, tonic::Status> {
+    let mut config = config::pod(daemon);
+    crate::userns::mapped(&mut config);
+    daemon.run_pod_under(handler, config).await
+}
+
+async fn user_namespaces_by_what_a_runtime_says(env: Env) -> Result<()> {
+    let all = runtimes()?;
+    let flag = env.root.join("old");
+    let answer = r#"{"ociVersionMax":"1.2.0","linux":{"namespaces":["pid","network"]}}"#;
+    let script = format!("if [ $command = features ]; then echo '{answer}'; exit 0; fi");
+    let daemon = fake(&env, &script, |s| {
+        for name in &all {
+            describe(s, name, name);
+        }
+        describe(s, "late", &flag.display().to_string());
+    })
+    .await?;
+    let here = told_user_namespaces(&daemon, "native").await?;
     for handler in all {
-        let told = handlers
-            .iter()
-            .find(|h| h.name == handler)
-            .context("in Status")?;
-        let features = told.features.unwrap_or_default();
-        assert!(
-            !features.user_namespaces && features.recursive_read_only_mounts,
-            "{told:?}"
-        );
-        let mut config = config::pod(&daemon);
-        let mapping = cri::IdMapping {
-            host_id: 1 << 20,
-            container_id: 0,
-            length: 65536,
-        };
-        config::pod_namespaces(&mut config).userns_options = Some(cri::UserNamespace {
-            mode: cri::NamespaceMode::Pod.into(),
-            uids: vec![mapping],
-            gids: vec![mapping],
-        });
-        let refusal = daemon.run_pod_under(handler, config).await.map(|p| p.id);
-        refused(
-            refusal,
-            Code::FailedPrecondition,
-            &[handler, "user namespaces", "hostUsers"],
-        );
+        assert_eq!(told_user_namespaces(&daemon, handler).await?, here);
+        let report = report(&daemon, handler).await?;
+        assert_eq!(report["user_namespaces"], true, "{report}");
     }
+    // One that does not know them, and one that is not there.
+    for handler in ["fake", "late"] {
+        assert!(!told_user_namespaces(&daemon, handler).await?);
+    }
+    let notes = report(&daemon, "fake").await?["notes"].to_string();
+    assert!(notes.contains("user namespaces"), "{notes}");
+    let refusal = mapped_pod(&daemon, "fake").await.map(|p| p.id);
+    refused(
+        refusal,
+        Code::FailedPrecondition,
+        &["fake", "user namespaces", "hostUsers"],
+    );
+    assert_eq!(daemon.pod_dirs(), Vec::<String>::new());
+    // Another pod of it has what it needs.
+    daemon.pod_under("fake").await?.sleeper().await?;
     Ok(())
+}
+
+async fn a_runtime_that_ignores_user_namespaces(env: Env) -> Result<()> {
+    // By the word of an old one that knows them.
+    let old = "if [ $command = features ]; then exit 1; fi
+        if [ $command = --version ]; then echo crun version 1.0; exit 0; fi";
+    let flag = env.root.join("ignores");
+    let words = |name: &str| {
+        format!("word=; for next in \"$@\"; do [ \"$word\" = {name} ] && break; word=$next; done")
+    };
+    let script = format!(
+        "{old}
+         [ -e {flag} ] && case $command in
+           create) {bundle}; sed -i -e 's/{{\"type\":\"user\",\"path\":\"[^\"]*\"}},//' \
+               -e 's/\"[ug]idMappings\":\\[[^]]*\\],//g' $next/config.json;;
+           exec) {file}; sleep 1000 & echo $! >$next; echo $! >{flag}; exit 0;;
+         esac",
+        flag = flag.display(),
+        bundle = words("--bundle"),
+        file = words("--pid-file"),
+    );
+    let daemon = fake(&env, &script, |_| {}).await?;
+    if !told_user_namespaces(&daemon, "fake").await? {
+        return skip("no user namespaces or no idmapped mounts here; see slipway check");
+    }
+    let pod = mapped_pod(&daemon, "fake").await?;
+    let container = pod.sleeper().await?;
+    assert_eq!(container.exec_output(&["id", "-u"]).await?, "0");
+    std::fs::write(&flag, "")?;
+    let refusal = container
+        .exec_limited(&["true"], 30)
+        .await
+        .map(|e| e.exit_code);
+    refused(
+        refusal,
+        Code::Internal,
+        &["fake", "not in the pod's user namespace", "killed"],
+    );
+    let outside = format!("/proc/{}", read(&flag)?.trim());
+    eventually("the end of what was outside", seconds(10), || async {
+        Ok((!Path::new(&outside).exists()).then_some(()))
+    })
+    .await?;
+    container.remove().await?;
+    refused(
+        pod.try_create(|_| {}).await,
+        Code::Internal,
+        &["fake", "not in the pod's user namespace"],
+    );
+    // Nothing of it is left.
+    let left = leaks::settle(&env, |env| {
+        let tops = stage::cgroup_dirs(&env.cgroup);
+        let dirs = tops.iter().flat_map(|top| stage::tree(top));
+        let held = |dir: &PathBuf| std::fs::read_to_string(dir.join("cgroup.procs"));
+        dirs.filter(|dir| held(dir).is_ok_and(|t| !t.is_empty()))
+            .map(|dir| dir.display().to_string())
+            .collect()
+    });
+    assert!(left.await.is_empty(), "processes are left");
+    pod.stop().await?;
+    pod.remove().await?;
+    Ok(())
+}
+
+/// A pod of each handler, and one more in a user namespace where that can be had.
+async fn with_and_without_users(
+    daemon: &Daemon,
+    handlers: Vec<&'static str>,
+) -> Result<Vec<(String, Pod)>> {
+    let mut pods = Vec::new();
+    for handler in handlers {
+        pods.push((handler.to_owned(), daemon.pod_under(handler).await?));
+        if told_user_namespaces(daemon, handler).await? {
+            let pod = mapped_pod(daemon, handler).await?;
+            pods.push((format!("{handler}, with a user namespace"), pod));
+        }
+    }
+    Ok(pods)
 }
 
 /// What a user of the container sees must not depend on who made it.
 async fn everything_of_a_container(env: Env) -> Result<()> {
     let (daemon, all) = with_all(&env).await?;
-    for handler in all {
+    for (handler, pod) in with_and_without_users(&daemon, all).await? {
         let what = || format!("under {handler}");
-        let pod = daemon.pod_under(handler).await?;
         let container = pod
             .run(
                 &["sh", "-c", "echo out; echo err >&2; exec sleep 1000"],
@@ -436,8 +533,7 @@ async fn everything_of_a_container(env: Env) -> Result<()> {
 
 async fn commands_that_cannot_run(env: Env) -> Result<()> {
     let (daemon, all) = with_all(&env).await?;
-    for handler in all {
-        let pod = daemon.pod_under(handler).await?;
+    for (handler, pod) in with_and_without_users(&daemon, all).await? {
         for (command, code) in [
             ("/no/such/program", 127),
             ("no-such-program", 127),

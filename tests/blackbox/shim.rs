@@ -21,6 +21,7 @@ tests![
     programs_that_are_no_shims,
     options_of_a_shim,
     a_shim_with_the_sandbox_api,
+    user_namespaces_are_refused_by_name,
 ];
 
 const HANDLER: &str = "shim-runc";
@@ -587,5 +588,23 @@ async fn a_shim_with_the_sandbox_api(env: Env) -> Result<()> {
     let last: Vec<&str> = ended.iter().rev().take(2).map(String::as_str).collect();
     assert_eq!(last, ["ShutdownSandbox", "StopSandbox"], "{ended:?}");
     pod.remove().await?;
+    Ok(())
+}
+
+async fn user_namespaces_are_refused_by_name(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let request = cri::StatusRequest::default();
+    let status = daemon.runtime().status(request).await?;
+    let handlers = status.into_inner().runtime_handlers;
+    let told = handlers.iter().find(|h| h.name == HANDLER);
+    let features = told.and_then(|told| told.features).context("in Status")?;
+    assert!(!features.user_namespaces && features.recursive_read_only_mounts);
+    let mut config = config::pod(&daemon);
+    crate::userns::mapped(&mut config);
+    refused(
+        daemon.run_pod_under(HANDLER, config).await.map(|p| p.id),
+        Code::FailedPrecondition,
+        &[HANDLER, "user namespaces", "hostUsers"],
+    );
     Ok(())
 }

@@ -282,7 +282,6 @@ async fn ports_are_forwarded(env: Env) -> Result<()> {
 
 /// All kinds of sessions.
 async fn in_a_user_namespace(env: Env) -> Result<()> {
-    native_only("user namespaces are for native pods")?;
     let daemon = crate::userns::daemon(&env).await?;
     let pod = daemon.pod(crate::userns::mapped).await?;
     let container = pod

@@ -69,19 +69,39 @@ pub fn mapped(config: &mut cri::PodSandboxConfig) {
     options(config).userns_options = Some(namespace(&ids, &ids));
 }
 
-async fn has_user_namespaces(daemon: &Daemon) -> Result<bool> {
+/// Whether pods of a handler can have user namespaces; the empty name is the default's, which this run's pods have.
+async fn told(daemon: &Daemon, name: &str) -> Result<bool> {
     let request = cri::StatusRequest::default();
     let status = daemon.runtime().status(request).await?.into_inner();
     let able = |h: &cri::RuntimeHandler| h.features.is_some_and(|f| f.user_namespaces);
-    Ok(status.runtime_handlers.iter().any(able))
+    let mut all = status.runtime_handlers.iter();
+    Ok(all.any(|h| h.name == name && able(h)))
+}
+
+/// Handlers that have none, whatever the machine has.
+fn never() -> bool {
+    ["shim-runc", "runsc"].contains(&handler())
+}
+
+/// Waits until this run's handler is known to have user namespaces: its program is asked while the daemon starts, and
+/// once more should it have been too slow.
+async fn known(daemon: &Daemon) -> Result<()> {
+    eventually("user namespaces of the handler", seconds(20), || async {
+        Ok(told(daemon, "").await?.then_some(()))
+    })
+    .await
 }
 
 /// A daemon on a machine that has user namespaces.
 pub async fn daemon(env: &Env) -> Result<Daemon> {
+    if never() {
+        return skip(format!("under handler {}: no user namespaces", handler()));
+    }
     let daemon = env.daemon().await?;
-    if !has_user_namespaces(&daemon).await? {
+    if !told(&daemon, "native").await? {
         return skip("no user namespaces or no idmapped mounts here; see slipway check");
     }
+    known(&daemon).await?;
     Ok(daemon)
 }
 
@@ -879,7 +899,7 @@ async fn mount_options(env: Env) -> Result<()> {
         ..mount
     };
     let mut pods = vec![(daemon.pod(|_| {}).await?, bind(&dir, "/tight"))];
-    if has_user_namespaces(&daemon).await? {
+    if told(&daemon, "").await? {
         let mount = bind_mapped(&dir, "/tight", HOST_ID);
         pods.push((daemon.pod(mapped).await?, mount));
     }
@@ -919,6 +939,9 @@ async fn mount_options(env: Env) -> Result<()> {
 
 async fn what_the_status_says(env: Env) -> Result<()> {
     let daemon = env.bare_daemon().await?;
+    if told(&daemon, "native").await? && !never() {
+        known(&daemon).await?;
+    }
     let status = daemon
         .runtime()
         .status(cri::StatusRequest::default())
@@ -935,9 +958,10 @@ async fn what_the_status_says(env: Env) -> Result<()> {
         all.clone().any(|f| f["id"] == id && f["status"] == "ok")
     };
     let users = ok("user-namespaces") && ok("idmapped-mounts");
-    for handler in status.runtime_handlers {
-        let features = handler.features.context("features")?;
-        assert_eq!(features.user_namespaces, users);
+    for told in status.runtime_handlers {
+        let features = told.features.context("features")?;
+        let able = told.name == "native" || !never();
+        assert_eq!(features.user_namespaces, users && able, "{:?}", told.name);
         assert_eq!(
             features.recursive_read_only_mounts,
             ok("recursive-read-only")

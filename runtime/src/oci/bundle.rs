@@ -13,9 +13,11 @@ use oci_spec::runtime::{
     Capabilities, Capability, LinuxCapabilities, LinuxNamespaceType, Mount, Process, Spec,
     UserBuilder,
 };
+use rustix::fs::StatVfsMountFlags;
 use slipway_proto::keeper::CreateContainer;
 
 use crate::confine::chain;
+use crate::ids::IdMaps;
 use crate::mapped::{attach, tree};
 use crate::propagation::{self, make_place};
 use crate::sys;
@@ -77,8 +79,8 @@ pub struct Known<'a> {
     pub create: &'a CreateContainer,
     /// Whom it runs as.
     pub user: &'a Resolved,
-    /// Where its root file system is mounted.
-    pub rootfs: &'a Path,
+    /// Where its root file system is mounted; `None`: the spec says it already.
+    pub rootfs: Option<&'a Path>,
     /// The PID namespace to join instead of the spec's (mode TARGET).
     pub pid_namespace: Option<&'a Path>,
     /// The score for the OOM killer that this process was given.
@@ -94,8 +96,8 @@ pub fn complete(spec: &mut Spec, known: &Known<'_>) -> Result<(), BundleError> {
     let process = process.ok_or(BundleError::Incomplete("process"))?;
     let process = process_of(process.clone(), known)?;
     spec.set_process(Some(process));
-    if let Some(root) = spec.root_mut() {
-        root.set_path(known.rootfs.to_owned());
+    if let (Some(root), Some(rootfs)) = (spec.root_mut().as_mut(), known.rootfs) {
+        root.set_path(rootfs.to_owned());
     }
     let linux = spec.linux_mut().as_mut();
     let linux = linux.ok_or(BundleError::Incomplete("linux"))?;
@@ -289,7 +291,9 @@ pub fn arrange_recursive(spec: &mut Spec, aside: &Path) -> Result<(), BundleErro
 pub fn arrange_cgroups(spec: &mut Spec, aside: &Path) -> Result<(), BundleError> {
     for (n, entry) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         let source = entry.source().clone().unwrap_or_default();
-        if !is_bind(entry) || !shows_cgroups(&source) {
+        // sysfs has no owners to be mapped; whoever finds that out is to name this path.
+        let refused = IdMaps::of_mount(entry).is_some() && source.starts_with("/sys");
+        if !is_bind(entry) || !shows_cgroups(&source) || refused {
             continue;
         }
         let at = aside.join(n.to_string());
@@ -305,6 +309,48 @@ pub fn arrange_cgroups(spec: &mut Spec, aside: &Path) -> Result<(), BundleError>
 /// Whether the host's cgroups, which are hidden afterwards, are to be seen in it.
 fn shows_cgroups(source: &Path) -> bool {
     source.starts_with("/sys") || Path::new("/sys").starts_with(source)
+}
+
+/// What a mount has for good in the eyes of a user namespace's root, whoever binds it: in statfs(2)'s words, in a runtime's,
+/// and what says the contrary.
+const LOCKED: [(StatVfsMountFlags, &str, &str); 4] = [
+    (StatVfsMountFlags::RDONLY, "ro", "rw"),
+    (StatVfsMountFlags::NOSUID, "nosuid", "suid"),
+    (StatVfsMountFlags::NODEV, "nodev", "dev"),
+    (StatVfsMountFlags::NOEXEC, "noexec", "exec"),
+];
+
+/// Says of bind mounts what their sources are, which a runtime in a user namespace could not take from them: those that
+/// remount what they have bound, with the options that they are told and no others, are refused that (runc before 1.2).
+///
+/// # Errors
+/// [`BundleError::Recursive`].
+pub fn keep_locked(spec: &mut Spec) -> Result<(), BundleError> {
+    for entry in spec.mounts_mut().iter_mut().flatten() {
+        if !is_bind(entry) {
+            continue;
+        }
+        let source = entry.source().clone().unwrap_or_default();
+        let held = rustix::fs::statvfs(&source).map_err(|e| BundleError::Recursive {
+            path: source.clone(),
+            source: e.into(),
+        })?;
+        let options = entry.options().clone().unwrap_or_default();
+        entry.set_options(Some(with_locked(options, held.f_flag)));
+    }
+    Ok(())
+}
+
+fn with_locked(mut options: Vec<String>, held: StatVfsMountFlags) -> Vec<String> {
+    for (flag, option, contrary) in LOCKED {
+        if held.contains(flag) {
+            options.retain(|o| o != contrary);
+            if !options.iter().any(|o| o == option) {
+                options.push(option.to_owned());
+            }
+        }
+    }
+    options
 }
 
 fn set_aside(source: &Path, at: &Path, attributes: u64) -> io::Result<()> {
@@ -344,7 +390,7 @@ mod tests {
             handler: "crun",
             create,
             user,
-            rootfs: Path::new("/b/rootfs"),
+            rootfs: Some(Path::new("/b/rootfs")),
             pid_namespace: None,
             oom_score_adj: Some(7),
         }
@@ -482,6 +528,15 @@ mod tests {
         ] {
             assert_eq!(scope(Path::new(path)).as_deref(), form, "{path}");
         }
+    }
+
+    #[test]
+    fn what_a_source_has_is_said_of_its_mount() {
+        let options = ["rbind", "rw", "noexec", "dev"].map(str::to_owned).to_vec();
+        let held =
+            StatVfsMountFlags::RDONLY | StatVfsMountFlags::NOEXEC | StatVfsMountFlags::NOSUID;
+        let all = with_locked(options, held);
+        assert_eq!(all, ["rbind", "noexec", "dev", "ro", "nosuid"]);
     }
 
     #[test]

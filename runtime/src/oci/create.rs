@@ -19,6 +19,8 @@ use super::prepare::{self, PrepareError};
 use super::{CommandError, Runtime, bundle};
 use crate::cgroup::Hierarchies;
 use crate::creator::{self, Stdio};
+use crate::ids::IdMaps;
+use crate::users::Users;
 use crate::{detach, terminal, wire};
 
 /// How long a terminal may trail the end of the runtime that made it.
@@ -91,7 +93,7 @@ pub fn create(
         run_root,
         cgroups,
         stdio,
-        pid_namespace,
+        mut pid_namespace,
         control,
     } = inherited;
     if let Some(sandbox) = &runtime.sandbox {
@@ -117,7 +119,15 @@ pub fn create(
     // As for native containers: the root file system is mounted here and nowhere else.
     let namespace = |e| PrepareError::from(creator::CreateError::Namespace(e));
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).map_err(|e| namespace(e.into()))?;
-    let kept = detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(namespace)?;
+    let mut kept = detach::run_root(&mut spec, run_root, &dir.join("kept")).map_err(namespace)?;
+    let users = match IdMaps::of_spec(&spec) {
+        None => None,
+        Some(ids) => {
+            let target = pid_namespace.take();
+            let users = Users::prepare(&mut spec, ids, &mut kept, target);
+            Some(users.map_err(PrepareError::from)?)
+        }
+    };
     if cgroups.hidden_v2().is_some() {
         // What the container is to see of the host's must be taken before it is hidden.
         bundle::arrange_cgroups(&mut spec, &dir.join("cgroups")).map_err(PrepareError::from)?;
@@ -131,8 +141,23 @@ pub fn create(
         &runtime.handler,
         create,
         pid_namespace,
+        users.as_ref(),
         of_process,
     )?;
+    if let (
+        Some(users),
+        Stdio::Pipes {
+            stdin,
+            stdout,
+            stderr,
+        },
+    ) = (&users, &stdio)
+    {
+        // What a runtime gives to the user from within the namespace has to be somebody's who is in there.
+        for pipe in stdin.iter().chain([stdout, stderr]) {
+            users.ids.own_pipe(pipe, user.uid);
+        }
+    }
     if runtime.sandbox.is_some() {
         bundle::for_sandbox(&mut spec, &runtime.handler).map_err(PrepareError::from)?;
     }
@@ -155,6 +180,17 @@ pub fn create(
         None => run(runtime, create, cgroups, dir, &stdio, until),
     };
     drop(kept);
+    // It would be the host's root.
+    let result = result.and_then(|pid| {
+        let ids = users.as_ref().map(|users| &users.ids);
+        match ids.map_or(Ok(true), |ids| ids.are_of(pid)) {
+            Ok(true) => Ok(pid),
+            _ => Err(CreateError::Result {
+                handler: runtime.handler.clone(),
+                problem: format!("its process {pid} is not in the pod's user namespace"),
+            }),
+        }
+    });
     match result {
         Ok(pid) => Ok(user.created(pid)),
         // Found now, and told when the container is started, as by those who find it then.

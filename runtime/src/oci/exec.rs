@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Process, Spec};
+use rustix::process::{Signal, pidfd_send_signal};
 use slipway_proto::keeper::ErrorKind;
 
 use super::command::{self, Call, Streams};
 use super::create::{Console, parent_of};
 use super::{CommandError, Runtime};
-use crate::cgroup::Hierarchies;
+use crate::cgroup::{self, Hierarchies};
 use crate::creator;
+use crate::ids::IdMaps;
 
 /// Why a command could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -96,7 +98,14 @@ pub fn exec(
     if runtime.sandbox.is_none() {
         creator::set_oom_score(session.oom_score_adj);
     }
-    let process = process(&runtime.handler, session.dir, session.args, session.tty)?;
+    let spec = read_spec(session.dir)?;
+    let process = process_of(
+        &spec,
+        &runtime.handler,
+        session.dir,
+        session.args,
+        session.tty,
+    )?;
     creator::write_private(&process_file, &process)?;
     let _files = Files([&process_file, &pid_file]);
     let console = match session.tty {
@@ -107,7 +116,7 @@ pub fn exec(
         false => None,
     };
     for fd in session.stdio.iter().filter(|_| !session.tty) {
-        own_pipe(fd, &process);
+        own_pipe(fd, &spec);
     }
     let texts = (process_file.to_string_lossy(), pid_file.to_string_lossy());
     let inner = inner_file(session.dir, own.cast_signed());
@@ -162,6 +171,11 @@ pub fn exec(
         let problem = format!("process {pid} is a child of {parent}, and none of the pod's");
         return Err(wrong(problem));
     }
+    if IdMaps::of_spec(&spec).is_some_and(|ids| !ended_or_in(&ids, pid)) {
+        let problem =
+            format!("its process {pid} was not in the pod's user namespace, and was killed");
+        return Err(wrong(problem));
+    }
     if let (Some(console), [socket]) = (console, session.stdio) {
         console
             .forward(socket)
@@ -180,13 +194,26 @@ pub fn process(
     args: &[Vec<u8>],
     tty: bool,
 ) -> Result<Vec<u8>, ExecError> {
+    process_of(&read_spec(dir)?, handler, dir, args, tty)
+}
+
+fn read_spec(dir: &Path) -> Result<Spec, ExecError> {
     let path = dir.join("config.json");
+    let read = fs::read(&path).and_then(|text| Ok(serde_json::from_slice(&text)?));
+    read.map_err(|source| ExecError::Bundle { path, source })
+}
+
+fn process_of(
+    spec: &Spec,
+    handler: &str,
+    dir: &Path,
+    args: &[Vec<u8>],
+    tty: bool,
+) -> Result<Vec<u8>, ExecError> {
     let failed = |source: io::Error| ExecError::Bundle {
-        path: path.clone(),
+        path: dir.join("config.json"),
         source,
     };
-    let text = fs::read(&path).map_err(failed)?;
-    let spec: Spec = serde_json::from_slice(&text).map_err(|e| failed(e.into()))?;
     let missing = || failed(io::ErrorKind::InvalidData.into());
     let mut process: Process = spec.process().clone().ok_or_else(missing)?;
     let args = args.iter().map(|a| String::from_utf8(a.clone()));
@@ -204,15 +231,29 @@ pub fn process(
     serde_json::to_vec(&process).map_err(|e| failed(e.into()))
 }
 
+/// Whether a command is in the pod's user namespace, or over. If it is not, it is killed: it would be the host's root.
+fn ended_or_in(ids: &IdMaps, pid: i32) -> bool {
+    let Some(process) = cgroup::pin(pid) else {
+        return true;
+    };
+    if ids.are_of(pid).unwrap_or(false) {
+        return true;
+    }
+    // The number may be somebody else's by now; then this one's process is gone.
+    pidfd_send_signal(&process, Signal::KILL).is_err()
+}
+
 /// A process that is not root could not open /dev/stdout otherwise.
-fn own_pipe(fd: &OwnedFd, process: &[u8]) {
-    let pipe = rustix::fs::fstat(fd).is_ok_and(|s| {
-        rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::Fifo
-    });
-    let process: Option<Process> = serde_json::from_slice(process).ok();
-    if let (true, Some(process)) = (pipe, process) {
-        let uid = rustix::fs::Uid::from_raw(process.user().uid());
-        let _ = rustix::fs::fchown(fd, Some(uid), None);
+fn own_pipe(fd: &OwnedFd, spec: &Spec) {
+    let Some(uid) = spec.process().as_ref().map(|p| p.user().uid()) else {
+        return;
+    };
+    match IdMaps::of_spec(spec) {
+        _ if !creator::is_pipe(fd) => {}
+        Some(ids) => ids.own_pipe(fd, uid),
+        None => {
+            let _ = rustix::fs::fchown(fd, Some(rustix::fs::Uid::from_raw(uid)), None);
+        }
     }
 }
 

@@ -15,7 +15,8 @@ use crate::mapped::{self, MappedError};
 use crate::places::{self, PlaceError};
 use crate::rootfs::{self, RootfsError};
 use crate::user::{self, Resolved, UserError};
-use crate::volumes;
+use crate::users::Users;
+use crate::{stage, sys, volumes};
 
 /// Why a container could not be made ready for its runtime.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +71,8 @@ pub fn read(create: &CreateContainer) -> Result<Spec, PrepareError> {
 }
 
 /// Mounts the root file system in this process's mount namespace, finds the user in it, and completes the specification
-/// for the runtime of this handler. `of_process`: this process gets the container's score for the OOM killer, which what the
-/// runtime makes inherits.
+/// for the runtime of this handler. `users`: the pod's user namespace, whose namespaces the spec has as descriptors by now.
+/// `of_process`: this process gets the container's score for the OOM killer, which what the runtime makes inherits.
 ///
 /// # Errors
 /// [`PrepareError`].
@@ -80,6 +81,7 @@ pub fn prepare(
     handler: &str,
     create: &CreateContainer,
     pid_namespace: Option<&Path>,
+    users: Option<&Users>,
     of_process: bool,
 ) -> Result<Resolved, PrepareError> {
     let dir = Path::new(&create.dir);
@@ -89,22 +91,46 @@ pub fn prepare(
         source,
     })?;
     if let Some(overlay) = &create.overlay {
-        rootfs::mount_overlay(overlay, &target, None)?;
+        let users = users.map(|u| (u.namespace.as_fd(), u.root));
+        rootfs::mount_overlay(overlay, &target, users)?;
     }
-    image_volume::mount_all(create, dir, None)?;
+    let owner = users.map(|users| users.root);
+    let namespace = users.map(|users| users.namespace.as_fd());
+    image_volume::mount_all(create, dir, namespace)?;
     let root = rootfs::open_root(&target)?;
     let user = user::resolve(
         root.as_fd(),
         create.user.as_ref().unwrap_or(&Default::default()),
     )?;
-    if !create.working_dir.is_empty() {
-        rootfs::make_dir(&root, Path::new(&create.working_dir), None)?;
+    if let Some(users) = users {
+        users.ids.check(&user)?;
+        users.own_pod_files(spec, dir)?;
     }
-    volumes::arrange(&root, &target, &create.volumes, spec, None)?;
-    places::secure(&root, spec, None)?;
+    if !create.working_dir.is_empty() {
+        rootfs::make_dir(&root, Path::new(&create.working_dir), owner)?;
+    }
+    volumes::arrange(&root, &target, &create.volumes, spec, owner)?;
+    places::secure(&root, spec, owner)?;
     drop(root);
-    mapped::arrange(spec, &dir.join("mapped"), None)?;
+    let pod = users.map(|users| (&users.ids, users.namespace.as_fd()));
+    mapped::arrange(spec, &dir.join("mapped"), pod)?;
     bundle::arrange_recursive(spec, &dir.join("recursive"))?;
+    if users.is_some() {
+        let staged = stage::places().and_then(|[place, top]| {
+            stage::set(spec, &target, &top, Some(&place))?;
+            stage::single_out(spec, &top)
+        });
+        staged.map_err(CreateError::Stage)?;
+        bundle::keep_locked(spec)?;
+        // In there nobody may raise them.
+        for limit in spec
+            .process()
+            .iter()
+            .flat_map(|p| p.rlimits().iter().flatten())
+        {
+            sys::raise_hard_limit(limit.typ() as u32, limit.hard());
+        }
+    }
     let oom_score_adj = match of_process {
         true => {
             set_oom_score(create.oom_score_adj);
@@ -117,7 +143,7 @@ pub fn prepare(
         handler,
         create,
         user: &user,
-        rootfs: &target,
+        rootfs: users.is_none().then_some(&*target),
         pid_namespace,
         oom_score_adj,
     };

@@ -111,6 +111,8 @@ pub fn command_failure(said: &str) -> Option<i32> {
         "process: exec ",
         "executable",
         "exec user process",
+        // runc, of a file that can't be executed where it is mounted.
+        "eaccess ",
     ];
     let of_command = loading.is_some() || of_command.iter().any(|part| has(part));
     if !of_command {
@@ -212,6 +214,10 @@ mod tests {
                 127,
             ),
             ("open executable: Permission denied".into(), 126),
+            (
+                "exec failed: unable to start container process: eaccess /noexec/x: permission denied".into(),
+                126,
+            ),
             (
                 format!("{create}exec /bin/probe-root: permission denied"),
                 126,

@@ -107,7 +107,7 @@ pub fn create(
     let namespace = |e| PrepareError::from(creator::CreateError::Namespace(e));
     enter(inherited.mounts).map_err(namespace)?;
     let pid_namespace = inherited.pid_namespace.as_deref();
-    let user = oci::prepare(&mut spec, &shim.handler, create, pid_namespace, true)?;
+    let user = oci::prepare(&mut spec, &shim.handler, create, pid_namespace, None, true)?;
     annotate(&mut spec, shim);
     if create.tty
         && let Some(process) = spec.process_mut()
