@@ -70,6 +70,7 @@ mod update;
 mod userns;
 mod users;
 mod v2;
+mod vm_shim;
 
 fn main() -> std::process::ExitCode {
     // Started by a daemon of ours, as a plugin.
@@ -125,6 +126,7 @@ fn main() -> std::process::ExitCode {
         restart::TESTS,
         handlers::TESTS,
         shim::TESTS,
+        vm_shim::TESTS,
         gvisor::TESTS,
         hooks::TESTS,
         operations::TESTS,
