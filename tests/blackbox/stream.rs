@@ -136,14 +136,17 @@ async fn exec_with_all_streams(env: Env) -> Result<()> {
 
 async fn exec_on_a_terminal(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let container = daemon.run(&["sleep", "1000"]).await?;
+    exec_on_a_terminal_of(&daemon.run(&["sleep", "1000"]).await?).await
+}
+
+pub async fn exec_on_a_terminal_of(container: &Container) -> Result<()> {
     // In gVisor a terminal of the host's is one without a name.
     let tell = match gvisor() {
         true => "test -t 0 && echo /dev/pts/unknown",
         false => "tty",
     };
     let script = format!("{tell}; echo $TERM; read a; stty size; exit 7");
-    let mut client = exec(&container, &script, true).await?;
+    let mut client = exec(container, &script, true).await?;
     let text = client.until(STDOUT, "xterm\r\n").await?;
     assert!(text.starts_with("/dev/pts/"), "{text}");
     client
@@ -201,7 +204,10 @@ fn command(pid: i32) -> String {
 
 async fn attach_and_the_end_of_input(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let pod = daemon.pod(|_| {}).await?;
+    attach_until_the_end_of_input(&daemon.pod(|_| {}).await?).await
+}
+
+pub async fn attach_until_the_end_of_input(pod: &Pod) -> Result<()> {
     let container = pod
         .run(&["sh", "-c", "cat; echo over"], |c| {
             (c.stdin, c.stdin_once) = (true, true);
@@ -221,7 +227,11 @@ async fn attach_and_the_end_of_input(env: Env) -> Result<()> {
 
 async fn attach_to_a_terminal(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let pod = daemon.pod(|_| {}).await?;
+    attach_to_a_terminal_of(&daemon.pod(|_| {}).await?).await
+}
+
+pub async fn attach_to_a_terminal_of(pod: &Pod) -> Result<()> {
+    let daemon = &pod.daemon;
     let script = "tty; while read a; do echo got $a; done";
     let container = pod
         .run(&["sh", "-c", script], |c| (c.stdin, c.tty) = (true, true))
@@ -319,7 +329,7 @@ async fn in_a_user_namespace(env: Env) -> Result<()> {
 }
 
 /// Forwards two ports of a pod, one of which nobody listens at.
-async fn forward(pod: &Pod) -> Result<()> {
+pub async fn forward(pod: &Pod) -> Result<()> {
     let container = pod
         .run(
             &[

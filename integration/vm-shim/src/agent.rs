@@ -67,20 +67,35 @@ fn serve() -> Result<()> {
     ] {
         fs::create_dir_all(place)?;
         // The kernel may have made the first one.
-        let made = mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>);
+        let made = mount(
+            Some(kind),
+            place,
+            Some(kind),
+            MsFlags::empty(),
+            None::<&str>,
+        );
         made.or_else(|e| if kind == "devtmpfs" { Ok(()) } else { Err(e) })
             .with_context(|| format!("mounting {place}"))?;
     }
     fs::set_permissions("/shm", fs::Permissions::from_mode(0o1777))?;
     fs::write(format!("{CGROUPS}/cgroup.subtree_control"), CONTROLLERS).context("controllers")?;
-    let mut modules: Vec<_> = fs::read_dir("/modules")?.flatten().map(|e| e.path()).collect();
+    let mut modules: Vec<_> = fs::read_dir("/modules")?
+        .flatten()
+        .map(|e| e.path())
+        .collect();
     modules.sort();
     for module in modules {
         load(&module).with_context(|| format!("loading {}", module.display()))?;
     }
     fs::create_dir_all(SHARED)?;
-    mount(Some("shared"), SHARED, Some("virtiofs"), MsFlags::empty(), None::<&str>)
-        .context("mounting what the host shares")?;
+    mount(
+        Some("shared"),
+        SHARED,
+        Some("virtiofs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .context("mounting what the host shares")?;
 
     let port = port()?;
     let link = Link::new(port.try_clone()?);
@@ -164,7 +179,11 @@ fn boot(request: &Value) -> Result<()> {
             "" => String::new(),
             gateway => format!("via {gateway}"),
         };
-        let family = if format!("{to}{via}").contains(':') { "-6" } else { "-4" };
+        let family = if format!("{to}{via}").contains(':') {
+            "-6"
+        } else {
+            "-4"
+        };
         busybox(&format!("ip {family} route add {to} {via} dev {name}"))?;
     }
     Ok(())
@@ -181,9 +200,14 @@ fn by_address(mac: &str) -> Result<String> {
 
 fn busybox(command: &str) -> Result<()> {
     let _starting = STARTING.lock();
-    let done = Command::new("/bin/busybox").args(command.split_whitespace()).output()?;
+    let done = Command::new("/bin/busybox")
+        .args(command.split_whitespace())
+        .output()?;
     if !done.status.success() {
-        bail!("{command}: {}", String::from_utf8_lossy(&done.stderr).trim());
+        bail!(
+            "{command}: {}",
+            String::from_utf8_lossy(&done.stderr).trim()
+        );
     }
     Ok(())
 }
@@ -245,7 +269,13 @@ fn add(id: &str, wanted: &Value, to: &Path) -> Result<()> {
             _ => {}
         }
     }
-    mount(Some(kind), to, Some(kind), flags, Some(data.join(",").as_str()))?;
+    mount(
+        Some(kind),
+        to,
+        Some(kind),
+        flags,
+        Some(data.join(",").as_str()),
+    )?;
     if text(wanted, "destination") == "/dev" {
         devices(to)?;
     }
@@ -300,11 +330,20 @@ fn start(link: &Arc<Link>, id: &str, exec: &str, request: &Value) -> Result<Valu
     let mut outputs: Vec<(u32, File)> = Vec::new();
     if request["terminal"] == true {
         let (master, slave) = open_terminal(id)?;
-        command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
-        (stdin, terminal) = (Some(master.try_clone()?), Some(Arc::new(master.try_clone()?)));
+        command
+            .stdin(slave.try_clone()?)
+            .stdout(slave.try_clone()?)
+            .stderr(slave);
+        (stdin, terminal) = (
+            Some(master.try_clone()?),
+            Some(Arc::new(master.try_clone()?)),
+        );
         outputs.push((stream(1), master));
     } else {
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         if stream(0) != 0 {
             let (theirs, ours) = io::pipe()?;
             command.stdin(theirs);
@@ -331,8 +370,17 @@ fn start(link: &Arc<Link>, id: &str, exec: &str, request: &Value) -> Result<Valu
             anyhow::anyhow!("exec: {program:?}: {e}")
         })?;
         let pid = Pid::from_raw(child.id().cast_signed());
-        let process = Process { pid, code: None, oom: false, terminal };
-        PROCESSES.0.lock().all.insert((id.to_owned(), exec.to_owned()), process);
+        let process = Process {
+            pid,
+            code: None,
+            oom: false,
+            terminal,
+        };
+        PROCESSES
+            .0
+            .lock()
+            .all
+            .insert((id.to_owned(), exec.to_owned()), process);
         pid
     };
     drop(command);
@@ -356,9 +404,17 @@ fn inside(
     user: &Value,
     terminal: bool,
 ) -> Result<impl FnMut() -> io::Result<()> + Send + Sync + 'static> {
-    let (root, cwd) = (root(id), CString::new(if cwd.is_empty() { "/" } else { cwd })?);
-    let (uid, gid) = (Uid::from_raw(number(&user["uid"])), Gid::from_raw(number(&user["gid"])));
-    let groups: Vec<Gid> = list(&user["additionalGids"]).map(|g| Gid::from_raw(number(g))).collect();
+    let (root, cwd) = (
+        root(id),
+        CString::new(if cwd.is_empty() { "/" } else { cwd })?,
+    );
+    let (uid, gid) = (
+        Uid::from_raw(number(&user["uid"])),
+        Gid::from_raw(number(&user["gid"])),
+    );
+    let groups: Vec<Gid> = list(&user["additionalGids"])
+        .map(|g| Gid::from_raw(number(g)))
+        .collect();
     let join = group.join("cgroup.procs");
     Ok(move || {
         fs::write(&join, "0")?;
@@ -379,12 +435,18 @@ fn inside(
 fn open_terminal(id: &str) -> Result<(File, File)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NOCTTY);
-    let master = options.open(root(id).join("dev/pts/ptmx")).context("opening a terminal")?;
+    let master = options
+        .open(root(id).join("dev/pts/ptmx"))
+        .context("opening a terminal")?;
     let unlocked: libc::c_int = 0;
     // SAFETY: both calls are for a terminal's master end, and the number lives through the first.
     let slave = unsafe {
         libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlocked);
-        libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC)
+        libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCGPTPEER,
+            libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC,
+        )
     };
     let slave = nix::errno::Errno::result(slave).context("opening a terminal's other end")?;
     // SAFETY: the descriptor is new and nobody else's.
@@ -401,7 +463,10 @@ fn reap() {
             continue;
         };
         let _starting = STARTING.lock();
-        let code = match seen.pid().map(|pid| waitpid(pid, Some(WaitPidFlag::WNOHANG))) {
+        let code = match seen
+            .pid()
+            .map(|pid| waitpid(pid, Some(WaitPidFlag::WNOHANG)))
+        {
             Some(Ok(WaitStatus::Exited(pid, code))) => (pid, code),
             Some(Ok(WaitStatus::Signaled(pid, signal, _))) => (pid, 128 + signal as i32),
             _ => continue,
@@ -413,7 +478,10 @@ fn reap() {
 fn ended(pid: Pid, code: i32) {
     let (processes, changed) = &*PROCESSES;
     let mut processes = processes.lock();
-    let found = processes.all.iter_mut().find(|(_, p)| p.pid == pid && p.code.is_none());
+    let found = processes
+        .all
+        .iter_mut()
+        .find(|(_, p)| p.pid == pid && p.code.is_none());
     if let Some(((id, exec), process)) = found {
         let group = PathBuf::from(format!("{CGROUPS}/{id}"));
         // With a container's first process all of them end.
@@ -468,7 +536,9 @@ fn send(id: &str, exec: &str, request: &Value) -> Result<()> {
 fn resize(id: &str, exec: &str, request: &Value) -> Result<()> {
     let processes = PROCESSES.0.lock();
     let process = processes.all.get(&(id.to_owned(), exec.to_owned()));
-    let terminal = process.and_then(|p| p.terminal.as_ref()).context("it has no terminal")?;
+    let terminal = process
+        .and_then(|p| p.terminal.as_ref())
+        .context("it has no terminal")?;
     let size = libc::winsize {
         ws_row: number(&request["height"]),
         ws_col: number(&request["width"]),
@@ -563,7 +633,9 @@ fn delete(id: &str, exec: &str) -> Result<()> {
         fs::remove_dir(&group).context("removing its cgroup")?;
     }
     // So that the host's file server lets go of its files.
-    let mut drop = OpenOptions::new().write(true).open("/proc/sys/vm/drop_caches")?;
+    let mut drop = OpenOptions::new()
+        .write(true)
+        .open("/proc/sys/vm/drop_caches")?;
     Ok(drop.write_all(b"2")?)
 }
 

@@ -21,7 +21,11 @@ pub fn make(kernel: &Path) -> Result<Vec<u8>> {
     for library in libraries()? {
         let name = library.rsplit('/').next().unwrap_or_default();
         // The dynamic linker is looked for by its whole path, the others in a list of directories.
-        let dir = if name.starts_with("ld-") { "lib64" } else { "lib" };
+        let dir = if name.starts_with("ld-") {
+            "lib64"
+        } else {
+            "lib"
+        };
         let bytes = fs::read(&library).with_context(|| format!("reading {library}"))?;
         archive.add(&format!("{dir}/{name}"), 0o100_755, &bytes);
     }
@@ -37,7 +41,9 @@ pub fn make(kernel: &Path) -> Result<Vec<u8>> {
 /// Shared libraries of this process, the dynamic linker among them.
 fn libraries() -> Result<BTreeSet<String>> {
     let maps = fs::read_to_string("/proc/self/maps").context("reading /proc/self/maps")?;
-    let paths = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
+    let paths = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5));
     let paths = paths.filter(|p| p.starts_with('/') && p.contains(".so"));
     Ok(paths.map(str::to_owned).collect())
 }

@@ -104,8 +104,16 @@ impl Plan {
         let mut server = self.command(VIRTIOFSD, "virtiofsd.log")?;
         let number = listener.as_raw_fd();
         // It changes its working directory.
-        let options = format!("source={},sandbox=chroot,cache=auto,log_level=err", shared.display());
-        server.args([&format!("--fd={number}"), "--rlimit-nofile=0", "-o", &options]);
+        let options = format!(
+            "source={},sandbox=chroot,cache=auto,log_level=err",
+            shared.display()
+        );
+        server.args([
+            &format!("--fd={number}"),
+            "--rlimit-nofile=0",
+            "-o",
+            &options,
+        ]);
         let mut server = spawn(server, vec![listener], &groups, None)
             .context("starting virtiofsd (QEMU 7 has it)")?;
 
@@ -156,7 +164,10 @@ impl Plan {
     fn qemu(&self, port: OwnedFd, taps: Vec<File>, groups: &[PathBuf]) -> Result<Child> {
         let mib = self.size.memory.div_ceil(1 << 20);
         let mut qemu = self.command("qemu-system-x86_64", "qemu.log")?;
-        qemu.args("-nodefaults -no-user-config -display none -no-reboot -machine q35,memory-backend=mem".split(' '));
+        qemu.args(
+            "-nodefaults -no-user-config -display none -no-reboot -machine q35,memory-backend=mem"
+                .split(' '),
+        );
         qemu.args(PROCESSOR);
         qemu.args(["-smp", &self.size.cpus.to_string(), "-m", &mib.to_string()]);
         qemu.args([
@@ -195,9 +206,14 @@ impl Plan {
             let text = fs::read(self.bundle.join(name)).unwrap_or_default();
             let text = String::from_utf8_lossy(&text).into_owned();
             let lines: Vec<&str> = text.lines().map(str::trim).collect();
-            format!("{name}: {}", lines[lines.len().saturating_sub(5)..].join(" | "))
+            format!(
+                "{name}: {}",
+                lines[lines.len().saturating_sub(5)..].join(" | ")
+            )
         };
-        ["qemu.log", "virtiofsd.log", "console"].map(read).join("; ")
+        ["qemu.log", "virtiofsd.log", "console"]
+            .map(read)
+            .join("; ")
     }
 }
 

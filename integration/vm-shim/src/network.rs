@@ -132,7 +132,9 @@ fn make_tap(namespace: &str, name: &str) -> Result<File> {
         setns(namespace, CloneFlags::CLONE_NEWNET)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true);
-        let tap = options.custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+        let tap = options
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")?;
         // struct ifreq: a name of 16 bytes, and flags.
         let mut request = [0_u8; 40];
         request[..name.len()].copy_from_slice(name.as_bytes());

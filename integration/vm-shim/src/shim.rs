@@ -56,15 +56,24 @@ fn specification(bundle: &Path) -> Result<Value> {
 pub fn start(id: &str) -> Result<()> {
     let spec = specification(Path::new("."))?;
     let annotation = &spec["annotations"]["io.kubernetes.cri.sandbox-id"];
-    let sandbox = annotation.as_str().context("the annotations name no sandbox")?;
+    let sandbox = annotation
+        .as_str()
+        .context("the annotations name no sandbox")?;
     let path = socket(sandbox);
     if id == sandbox {
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path);
-        let listener = OwnedFd::from(listener.with_context(|| format!("making {}", path.display()))?);
-        let log = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open("log");
+        let listener =
+            OwnedFd::from(listener.with_context(|| format!("making {}", path.display()))?);
+        let log = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("log");
         let mut shim = Command::new(fs::read_link("/proc/self/exe")?);
-        shim.args(["-id", id, "serve"]).stdin(listener).stdout(Stdio::null()).process_group(0);
+        shim.args(["-id", id, "serve"])
+            .stdin(listener)
+            .stdout(Stdio::null())
+            .process_group(0);
         match log {
             Ok(log) => shim.stderr(log),
             Err(_) => shim.stderr(Stdio::null()),
@@ -73,7 +82,10 @@ pub fn start(id: &str) -> Result<()> {
         fs::write("shim.pid", shim.id().to_string())?;
     }
     let address = format!("unix://{}", path.display());
-    println!("{}", json!({"version": 3, "protocol": "ttrpc", "address": address}));
+    println!(
+        "{}",
+        json!({"version": 3, "protocol": "ttrpc", "address": address})
+    );
     Ok(())
 }
 
@@ -178,7 +190,12 @@ impl Shim {
     fn with<T>(&self, id: &str, exec: &str, f: impl FnOnce(&mut Process) -> T) -> Answer<T> {
         let mut state = self.state.0.lock();
         let process = state.processes.get_mut(&(id.to_owned(), exec.to_owned()));
-        let missing = || refused(Code::NOT_FOUND, format!("there is no process {id:?} {exec:?}"));
+        let missing = || {
+            refused(
+                Code::NOT_FOUND,
+                format!("there is no process {id:?} {exec:?}"),
+            )
+        };
         process.map(f).ok_or_else(missing)
     }
 
@@ -207,7 +224,10 @@ impl Shim {
         Ok(Plan {
             kernel: config_path(&r.options)?,
             size: Size::of(size),
-            cgroup: spec["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned(),
+            cgroup: spec["linux"]["cgroupsPath"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
             network: Network::look(&r.netns_path)?,
             hostname,
             bundle,
@@ -217,7 +237,10 @@ impl Shim {
     /// Directory that the guest sees, and in it what is a container's.
     fn shared(&self, id: &str) -> Answer<PathBuf> {
         let state = self.state.0.lock();
-        let plan = state.plan.as_ref().ok_or_else(|| internal("there is no sandbox"))?;
+        let plan = state
+            .plan
+            .as_ref()
+            .ok_or_else(|| internal("there is no sandbox"))?;
         Ok(plan.bundle.join("shared").join(id))
     }
 
@@ -230,10 +253,20 @@ impl Shim {
             fs::create_dir_all(&rootfs)?;
             let data = wanted.options.join(",");
             let (source, kind) = (wanted.source.as_str(), wanted.type_.as_str());
-            mount(Some(source), &rootfs, Some(kind), MsFlags::empty(), Some(data.as_str()))
-                .with_context(|| format!("mounting {}", rootfs.display()))?;
+            mount(
+                Some(source),
+                &rootfs,
+                Some(kind),
+                MsFlags::empty(),
+                Some(data.as_str()),
+            )
+            .with_context(|| format!("mounting {}", rootfs.display()))?;
         }
-        share(&rootfs, &shared.join("rootfs"), spec["root"]["readonly"] == true)?;
+        share(
+            &rootfs,
+            &shared.join("rootfs"),
+            spec["root"]["readonly"] == true,
+        )?;
         let mounts = spec["mounts"].as_array_mut();
         for (n, wanted) in mounts.into_iter().flatten().enumerate() {
             let has = |option: &str| {
@@ -244,7 +277,11 @@ impl Shim {
                 continue;
             }
             let name = format!("mount-{n}");
-            share(Path::new(text(wanted, "source")), &shared.join(&name), has("ro"))?;
+            share(
+                Path::new(text(wanted, "source")),
+                &shared.join(&name),
+                has("ro"),
+            )?;
             (wanted["type"], wanted["source"]) = (json!("bind"), json!(name));
         }
         let request = json!({
@@ -270,14 +307,18 @@ impl Shim {
     /// Runs what was prepared, and follows it to its end.
     fn run(&self, id: &str, exec: &str) -> Answer<u32> {
         let link = self.link()?;
-        let (spec, terminal, paths) =
-            self.with(id, exec, |p| (p.spec.clone(), p.terminal, p.streams.clone()))?;
+        let (spec, terminal, paths) = self.with(id, exec, |p| {
+            (p.spec.clone(), p.terminal, p.streams.clone())
+        })?;
         let numbers = paths.each_ref().map(|path| match path.as_str() {
             "" => 0,
             _ => link.number(),
         });
         let sinks: Vec<_> = [1, 2].into_iter().filter(|n| numbers[*n] != 0).collect();
-        let sinks: Vec<_> = sinks.into_iter().map(|n| (n, link.sink(numbers[n]))).collect();
+        let sinks: Vec<_> = sinks
+            .into_iter()
+            .map(|n| (n, link.sink(numbers[n])))
+            .collect();
         let mut outputs = Vec::new();
         for (n, chunks) in sinks {
             let file = OpenOptions::new().write(true).open(&paths[n]);
@@ -331,7 +372,12 @@ impl Shim {
         let name = (id.to_owned(), exec.to_owned());
         let (state, changed) = &*self.state;
         let mut state = state.lock();
-        let missing = || refused(Code::NOT_FOUND, format!("there is no process {id:?} {exec:?}"));
+        let missing = || {
+            refused(
+                Code::NOT_FOUND,
+                format!("there is no process {id:?} {exec:?}"),
+            )
+        };
         let deadline = std::time::Instant::now() + LAST_OUTPUT;
         loop {
             let process = state.processes.get(&name).ok_or_else(missing)?;
@@ -421,7 +467,9 @@ impl Sandbox for Shim {
         _: &TtrpcContext,
         r: CreateSandboxRequest,
     ) -> Answer<CreateSandboxResponse> {
-        let plan = self.plan(&r).map_err(|e| refused(Code::INVALID_ARGUMENT, format!("{e:#}")))?;
+        let plan = self
+            .plan(&r)
+            .map_err(|e| refused(Code::INVALID_ARGUMENT, format!("{e:#}")))?;
         self.state.0.lock().plan = Some(plan);
         Ok(CreateSandboxResponse::new())
     }
@@ -494,7 +542,12 @@ impl Sandbox for Shim {
         response.sandbox_id = r.sandbox_id;
         response.pid = state.machine.as_ref().map_or(0, |(_, pid)| *pid);
         let ready = state.machine.is_some() && state.ended.is_none();
-        response.state = if ready { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.to_owned();
+        response.state = if ready {
+            "SANDBOX_READY"
+        } else {
+            "SANDBOX_NOTREADY"
+        }
+        .to_owned();
         response.created_at = state.began.map_or_else(MessageField::none, stamp);
         response.exited_at = state.ended.map_or_else(MessageField::none, stamp);
         Ok(response)
@@ -510,7 +563,13 @@ impl Sandbox for Shim {
         _: &TtrpcContext,
         _: SandboxMetricsRequest,
     ) -> Answer<SandboxMetricsResponse> {
-        let pid = self.state.0.lock().machine.as_ref().map_or(0, |(_, pid)| *pid);
+        let pid = self
+            .state
+            .0
+            .lock()
+            .machine
+            .as_ref()
+            .map_or(0, |(_, pid)| *pid);
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(internal)?;
         let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
         let fields: Vec<u64> = fields.map(|f| f.parse().unwrap_or(0)).collect();
@@ -555,7 +614,13 @@ impl Task for Shim {
         }
         let mut response = CreateTaskResponse::new();
         // Of the host's processes it is QEMU that has the container.
-        response.pid = self.state.0.lock().machine.as_ref().map_or(0, |(_, pid)| *pid);
+        response.pid = self
+            .state
+            .0
+            .lock()
+            .machine
+            .as_ref()
+            .map_or(0, |(_, pid)| *pid);
         Ok(response)
     }
 
@@ -700,18 +765,26 @@ impl Task for Shim {
 
     fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> Answer<Empty> {
         self.with(&r.id, "", |p| p.paused = true)?;
-        self.ask(&json!({"do": "pause", "id": r.id})).map(|_| Empty::new())
+        self.ask(&json!({"do": "pause", "id": r.id}))
+            .map(|_| Empty::new())
     }
 
     fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> Answer<Empty> {
         self.with(&r.id, "", |p| p.paused = false)?;
-        self.ask(&json!({"do": "resume", "id": r.id})).map(|_| Empty::new())
+        self.ask(&json!({"do": "resume", "id": r.id}))
+            .map(|_| Empty::new())
     }
 
     fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Answer<ConnectResponse> {
         let mut response = ConnectResponse::new();
         response.shim_pid = std::process::id();
-        response.task_pid = self.state.0.lock().machine.as_ref().map_or(0, |(_, pid)| *pid);
+        response.task_pid = self
+            .state
+            .0
+            .lock()
+            .machine
+            .as_ref()
+            .map_or(0, |(_, pid)| *pid);
         Ok(response)
     }
 
