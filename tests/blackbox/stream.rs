@@ -114,8 +114,11 @@ async fn attach(container: &Container, tty: bool) -> Result<Client> {
 
 async fn exec_with_all_streams(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let container = daemon.run(&["sleep", "1000"]).await?;
-    let mut client = exec(&container, "cat; echo complaint >&2; exit 3", false).await?;
+    exec_with_all_streams_of(&daemon.run(&["sleep", "1000"]).await?).await
+}
+
+pub async fn exec_with_all_streams_of(container: &Container) -> Result<()> {
+    let mut client = exec(container, "cat; echo complaint >&2; exit 3", false).await?;
     client.send(STDIN, b"some words\n").await?;
     client.send(CLOSE, &[STDIN]).await?;
     let [stdout, stderr, status] = client.rest().await?;
@@ -128,7 +131,7 @@ async fn exec_with_all_streams(env: Env) -> Result<()> {
     assert_eq!(status["details"]["causes"][0]["message"], "3");
     // A background child that keeps the streams does not hold the session; all that was written comes.
     let script = "sleep 1000 & i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done";
-    let [stdout, _, status] = exec(&container, script, false).await?.rest().await?;
+    let [stdout, _, status] = exec(container, script, false).await?.rest().await?;
     assert_eq!(stdout.lines().count(), 20_000);
     assert!(status.contains("Success"), "{status}");
     Ok(())
