@@ -24,6 +24,8 @@ tests![
     a_restart_of_the_daemon,
     a_machine_that_is_killed,
     a_shim_that_is_killed,
+    a_shim_that_stops_answering,
+    a_keeper_that_is_killed,
     machines_that_can_not_be,
 ];
 
@@ -515,6 +517,31 @@ async fn a_shim_that_is_killed(env: Env) -> Result<()> {
         Ok((!Path::new(&format!("/proc/{qemu}")).exists()).then_some(()))
     })
     .await?;
+    remove(&pod).await
+}
+
+async fn a_shim_that_stops_answering(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = pod(&daemon).await?;
+    let sleeper = pod.sleeper().await?;
+    signal(shim(&pod)?, Signal::SIGSTOP)?;
+    let late = sleeper.exec_limited(&["true"], 1).await;
+    let late = late.err().context("an exec ended")?;
+    assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
+    let began = Instant::now();
+    remove(&pod).await?;
+    assert!(began.elapsed() < seconds(45), "{:?}", began.elapsed());
+    Ok(())
+}
+
+async fn a_keeper_that_is_killed(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = pod(&daemon).await?;
+    let sleeper = pod.sleeper().await?;
+    signal(pod.keeper(&env)?, Signal::SIGKILL)?;
+    assert_eq!(sleeper.exited().await?.exit_code, 255);
+    // The daemon ends machine and shim.
+    nothing_left(&pod).await?;
     remove(&pod).await
 }
 
