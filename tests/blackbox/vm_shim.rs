@@ -30,12 +30,14 @@ tests![
 ];
 
 const HANDLER: &str = "vm";
+/// Names the shim's program, and these tests are part of a run.
+pub const SHIM: &str = "SLIPWAY_TEST_VM_SHIM";
 const MIB: i64 = 1 << 20;
 
 /// What `integration/test-vm-shim` says: the shim's program and the directory of a kernel.
 fn parts() -> Result<(String, String)> {
     let part = |name: &str| std::env::var(name).ok();
-    match (part("SLIPWAY_TEST_VM_SHIM"), part("SLIPWAY_TEST_VM_KERNEL")) {
+    match (part(SHIM), part("SLIPWAY_TEST_VM_KERNEL")) {
         (Some(shim), Some(kernel)) => Ok((shim, kernel)),
         _ => skip("needs a machine's kernel and shim: integration/test-vm-shim has them"),
     }

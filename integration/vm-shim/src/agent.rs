@@ -315,7 +315,8 @@ fn start(link: &Arc<Link>, id: &str, exec: &str, request: &Value) -> Result<Valu
     let (program, arguments) = words.split_first().context("no command")?;
     let name = if exec.is_empty() { "init" } else { exec };
     let group = PathBuf::from(format!("{CGROUPS}/{id}/{name}"));
-    fs::create_dir(&group).context("making its cgroup")?;
+    // One of an exec that has left something behind may be there.
+    fs::create_dir_all(&group).context("making its cgroup")?;
     let mut command = Command::new(program);
     command.args(arguments).env_clear();
     let environment = list(&process["env"]).filter_map(|v| v.as_str()?.split_once('='));

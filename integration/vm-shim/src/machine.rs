@@ -143,7 +143,8 @@ impl Plan {
             let _ = qemu.wait();
             let _ = greet.send(false);
             ended();
-            // It ends by itself, as nobody uses it any more.
+            // It may wait for a QEMU that never came to use it.
+            let _ = server.kill();
             let _ = server.wait();
         });
         let spoke = hello.recv_timeout(BOOT).unwrap_or(false);
