@@ -17,6 +17,7 @@ mod events;
 mod exec;
 pub mod feed;
 mod files;
+mod guests;
 pub mod handlers;
 mod hooks;
 mod leftovers;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use slipway_proto::cri;
@@ -116,6 +116,8 @@ pub struct Pod {
     pub meter: Mutex<Meter>,
     /// What its runtime has told of its containers last, where they share a sandbox.
     pub told: Mutex<Option<Told>>,
+    /// Until when its shim is not asked for statistics again, after it gave no answer.
+    pub silent_until: Mutex<Option<Instant>>,
     stage: watch::Sender<PodStage>,
     feed: Arc<Feed>,
     /// Whether its end has been told.
@@ -137,6 +139,7 @@ impl Pod {
             sizes: Mutex::new(Sizes::of(&record)),
             meter: Mutex::default(),
             told: Mutex::default(),
+            silent_until: Mutex::default(),
             feed,
             end_told: AtomicBool::new(stage == PodStage::Stopped),
             stop_told: OnceCell::new_with((stage == PodStage::Stopped).then_some(())),

@@ -66,7 +66,8 @@ impl Backend for Sessions {
     async fn port_forward(&self, pod_id: &str, port: u16) -> Result<PortStream, StreamError> {
         let pod = self.0.ready_pod(pod_id).map_err(told)?;
         let netns = PathBuf::from(&pod.record.namespaces.network);
-        let sandbox = pod.record.driver.as_ref().is_some_and(|d| d.pod_sandbox);
+        let driver = pod.record.driver.as_ref();
+        let sandbox = driver.is_some_and(|d| d.pod_sandbox) || self.0.has_machine(&pod);
         let stream = match connect(netns, port).await {
             // Its network stack, loopback interface and all, may be the sandbox's own: then only who comes from outside
             // reaches it.

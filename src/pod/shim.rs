@@ -10,6 +10,7 @@ use slipway_config::{Config, RuntimeKind};
 use slipway_proto::{cri, keeper};
 use slipway_runtime::cgroup;
 use slipway_runtime::removal;
+use slipway_shim::{Address, Version};
 
 use super::leftovers;
 use super::record::PodRecord;
@@ -85,6 +86,9 @@ fn sizes(resources: &cri::LinuxContainerResources) -> [(&'static str, i64); 4] {
 struct Shim {
     pid: i32,
     address: String,
+    /// Of the task API.
+    #[serde(default)]
+    version: u32,
     root: PathBuf,
     cgroup: String,
 }
@@ -92,6 +96,15 @@ struct Shim {
 fn written(dir: &Path) -> Option<Shim> {
     let text = std::fs::read_to_string(dir.join(slipway_runtime::SHIM_RECORD));
     serde_json::from_str(&text.ok()?).ok()
+}
+
+/// Where the shim of a pod listens, whose run directory this is, if it has one.
+pub fn address(dir: &Path) -> Option<Address> {
+    let shim = written(dir)?;
+    Some(Address {
+        socket: shim.address,
+        version: Version::of(shim.version)?,
+    })
 }
 
 /// The cgroup of a pod's sandbox, whose run directory this is, if it has one.

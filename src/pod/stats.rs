@@ -48,9 +48,9 @@ impl Meter {
     /// A sample that is not older than `age`, and was taken in the same state.
     fn read_container(
         &mut self,
-        layout: &Layout,
         container: &Container,
         age: Duration,
+        read: impl FnOnce(&mut Self) -> (Usage, Option<u64>),
     ) -> (Usage, Option<u64>) {
         let stage = container.stage();
         if let Some((then, usage, nano_cores)) = self.last
@@ -59,7 +59,7 @@ impl Meter {
         {
             return (usage, nano_cores);
         }
-        let (usage, nano_cores) = self.read(layout, &container.record.cgroup);
+        let (usage, nano_cores) = read(self);
         self.last = Some((stage, usage, nano_cores));
         (usage, nano_cores)
     }
@@ -74,6 +74,12 @@ impl Meter {
         self.read_as(layout, cgroup, |usage| usage)
     }
 
+    /// Likewise, of what somebody else tells.
+    fn take(&mut self, usage: Usage) -> (Usage, Option<u64>) {
+        let nano_cores = usage.cpu.and_then(|cpu| self.rate.sample(usage.at, cpu));
+        (usage, nano_cores)
+    }
+
     /// Likewise, of what is made of a sample.
     fn read_as(
         &mut self,
@@ -82,8 +88,7 @@ impl Meter {
         make: impl FnOnce(Usage) -> Usage,
     ) -> (Usage, Option<u64>) {
         let usage = make(self.files.usage(layout, Path::new(cgroup)));
-        let nano_cores = usage.cpu.and_then(|cpu| self.rate.sample(usage.at, cpu));
-        (usage, nano_cores)
+        self.take(usage)
     }
 }
 
@@ -202,7 +207,12 @@ impl Node {
                 (_, Some(share)) => {
                     Some(meter.read_as(&self.layout, &share.cgroup, |all| share.of(all)))
                 }
-                (_, None) => Some(meter.read_container(&self.layout, &container, age)),
+                (_, None) => Some(meter.read_container(&container, age, |meter| {
+                    match self.in_machine(&container) {
+                        true => meter.take(self.told_by_shim(&container)),
+                        false => meter.read(&self.layout, &container.record.cgroup),
+                    }
+                })),
             };
             drop(meter);
             let (usage, nano_cores) = read.map_or((None, None), |(u, n)| (Some(u), n));

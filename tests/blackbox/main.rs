@@ -70,6 +70,7 @@ mod update;
 mod userns;
 mod users;
 mod v2;
+mod vm_shim;
 
 fn main() -> std::process::ExitCode {
     // Started by a daemon of ours, as a plugin.
@@ -80,6 +81,11 @@ fn main() -> std::process::ExitCode {
     if let Some(dir) = std::env::var_os(harness::fake_shim::VARIABLE) {
         return harness::fake_shim::run(std::path::Path::new(&dir));
     }
+    // They need a kernel and a minute: integration/test-vm-shim has both, and says so where it has not.
+    let machines = match std::env::var_os(vm_shim::SHIM) {
+        Some(_) => vm_shim::TESTS,
+        None => &[],
+    };
     let all: &[&[harness::Test]] = &[
         apparmor::TESTS,
         pods::TESTS,
@@ -125,6 +131,7 @@ fn main() -> std::process::ExitCode {
         restart::TESTS,
         handlers::TESTS,
         shim::TESTS,
+        machines,
         gvisor::TESTS,
         hooks::TESTS,
         operations::TESTS,

@@ -564,6 +564,31 @@ async fn a_shim_with_the_sandbox_api(env: Env) -> Result<()> {
         late.err().context("it ended")?.code(),
         Code::DeadlineExceeded
     );
+    // What they use is what the shim tells.
+    let used = crate::stats::stats(&sleeper).await?;
+    let (cpu, memory) = (used.cpu.context("cpu")?, used.memory.context("memory")?);
+    let value = crate::stats::value;
+    assert_eq!(value(cpu.usage_core_nano_seconds), 1_234_000);
+    assert_eq!(
+        [
+            memory.usage_bytes,
+            memory.working_set_bytes,
+            memory.available_bytes
+        ]
+        .map(value),
+        [5000, 4000, 5000]
+    );
+    // A command that is not there is found when it is to be started.
+    let never = pod.create(&["/no/such/program"], |_| {}).await?;
+    let failure = never.start().await.err().context("it started")?;
+    assert_eq!(failure.code(), Code::FailedPrecondition, "{failure}");
+    let status = never.status().await?;
+    assert_eq!(
+        (status.exit_code, status.reason.as_str()),
+        (127, "ContainerCannotRun"),
+        "{status:?}"
+    );
+    never.remove().await?;
     // Their limits are the shim's alone.
     let update = cri::LinuxContainerResources {
         memory_limit_in_bytes: 96 << 20,

@@ -60,7 +60,7 @@ impl Daemon {
 }
 
 /// ContainerStats.
-async fn stats(container: &Container) -> Result<cri::ContainerStats> {
+pub async fn stats(container: &Container) -> Result<cri::ContainerStats> {
     let request = cri::ContainerStatsRequest {
         container_id: container.id.clone(),
     };

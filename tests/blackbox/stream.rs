@@ -114,8 +114,11 @@ async fn attach(container: &Container, tty: bool) -> Result<Client> {
 
 async fn exec_with_all_streams(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let container = daemon.run(&["sleep", "1000"]).await?;
-    let mut client = exec(&container, "cat; echo complaint >&2; exit 3", false).await?;
+    exec_with_all_streams_of(&daemon.run(&["sleep", "1000"]).await?).await
+}
+
+pub async fn exec_with_all_streams_of(container: &Container) -> Result<()> {
+    let mut client = exec(container, "cat; echo complaint >&2; exit 3", false).await?;
     client.send(STDIN, b"some words\n").await?;
     client.send(CLOSE, &[STDIN]).await?;
     let [stdout, stderr, status] = client.rest().await?;
@@ -128,7 +131,7 @@ async fn exec_with_all_streams(env: Env) -> Result<()> {
     assert_eq!(status["details"]["causes"][0]["message"], "3");
     // A background child that keeps the streams does not hold the session; all that was written comes.
     let script = "sleep 1000 & i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done";
-    let [stdout, _, status] = exec(&container, script, false).await?.rest().await?;
+    let [stdout, _, status] = exec(container, script, false).await?.rest().await?;
     assert_eq!(stdout.lines().count(), 20_000);
     assert!(status.contains("Success"), "{status}");
     Ok(())
@@ -136,14 +139,17 @@ async fn exec_with_all_streams(env: Env) -> Result<()> {
 
 async fn exec_on_a_terminal(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let container = daemon.run(&["sleep", "1000"]).await?;
+    exec_on_a_terminal_of(&daemon.run(&["sleep", "1000"]).await?).await
+}
+
+pub async fn exec_on_a_terminal_of(container: &Container) -> Result<()> {
     // In gVisor a terminal of the host's is one without a name.
     let tell = match gvisor() {
         true => "test -t 0 && echo /dev/pts/unknown",
         false => "tty",
     };
     let script = format!("{tell}; echo $TERM; read a; stty size; exit 7");
-    let mut client = exec(&container, &script, true).await?;
+    let mut client = exec(container, &script, true).await?;
     let text = client.until(STDOUT, "xterm\r\n").await?;
     assert!(text.starts_with("/dev/pts/"), "{text}");
     client
@@ -201,7 +207,10 @@ fn command(pid: i32) -> String {
 
 async fn attach_and_the_end_of_input(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let pod = daemon.pod(|_| {}).await?;
+    attach_until_the_end_of_input(&daemon.pod(|_| {}).await?).await
+}
+
+pub async fn attach_until_the_end_of_input(pod: &Pod) -> Result<()> {
     let container = pod
         .run(&["sh", "-c", "cat; echo over"], |c| {
             (c.stdin, c.stdin_once) = (true, true);
@@ -221,7 +230,11 @@ async fn attach_and_the_end_of_input(env: Env) -> Result<()> {
 
 async fn attach_to_a_terminal(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
-    let pod = daemon.pod(|_| {}).await?;
+    attach_to_a_terminal_of(&daemon.pod(|_| {}).await?).await
+}
+
+pub async fn attach_to_a_terminal_of(pod: &Pod) -> Result<()> {
+    let daemon = &pod.daemon;
     let script = "tty; while read a; do echo got $a; done";
     let container = pod
         .run(&["sh", "-c", script], |c| (c.stdin, c.tty) = (true, true))
@@ -318,7 +331,7 @@ async fn in_a_user_namespace(env: Env) -> Result<()> {
 }
 
 /// Forwards two ports of a pod, one of which nobody listens at.
-async fn forward(pod: &Pod) -> Result<()> {
+pub async fn forward(pod: &Pod) -> Result<()> {
     let container = pod
         .run(
             &[

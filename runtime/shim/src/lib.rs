@@ -21,8 +21,8 @@ pub use client::{Client, connect};
 pub use error::ShimError;
 pub use options::{Defaults, Options, OptionsError};
 pub use program::{Address, Program, Version};
-pub use sandbox::{CreateSandbox, Sandbox};
-pub use task::{Create, Exec, Exit, Metrics, Process, Task, wait_answer};
+pub use sandbox::{CreateSandbox, Sandbox, send_wait_sandbox};
+pub use task::{Create, Exec, Exit, Memory, Metrics, Process, Task, wait_answer};
 
 /// A mount in the protocol's form.
 pub use containerd_shim_protos::types::mount::Mount;

@@ -30,6 +30,17 @@ pub struct CreateSandbox<'a> {
     pub annotations: BTreeMap<String, String>,
 }
 
+/// Asks for the end of a sandbox on a connection that has other uses, too, without waiting for it:
+/// [`wait_answer`](crate::wait_answer) reads what comes under the number.
+///
+/// # Errors
+/// [`ShimError`].
+pub fn send_wait_sandbox(client: &mut Client, id: &str) -> Result<u32, ShimError> {
+    let mut request = WaitSandboxRequest::new();
+    request.sandbox_id = id.to_owned();
+    client.send(SERVICE, "WaitSandbox", &request, Duration::ZERO)
+}
+
 /// The sandbox API of a shim.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -85,17 +96,6 @@ impl Sandbox {
         request.sandbox_id = id.to_owned();
         let started: StartSandboxResponse = self.call("StartSandbox", &request, timeout)?;
         Ok(started.pid)
-    }
-
-    /// Asks for the end of the sandbox, without waiting for it.
-    ///
-    /// # Errors
-    /// [`ShimError`].
-    pub fn send_wait(&mut self, id: &str) -> Result<u32, ShimError> {
-        let mut request = WaitSandboxRequest::new();
-        request.sandbox_id = id.to_owned();
-        self.client
-            .send(SERVICE, "WaitSandbox", &request, Duration::ZERO)
     }
 
     /// The state of the sandbox, in the shim's words, and its process id.

@@ -93,6 +93,31 @@ pub enum Metrics {
     V2(Box<containerd_shim_protos::cgroups_v2::metrics::Metrics>),
 }
 
+/// Memory of a container, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// All that is charged, page cache included.
+    pub usage: u64,
+    /// Its limit; `None`: none.
+    pub limit: Option<u64>,
+    /// Page cache that has not been used lately.
+    pub inactive_file: u64,
+    /// Anonymous memory.
+    pub rss: u64,
+    /// Page cache.
+    pub cache: u64,
+    /// Mapped files.
+    pub mapped_file: u64,
+    /// Page faults, a count.
+    pub page_faults: u64,
+    /// Those that had to wait for a disk.
+    pub major_page_faults: u64,
+    /// Swap.
+    pub swap: u64,
+    /// The limit of swap alone; `None`: none.
+    pub swap_limit: Option<u64>,
+}
+
 impl Metrics {
     /// By the type's name, which may be a URL.
     fn of(any: &Any) -> Result<Self, ShimError> {
@@ -121,11 +146,44 @@ impl Metrics {
         }
     }
 
-    /// Memory in use, in bytes, with caches, and the part of it that is cache which the kernel would give up first.
-    pub fn memory_bytes(&self) -> (u64, u64) {
+    /// Memory in use.
+    pub fn memory(&self) -> Memory {
+        // No limit is a very large one, in whole pages on v1, or nothing at all.
+        let limited = |limit: u64| Some(limit).filter(|l| *l != 0 && *l < i64::MAX as u64 - 65_535);
         match self {
-            Self::V1(m) => (m.memory.usage.usage, m.memory.total_inactive_file),
-            Self::V2(m) => (m.memory.usage, m.memory.inactive_file),
+            Self::V1(m) => {
+                let memory = &m.memory;
+                let limit = limited(memory.usage.limit);
+                let swap = &memory.swap;
+                Memory {
+                    usage: memory.usage.usage,
+                    limit,
+                    inactive_file: memory.total_inactive_file,
+                    rss: memory.total_rss,
+                    cache: memory.total_cache,
+                    mapped_file: memory.total_mapped_file,
+                    page_faults: memory.total_pg_fault,
+                    major_page_faults: memory.total_pg_maj_fault,
+                    // Memory and swap together, there.
+                    swap: swap.usage.saturating_sub(memory.usage.usage),
+                    swap_limit: limited(swap.limit).map(|l| l.saturating_sub(limit.unwrap_or(l))),
+                }
+            }
+            Self::V2(m) => {
+                let memory = &m.memory;
+                Memory {
+                    usage: memory.usage,
+                    limit: limited(memory.usage_limit),
+                    inactive_file: memory.inactive_file,
+                    rss: memory.anon,
+                    cache: memory.file,
+                    mapped_file: memory.file_mapped,
+                    page_faults: memory.pgfault,
+                    major_page_faults: memory.pgmajfault,
+                    swap: memory.swap_usage,
+                    swap_limit: limited(memory.swap_limit),
+                }
+            }
         }
     }
 
@@ -484,7 +542,7 @@ mod tests {
         );
         let metrics = Metrics::of(&any).unwrap();
         assert_eq!((metrics.pids(), metrics.cpu_nanoseconds()), (3, 7000));
-        assert_eq!(metrics.memory_bytes(), (0, 0));
+        assert_eq!(metrics.memory(), Memory::default());
         any.type_url = "type.googleapis.com/io.containerd.cgroups.v1.Metrics".into();
         assert!(matches!(Metrics::of(&any), Ok(Metrics::V1(_))));
         any.type_url = "x".into();
@@ -492,5 +550,47 @@ mod tests {
         any.type_url = "io.containerd.cgroups.v2.Metrics".into();
         any.value = vec![0xff];
         assert!(Metrics::of(&any).is_err());
+    }
+
+    fn packed(name: &str, message: &impl Message) -> Any {
+        let name = format!("type.googleapis.com/{name}");
+        json(&name, message.write_to_bytes().unwrap())
+    }
+
+    #[test]
+    fn statistics_of_both_versions_say_the_same() {
+        let mut v1 = containerd_shim_protos::cgroups::metrics::Metrics::new();
+        v1.cpu
+            .mut_or_insert_default()
+            .usage
+            .mut_or_insert_default()
+            .total = 5_000;
+        let memory = v1.memory.mut_or_insert_default();
+        let usage = memory.usage.mut_or_insert_default();
+        (usage.usage, usage.limit) = (300, 1000);
+        let both = memory.swap.mut_or_insert_default();
+        (both.usage, both.limit) = (320, 1500);
+        (memory.total_inactive_file, memory.total_rss) = (100, 150);
+        (memory.total_cache, memory.total_pg_fault) = (120, 7);
+        let v1 = Metrics::of(&packed("io.containerd.cgroups.v1.Metrics", &v1)).unwrap();
+
+        let mut v2 = containerd_shim_protos::cgroups_v2::metrics::Metrics::new();
+        v2.cpu.mut_or_insert_default().usage_usec = 5;
+        let memory = v2.memory.mut_or_insert_default();
+        (memory.usage, memory.usage_limit) = (300, 1000);
+        (memory.inactive_file, memory.anon) = (100, 150);
+        (memory.file, memory.pgfault) = (120, 7);
+        (memory.swap_usage, memory.swap_limit) = (20, 500);
+        let v2 = Metrics::of(&packed("io.containerd.cgroups.v2.Metrics", &v2)).unwrap();
+        assert_eq!(
+            (v1.cpu_nanoseconds(), v1.memory()),
+            (v2.cpu_nanoseconds(), v2.memory())
+        );
+        assert_eq!(v2.memory().limit, Some(1000));
+
+        let mut unlimited = containerd_shim_protos::cgroups_v2::metrics::Metrics::new();
+        unlimited.memory.mut_or_insert_default().usage_limit = u64::MAX;
+        let any = packed("io.containerd.cgroups.v2.Metrics", &unlimited);
+        assert_eq!(Metrics::of(&any).unwrap().memory(), Memory::default());
     }
 }

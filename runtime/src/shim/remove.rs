@@ -129,7 +129,8 @@ pub fn tear_down(
     problems
 }
 
-fn remove_sandbox_cgroup(
+/// Kills what is in the cgroup of a pod's sandbox, and removes that.
+pub fn remove_sandbox_cgroup(
     shim: &Shim,
     cgroup: Option<&Path>,
     cgroups: &Hierarchies,
@@ -167,7 +168,7 @@ fn end(shim: &Shim, running: &Running, until: Instant) -> bool {
 }
 
 /// Waits for a moment for a shim that has said that it ends.
-fn leave(pid: i32) {
+pub fn leave(pid: i32) {
     if let Some(process) = (pid > 1).then(|| pin(pid)).flatten() {
         removal::wait(&process, Instant::now() + PATIENCE);
     }

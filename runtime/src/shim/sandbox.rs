@@ -16,7 +16,8 @@ use slipway_shim::{
     Create, CreateSandbox, Options, OptionsError, Process, Sandbox, ShimError, Task,
 };
 
-use super::{BUNDLE, CONNECT, RECORD, Running, Shim, kind, pause, text};
+use super::{BUNDLE, CONNECT, RECORD, Running, Shim, kind, pause, remove, text};
+use crate::cgroup::Hierarchies;
 use crate::mount_table;
 
 /// Why a shim could not be started.
@@ -80,6 +81,8 @@ pub struct Start<'a> {
     pub namespaces: &'a SetupSandboxResult,
     /// The pod's cgroup.
     pub cgroup: &'a Path,
+    /// The host's cgroups.
+    pub cgroups: &'a Hierarchies,
     /// The pod's run directory.
     pub pod_dir: &'a Path,
     /// The directory below which all pods' run directories are.
@@ -93,6 +96,8 @@ pub struct Start<'a> {
 pub fn start(shim: &Shim, start: &Start<'_>) -> Result<StartSandboxResult, SandboxError> {
     let started = begin(shim, start);
     if started.is_err() {
+        // A machine that did not come up, for one, is in there.
+        remove::remove_sandbox_cgroup(shim, Some(start.cgroup), start.cgroups);
         let _ = fs::remove_dir_all(&shim.root);
     }
     started
@@ -150,12 +155,17 @@ fn begin(shim: &Shim, start: &Start<'_>) -> Result<StartSandboxResult, SandboxEr
     });
     if let Err(error) = made {
         // Shims end with their last container, and this one may have had none yet.
-        let asked = running
-            .connect()
-            .and_then(|mut task| task.shutdown(&shim.pod, true, CONNECT));
-        if asked.is_err() {
-            super::remove::kill_shim(running.pid);
+        let asked = match running.sandbox_api {
+            true => Sandbox::connect(&running.address, CONNECT)
+                .and_then(|mut sandbox| sandbox.shutdown(&shim.pod, CONNECT)),
+            false => running
+                .connect()
+                .and_then(|mut task| task.shutdown(&shim.pod, true, CONNECT)),
+        };
+        if asked.is_ok() {
+            remove::leave(running.pid);
         }
+        remove::kill_shim(running.pid);
         let _ = shim.program.delete(&shim.pod, &bundle, CONNECT);
         return Err(error);
     }

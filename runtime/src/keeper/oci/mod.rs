@@ -353,6 +353,7 @@ impl Keeper {
             Err(error) => container.state.message.clone_from(&error.message),
         }
         self.attendant_answered(id, answer.as_ref().err());
+        self.never_ran_by_shim(id, answer.as_ref().err());
         self.reply(connection, answer);
     }
 

@@ -141,6 +141,7 @@ impl Keeper {
                 call: &call,
                 namespaces: &namespaces,
                 cgroup: &pod_cgroup,
+                cgroups: &cgroups,
                 pod_dir: &pod_dir,
                 run_root: &run_root,
             };

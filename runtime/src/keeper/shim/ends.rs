@@ -5,15 +5,16 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use slipway_proto::keeper::{
-    CreateContainerResult, Empty, Error as WireError, ErrorKind, ExecResult,
+    CreateContainerResult, Empty, Error as WireError, ErrorKind, ExecResult, Phase,
     response::Result as Answer,
 };
 use slipway_shim::{Process, wait_answer};
 
 use super::{Call, UNKNOWN, gone};
-use crate::confine::chain;
+use crate::confine::{NOT_EXECUTABLE, chain};
 use crate::keeper::job::{Origin, Purpose};
 use crate::keeper::{Keeper, Source, wire_error};
+use crate::oci;
 use crate::shim::{self, Silence};
 
 impl Keeper {
@@ -200,13 +201,18 @@ impl Keeper {
         let Some((task, _)) = &mut pod.link else {
             return;
         };
-        let mut ended = Vec::new();
+        let (mut ended, mut sandbox_ended) = (Vec::new(), false);
         let mut broken = task.client().receive("Wait").err();
         loop {
             match task.client().next("Wait") {
                 Ok(Some((number, result))) => {
                     if let Some(id) = pod.waits.remove(&number) {
                         let exit = wait_answer(result);
+                        if id == self.pod_id {
+                            // One that does not have the call ends with its sandbox.
+                            sandbox_ended = !exit.is_err_and(|e| e.is_unimplemented());
+                            continue;
+                        }
                         let code = exit.map(|e| i32::try_from(e.code).unwrap_or(UNKNOWN));
                         ended.push((id, code.unwrap_or(UNKNOWN)));
                     }
@@ -219,11 +225,10 @@ impl Keeper {
             }
         }
         for (id, code) in ended {
-            if id == self.pod_id {
-                self.shim_lost("its sandbox has ended");
-            } else {
-                self.reap_container(&id, code);
-            }
+            self.reap_container(&id, code);
+        }
+        if sandbox_ended {
+            self.shim_lost("its sandbox has ended");
         }
         if broken.is_some() {
             self.shim_lost("it has ended");
@@ -260,6 +265,20 @@ impl Keeper {
             self.unwatch_init(id);
             self.release_fifos(id);
             self.container_exited(id, code);
+        }
+    }
+
+    /// A shim has started a container, or not. Those of virtual machines find only then that there is no such command, and have
+    /// no process whose end they could tell of.
+    pub(in crate::keeper) fn never_ran_by_shim(&mut self, id: &str, error: Option<&WireError>) {
+        let error = error.filter(|e| e.kind() == ErrorKind::CannotRun);
+        let container = self.containers.get_mut(id);
+        let created = container.is_some_and(|c| {
+            c.driver.shim().is_some() && c.pid().is_none() && c.state.phase() == Phase::Created
+        });
+        if let (Some(error), true) = (error, created) {
+            let code = oci::command_failure(&error.message);
+            self.never_ran(id, code.unwrap_or(NOT_EXECUTABLE), &error.message);
         }
     }
 

@@ -20,7 +20,7 @@ use slipway_proto::keeper::{
     StartSandboxResult, response::Result as Answer,
 };
 use slipway_shim::events::Receiver;
-use slipway_shim::{Process, Task};
+use slipway_shim::{Process, Task, send_wait_sandbox};
 
 use super::job::{Origin, Purpose};
 use super::oci::Driver;
@@ -195,6 +195,7 @@ impl Keeper {
         let namespaces = self.sandbox.result.clone();
         let pod_dir = self.pod_dir.clone();
         let run_root = self.run_root();
+        let cgroups = self.cgroups.clone();
         let origin = Origin {
             namespaces: libc::CLONE_NEWNS as u64,
             ..Origin::default()
@@ -204,6 +205,7 @@ impl Keeper {
                 call: &call,
                 namespaces: &namespaces,
                 cgroup: &cgroup,
+                cgroups: &cgroups,
                 pod_dir: &pod_dir,
                 run_root: &run_root,
             };
@@ -315,14 +317,13 @@ impl Keeper {
         let running = Running::of(&made.address, made.version, made.pid, made.sandbox_api);
         let running = running.ok_or_else(|| failed(&"it speaks another version"))?;
         let mut task = running.connect().map_err(|e| failed(&e))?;
-        // The end of one that has the sandbox API is that of the shim.
-        let mut waits = HashMap::new();
-        if !made.sandbox_api {
-            let number = task
-                .send_wait(Process::init(&self.pod_id))
-                .map_err(|e| failed(&e))?;
-            waits.insert(number, self.pod_id.clone());
-        }
+        // A shim may outlive its sandbox, such as a virtual machine that is killed.
+        let number = match made.sandbox_api {
+            true => send_wait_sandbox(task.client(), &self.pod_id),
+            false => task.send_wait(Process::init(&self.pod_id)),
+        };
+        let number = number.map_err(|e| failed(&e))?;
+        let waits = HashMap::from([(number, self.pod_id.clone())]);
         let token = self
             .watch(&task, Source::ShimLink)
             .map_err(|e| failed(&e))?;
