@@ -13,12 +13,15 @@ use tonic::{Code, Status};
 
 use crate::checkpoint::{COUNTER, checkpoint, count, counter, criu, files};
 use crate::harness::*;
+use crate::stream::{RESIZE, STDIN, STDOUT, attach};
 
 tests![
     it_goes_on_in_another_pod,
     it_ends_as_any_other,
     its_pod_is_the_new_one,
     it_reads_its_input_and_its_variables,
+    it_has_a_terminal,
+    terminals_are_compared,
     it_may_never_be_started,
     the_daemon_restarts_before_and_after,
     a_pod_comes_back,
@@ -37,7 +40,7 @@ tests![
 /// What is different in a configuration.
 type Change<'a> = &'a (dyn Fn(&mut cri::ContainerConfig) + Sync);
 
-async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
+pub async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
     let daemon = env
         .daemon_with(|s| {
             s.set("checkpoint.criu", &format!("{criu:?}"));
@@ -53,7 +56,7 @@ async fn daemon(env: &Env) -> Result<Daemon> {
 }
 
 /// Restores a checkpoint; the rest of the configuration is `change`'s.
-async fn created(
+pub async fn created(
     pod: &Pod,
     image: &Path,
     change: impl FnOnce(&mut cri::ContainerConfig),
@@ -288,6 +291,109 @@ async fn it_reads_its_input_and_its_variables(env: Env) -> Result<()> {
     let container = created(&pod, &path, |_| {}).await?;
     container.start().await?;
     container.says("outer inner  end").await
+}
+
+/// Answers to each line, and to an interrupt.
+const TALKER: &str = "trap 'echo interrupted' INT; V=kept; echo ready
+    while :; do
+        read line || continue
+        [ \"$line\" != end ] || exit 3
+        echo \"got $line $V\"; stty size
+    done";
+
+fn on_terminal(c: &mut cri::ContainerConfig) {
+    (c.stdin, c.tty) = (true, true);
+}
+
+async fn it_has_a_terminal(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let first = pod.run(&["sh", "-c", TALKER], on_terminal).await?;
+    first.says("ready").await?;
+    let mut client = attach(&first, true).await?;
+    client.send(RESIZE, br#"{"Width":70,"Height":20}"#).await?;
+    client.send(STDIN, b"before\n").await?;
+    client.until(STDOUT, "got before kept\r\n20 70\r\n").await?;
+    let path = env.root.join("c.tar");
+    // Somebody is attached meanwhile, and remains so.
+    checkpoint(&first, &path, 0).await?;
+    client.send(STDIN, b"after\n").await?;
+    client.until(STDOUT, "got after kept\r\n20 70\r\n").await?;
+    let other = daemon.pod(|_| {}).await?;
+    for restart in [false, true] {
+        let again = created(&other, &path, on_terminal).await?;
+        again.start().await?;
+        if restart {
+            daemon.kill(Signal::SIGKILL).await?;
+            daemon.launch().await?;
+        }
+        let mut client = attach(&again, true).await?;
+        // Its size is what it was, until it is changed.
+        client.send(STDIN, b"here\n").await?;
+        client.until(STDOUT, "got here kept\r\n20 70\r\n").await?;
+        client.send(RESIZE, br#"{"Width":99,"Height":33}"#).await?;
+        client.send(STDIN, b"resized\n").await?;
+        client.until(STDOUT, "33 99\r\n").await?;
+        // It is the controlling terminal of its processes.
+        client.send(STDIN, b"\x03").await?;
+        client.until(STDOUT, "interrupted\r\n").await?;
+        let init = init(&again).await?;
+        for stream in 0..3 {
+            let target = std::fs::read_link(format!("/proc/{init}/fd/{stream}"))?;
+            assert_eq!(target, Path::new("/dev/pts/0"));
+        }
+        let console = [
+            "sh",
+            "-c",
+            "stat -c %t:%T /dev/console; echo console > /dev/console",
+        ];
+        assert_eq!(again.exec_output(&console).await?, "88:0");
+        client.until(STDOUT, "console\r\n").await?;
+        // A checkpoint of what came from one.
+        let second = env.root.join(format!("second-{restart}.tar"));
+        checkpoint(&again, &second, 0).await?;
+        client.send(STDIN, b"end\n").await?;
+        assert_eq!(again.exited().await?.exit_code, 3);
+        let text = again.stdout()?;
+        for line in ["got here kept", "33 99", "interrupted", "console"] {
+            ensure!(text.contains(&format!("{line}\r\n")), "{line}: {text:?}");
+        }
+        assert!(!text.contains("before"), "{text:?}");
+        let third = created(&other, &second, on_terminal).await?;
+        third.start().await?;
+        third.stop(0).await?;
+        assert_eq!(third.exited().await?.exit_code, 137);
+    }
+    let mut client = attach(&first, true).await?;
+    client.send(STDIN, b"end\n").await?;
+    assert_eq!(first.exited().await?.exit_code, 3);
+    Ok(())
+}
+
+async fn terminals_are_compared(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let script = "echo ready; sleep 1000";
+    let plain = saved(&daemon, script, |_| {}).await?;
+    let terminal = saved(&daemon, script, on_terminal).await?;
+    let answer = created(&pod, &plain, on_terminal).await.map(|c| c.id);
+    refused(answer, Code::InvalidArgument, &["had no terminal", "tty"]);
+    let answer = created(&pod, &terminal, |_| {}).await.map(|c| c.id);
+    refused(answer, Code::InvalidArgument, &["had a terminal", "tty"]);
+    // One that nothing has open any more has been taken down.
+    let script = "echo ready; exec sleep 1000 </dev/null >/dev/null 2>&1";
+    let container = pod.run(&["sh", "-c", script], on_terminal).await?;
+    container.says("ready").await?;
+    eventually("a process without a terminal", seconds(10), || async {
+        let comm = read(format!("/proc/{}/comm", container.pid()?))?;
+        Ok((comm.trim() == "sleep").then_some(()))
+    })
+    .await?;
+    let path = env.root.join("closed.tar");
+    checkpoint(&container, &path, 0).await?;
+    let answer = created(&pod, &path, on_terminal).await.map(|c| c.id);
+    refused(answer, Code::InvalidArgument, &["still open"]);
+    Ok(())
 }
 
 async fn it_may_never_be_started(env: Env) -> Result<()> {
@@ -735,8 +841,6 @@ async fn what_cannot_be_restored(env: Env) -> Result<()> {
     let daemon = daemon(&env).await?;
     let path = saved(&daemon, "echo ready; sleep 1000", |_| {}).await?;
     let pod = daemon.pod(|_| {}).await?;
-    let answer = created(&pod, &path, |c| c.tty = true).await.map(|c| c.id);
-    refused(answer, Code::InvalidArgument, &["terminal"]);
     let shared = daemon
         .pod(|c| config::pod_namespaces(c).pid = cri::NamespaceMode::Pod as i32)
         .await?;

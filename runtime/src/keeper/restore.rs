@@ -201,6 +201,16 @@ impl Keeper {
         };
         container.restoring = None;
         let ended = container.has_exited();
+        let answer = answer.and_then(|made| match self.take_terminal(id) {
+            Ok(()) => Ok(made),
+            Err(e) => Err(wire_error(
+                ErrorKind::Internal,
+                format!("can't take over the container's terminal: {e}"),
+            )),
+        });
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         match answer {
             Ok(Answer::CreateContainer(made)) if !ended => {
                 // From here on only the container holds its ends of its streams.
