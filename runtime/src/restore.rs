@@ -285,7 +285,8 @@ pub fn prepare(inherited: &Inherited<'_>) -> Result<CreateContainerResult, Resto
     let cgroups = (inherited.cgroups, inherited.cgroup);
     let plan = mounts::plan(&images, &processes, &spec, &root, cgroups, bounds.bounding)?;
     for (place, source) in &plan.places {
-        let is_file = source.as_ref().is_some_and(|source| source.is_file());
+        let is_file = |source: &PathBuf| source.metadata().is_ok_and(|found| !found.is_dir());
+        let is_file = source.as_ref().is_some_and(is_file);
         apply::make_place(&root, place, is_file)?;
     }
     if !create.working_dir.is_empty() {
@@ -556,8 +557,13 @@ fn join_namespaces(spec: &Spec) -> Result<(), RestoreError> {
 /// Binds everything external aside, each shared with nobody yet: what was another mount's slave is made the slave of its
 /// source, which has to be one that can have slaves, and the root of a mount. They end with this process.
 fn staged(mut plan: mounts::Plan, aside: &Path) -> Result<mounts::Plan, RestoreError> {
+    let empty = aside.join("empty");
     for (n, (_, source)) in plan.external.iter_mut().enumerate() {
         let at = aside.join(n.to_string());
+        if source.as_os_str().is_empty() {
+            fs::create_dir_all(&empty).map_err(file("create", &empty))?;
+            source.clone_from(&empty);
+        }
         propagation::make_place(source, &at).map_err(file("make a place for", source))?;
         let none: Option<&str> = None;
         mount(Some(&*source), &at, none, MsFlags::MS_BIND, none)

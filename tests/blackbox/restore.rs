@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
@@ -11,7 +10,7 @@ use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
 use tonic::{Code, Status};
 
-use crate::checkpoint::{COUNTER, checkpoint, count, counter, criu, files};
+use crate::checkpoint::{COUNTER, checkpoint, count, counter, criu, files, script};
 use crate::harness::*;
 use crate::stream::{RESIZE, STDIN, STDOUT, attach};
 
@@ -25,6 +24,7 @@ tests![
     it_may_never_be_started,
     the_daemon_restarts_before_and_after,
     a_pod_comes_back,
+    what_other_runtimes_made,
     a_pod_that_cannot_come_back,
     an_image_is_a_checkpoint,
     nothing_more_than_the_configuration_gives,
@@ -411,14 +411,12 @@ async fn it_may_never_be_started(env: Env) -> Result<()> {
         memory_limit_in_bytes: 64 << 20,
         ..Default::default()
     };
-    if env.driver == Driver::Cgroupfs {
-        left.update(new).await?;
-        left.start().await?;
-        let limit = left
-            .cgroup_file("memory.limit_in_bytes")
-            .or_else(|_| left.cgroup_file("memory.max"))?;
-        assert_eq!(limit.trim(), (64 << 20).to_string());
-    }
+    left.update(new).await?;
+    left.start().await?;
+    let limit = left
+        .cgroup_file("memory.limit_in_bytes")
+        .or_else(|_| left.cgroup_file("memory.max"))?;
+    assert_eq!(limit.trim(), (64 << 20).to_string());
     created(&pod, &path, |_| {}).await?;
     pod.stop().await?;
     pod.remove().await?;
@@ -539,6 +537,112 @@ async fn a_pod_comes_back(env: Env) -> Result<()> {
         pod.status().await?.state(),
         cri::PodSandboxState::SandboxReady
     );
+    Ok(())
+}
+
+async fn what_other_runtimes_made(env: Env) -> Result<()> {
+    let all = crate::handlers::runtimes()?;
+    let criu = criu()?;
+    let daemon = env
+        .daemon_with(|s| {
+            s.set("checkpoint.criu", &format!("{criu:?}"));
+            s.set("checkpoint.restore", "true");
+            for name in &all {
+                crate::handlers::describe(s, name, name);
+            }
+        })
+        .await?;
+    daemon.pull("test").await?;
+    for handler in all {
+        let volume = env.dir(&format!("volume-{handler}"))?;
+        // Their filters are not ours.
+        let change = |name: &'static str| {
+            let mount = cri::Mount {
+                container_path: "/data".to_owned(),
+                host_path: volume.display().to_string(),
+                ..Default::default()
+            };
+            move |c: &mut cri::ContainerConfig| {
+                c.metadata.get_or_insert_default().name = name.to_owned();
+                c.log_path = format!("{name}.log");
+                c.mounts.push(mount);
+                config::container_security(c).seccomp = Some(cri::SecurityProfile {
+                    profile_type: cri::security_profile::ProfileType::Unconfined as i32,
+                    ..Default::default()
+                });
+            }
+        };
+        let pod = daemon.pod_under(handler).await?;
+        let plain = pod.run(COUNTER, change("plain")).await?;
+        let talker = pod
+            .run(&["sh", "-c", TALKER], |c| {
+                change("talker")(c);
+                on_terminal(c);
+            })
+            .await?;
+        plain.says("3").await?;
+        talker.says("ready").await?;
+        let path = env.root.join(format!("pod-{handler}"));
+        let request = cri::CheckpointPodRequest {
+            pod_sandbox_id: pod.id.clone(),
+            output_path: path.display().to_string(),
+            ..Default::default()
+        };
+        daemon.runtime().checkpoint_pod(request).await?;
+        // They go on, and their runtime still knows them.
+        let reached = count(&plain)?;
+        plain.says(&(reached + 3).to_string()).await?;
+        let mut client = attach(&talker, true).await?;
+        client.send(STDIN, b"here\n").await?;
+        client.until(STDOUT, "got here kept\r\n").await?;
+        assert_eq!(plain.exec_output(&["cat", "/made"]).await?, "new");
+        let v1 = plain.cgroup_file("freezer.state").is_ok();
+        let mut request = cri::RestorePodRequest {
+            checkpoint_path: path.display().to_string(),
+            config: Some(pod.config.clone()),
+            container_configs: vec![plain.config.clone(), talker.config.clone()],
+            runtime_handler: handler.to_owned(),
+            ..Default::default()
+        };
+        pod.stop().await?;
+        assert_eq!(plain.exited().await?.exit_code, 137);
+        pod.remove().await?;
+        let answer = daemon.runtime().restore_pod(request.clone()).await;
+        refused(answer, Code::Unimplemented, &["native", handler]);
+        assert!(daemon.pod_dirs().is_empty());
+        request.runtime_handler = "native".to_owned();
+        if v1 {
+            // They leave the file system open, if below another, that v1's hierarchies are mounted in.
+            let answer = daemon.runtime().restore_pod(request).await;
+            refused(answer, Code::InvalidArgument, &["/sys/fs/cgroup is not ro"]);
+            continue;
+        }
+        let answer = daemon.runtime().restore_pod(request).await?.into_inner();
+        let pod = Pod {
+            daemon: daemon.clone(),
+            id: answer.pod_sandbox_id,
+            config: pod.config.clone(),
+        };
+        let mut again = Vec::new();
+        for (restored, first) in answer.restored_containers.iter().zip([&plain, &talker]) {
+            let container = Container {
+                id: restored.container_id.clone(),
+                ..first.clone()
+            };
+            container.start().await?;
+            again.push(container);
+        }
+        // The log of the first one goes on.
+        again[0].says(&(count(&again[0])? + 3).to_string()).await?;
+        let text = again[0].stdout()?;
+        assert_eq!(text.lines().filter(|line| *line == "1").count(), 1);
+        assert_eq!(again[0].exec_output(&["cat", "/made"]).await?, "new");
+        let mut client = attach(&again[1], true).await?;
+        client.send(STDIN, b"there\n").await?;
+        client.until(STDOUT, "got there kept\r\n").await?;
+        pod.stop().await?;
+        pod.remove().await?;
+    }
     Ok(())
 }
 
@@ -1017,19 +1121,6 @@ async fn its_image_is_gone(env: Env) -> Result<()> {
     Ok(())
 }
 
-/// A criu that is real until the test puts `then` in its place.
-fn script(env: &Env, then: &str) -> Result<PathBuf> {
-    let path = env.root.join("criu");
-    let draft = env.root.join("criu.new");
-    std::fs::write(
-        &draft,
-        format!("#!/bin/sh\n[ \"$1\" = check ] && exit 0\n{then}\n"),
-    )?;
-    std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o755))?;
-    std::fs::rename(&draft, &path)?;
-    Ok(path)
-}
-
 async fn criu_hangs(env: Env) -> Result<()> {
     let real = criu()?;
     let path = script(&env, &format!("exec {real} \"$@\""))?;
@@ -1067,7 +1158,7 @@ async fn criu_hangs(env: Env) -> Result<()> {
 async fn criu_and_the_keeper_are_killed(env: Env) -> Result<()> {
     let real = criu()?;
     let path = script(&env, &format!("exec {real} \"$@\""))?;
-    let daemon = daemon_with(&env, &path.display().to_string()).await?;
+    let daemon = daemon_with(&env, &path).await?;
     let archive = saved(&daemon, "echo ready; sleep 1000", |_| {}).await?;
     // As if half of the processes were made: they do not go with criu.
     script(&env, "setsid sleep 1000 & exec sleep 1000")?;

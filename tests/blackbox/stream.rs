@@ -87,7 +87,7 @@ impl Client {
     }
 }
 
-async fn exec(container: &Container, script: &str, tty: bool) -> Result<Client> {
+pub async fn exec(container: &Container, script: &str, tty: bool) -> Result<Client> {
     let request = cri::ExecRequest {
         container_id: container.id.clone(),
         cmd: ["sh", "-c", script].map(str::to_owned).to_vec(),
