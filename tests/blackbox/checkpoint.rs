@@ -20,6 +20,7 @@ tests![
     no_criu,
     a_criu_that_fails,
     a_criu_that_hangs,
+    commands_wait_for_its_end,
     the_daemon_is_killed_in_the_middle,
     the_caller_gives_up,
 ];
@@ -350,6 +351,20 @@ async fn a_criu_that_hangs(env: Env) -> Result<()> {
     refused(answer, Code::DeadlineExceeded, &["in time"]);
     goes_on(&container).await?;
     nothing_left(&daemon, &location).await
+}
+
+async fn commands_wait_for_its_end(env: Env) -> Result<()> {
+    let daemon = with_script(&env, "exec sleep 1000").await?;
+    let container = counter(&daemon).await?;
+    let location = env.root.join("c.tar");
+    let exec = async {
+        frozen(&container).await?;
+        Ok::<_, anyhow::Error>(container.exec_output(&["echo", "well"]).await)
+    };
+    let (answer, output) = tokio::join!(checkpoint(&container, &location, 3), exec);
+    refused(answer, Code::DeadlineExceeded, &["in time"]);
+    assert_eq!(output??, "well");
+    goes_on(&container).await
 }
 
 async fn the_daemon_is_killed_in_the_middle(env: Env) -> Result<()> {

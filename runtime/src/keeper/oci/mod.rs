@@ -517,6 +517,7 @@ impl Keeper {
             let session = Session {
                 id: &own_id,
                 dir: &dir,
+                cgroup: &cgroup,
                 args: &args,
                 tty,
                 stdio: &stdio,
