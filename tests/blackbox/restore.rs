@@ -938,6 +938,19 @@ async fn users_are_compared(env: Env) -> Result<()> {
     }
     let answer = created(&pod, &path, as_user(1001)).await.map(|c| c.id);
     refused(answer, Code::InvalidArgument, &["user 1000"]);
+    // A terminal is its user's.
+    let change = |c: &mut cri::ContainerConfig| {
+        as_user(1000)(c);
+        on_terminal(c);
+    };
+    let path = saved(&daemon, TALKER, change).await?;
+    let container = created(&pod, &path, change).await?;
+    container.start().await?;
+    let mut client = attach(&container, true).await?;
+    client.send(STDIN, b"here\n").await?;
+    client.until(STDOUT, "got here kept\r\n").await?;
+    let owner = ["stat", "-c", "%u", "/dev/pts/0", "/dev/console"];
+    assert_eq!(container.exec_output(&owner).await?, "1000\n1000");
     Ok(())
 }
 
