@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use prost::Message as _;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 
-use crate::sys;
+use crate::{sys, wire};
 
 pub mod image;
 pub mod rpc;
@@ -91,11 +91,20 @@ pub struct Call<'a> {
     pub log: Option<PathBuf>,
 }
 
-/// Runs criu and returns its answer. `born` is told criu's process id before criu does anything.
+/// What criu has done.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// Its answer.
+    pub response: rpc::Response,
+    /// The master end of the terminal that it has made anew.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// Runs criu and returns what it has done. `born` is told criu's process id before criu does anything.
 ///
 /// # Errors
 /// [`CriuError`].
-pub fn run(call: Call<'_>, born: impl FnOnce(i32)) -> Result<rpc::Response, CriuError> {
+pub fn run(call: Call<'_>, born: impl FnOnce(i32)) -> Result<Done, CriuError> {
     let action = match call.kind {
         rpc::Kind::Dump => "dump",
         rpc::Kind::Restore => "restore",
@@ -121,17 +130,17 @@ pub fn run(call: Call<'_>, born: impl FnOnce(i32)) -> Result<rpc::Response, Criu
         notify_success: None,
     };
     let answer = converse(&ours, &request, call.deadline, || has_ended_child(child));
-    if !matches!(&answer, Ok(Some(response)) if response.success) {
+    if !matches!(&answer, Ok(Some(done)) if done.response.success) {
         // It may be in the middle of anything.
         sys::kill_child(child);
     }
     drop(ours);
     let status = sys::wait_child(child);
     match answer {
-        Ok(Some(response)) if response.success => Ok(response),
-        Ok(Some(response)) => Err(CriuError::Failed {
+        Ok(Some(done)) if done.response.success => Ok(done),
+        Ok(Some(done)) => Err(CriuError::Failed {
             action,
-            log: reason(&call, response.cr_errmsg.as_deref()),
+            log: reason(&call, done.response.cr_errmsg.as_deref()),
         }),
         Ok(None) | Err(Errno::CONNRESET | Errno::PIPE) => match status {
             NOT_FOUND => Err(started(io::ErrorKind::NotFound.into())),
@@ -178,9 +187,10 @@ fn converse(
     request: &rpc::Request,
     deadline: Instant,
     is_lost: impl Fn() -> bool,
-) -> Result<Option<rpc::Response>, Errno> {
+) -> Result<Option<Done>, Errno> {
     send(socket, request)?;
     let mut buffer = vec![0; MESSAGE];
+    let mut terminal = None;
     let mut lost = 0;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -199,13 +209,18 @@ fn converse(
             Err(Errno::INTR) => continue,
             Err(e) => return Err(e),
         }
-        let (length, _) = rustix::net::recv(socket, &mut buffer[..], RecvFlags::empty())?;
+        let mut descriptors = Vec::new();
+        let received = wire::recv_with_fds(socket, &mut buffer, &mut descriptors);
+        let length = received.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
         if length == 0 {
             return Ok(None);
         }
         let response = rpc::Response::decode(&buffer[..length]).map_err(|_| Errno::BADMSG)?;
         if response.kind != rpc::Kind::Notify as i32 {
-            return Ok(Some(response));
+            return Ok(Some(Done { response, terminal }));
+        }
+        if response.notify.and_then(|n| n.script).as_deref() == Some(rpc::TERMINAL) {
+            terminal = descriptors.pop().or(terminal);
         }
         let go_on = rpc::Request {
             kind: rpc::Kind::Notify as i32,

@@ -19,6 +19,8 @@ use crate::{descriptor, sys};
 
 /// How often a v1 freezer is asked whether it has got there; it tells nobody.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// Likewise, by who waits for its end.
+const LOOK_AGAIN_LATER: Duration = Duration::from_millis(10);
 /// How long the guard waits for a helper that it has killed.
 const HELPER_END: Duration = Duration::from_secs(5);
 
@@ -141,6 +143,34 @@ impl Freezer {
         }
     }
 
+    /// Waits until it is neither frozen nor to be; false when time is over. What can't be read is not frozen.
+    pub fn wait_until_thawed(&self, deadline: Instant) -> bool {
+        use std::os::unix::fs::FileExt as _;
+        let events = fs::File::open(self.dir.join("cgroup.events")).ok();
+        loop {
+            // Only what changes after it was read is told.
+            let _ = events
+                .as_ref()
+                .map(|events| events.read_at(&mut [0; 256], 0));
+            let state = fs::read_to_string(self.file()).unwrap_or_default();
+            if matches!(state.trim(), "" | "THAWED" | "0") {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            // v1 tells nobody, and v2 only of what has been frozen.
+            let pause = left.min(LOOK_AGAIN_LATER);
+            match (&events, rustix::event::Timespec::try_from(pause)) {
+                (Some(events), Ok(pause)) if self.unified => {
+                    let _ = poll(&mut [PollFd::new(events, PollFlags::PRI)], Some(&pause));
+                }
+                _ => std::thread::sleep(pause),
+            }
+        }
+    }
+
     /// Thaws it. A cgroup that has gone is no error.
     ///
     /// # Errors
@@ -240,5 +270,35 @@ fn watch(pipe: OwnedFd, freezers: &[Freezer]) {
     }
     for freezer in freezers {
         let _ = freezer.thaw();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_ends_with_the_frost_or_the_time() {
+        for (unified, file, frozen, thawed) in [
+            (false, "freezer.state", "FROZEN\n", "THAWED\n"),
+            (true, "cgroup.freeze", "1\n", "0\n"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let freezer = Freezer {
+                dir: dir.path().to_owned(),
+                unified,
+            };
+            let soon = || Instant::now() + Duration::from_millis(30);
+            // A cgroup that has gone holds nobody up.
+            assert!(freezer.wait_until_thawed(soon()));
+            let path = dir.path().join(file);
+            fs::write(&path, frozen).unwrap();
+            assert!(!freezer.wait_until_thawed(soon()));
+            let waiting = std::thread::spawn(move || {
+                freezer.wait_until_thawed(Instant::now() + Duration::from_secs(20))
+            });
+            fs::write(&path, thawed).unwrap();
+            assert!(waiting.join().unwrap());
+        }
     }
 }

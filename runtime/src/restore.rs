@@ -9,7 +9,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -27,12 +27,14 @@ use crate::criu::{self, CriuError, rpc};
 use crate::ids::IdMaps;
 use crate::rootfs;
 use crate::writable_layer::apply::{self, ApplyError};
-use crate::{image_volume, limits, propagation, scope, user};
+use crate::{image_volume, limits, propagation, scope, terminal, user, wire};
 
 mod mounts;
 mod namespaces;
 mod privilege;
 
+/// Where the names of terminals begin.
+const TERMINALS: &str = "/dev/pts/";
 /// criu's log of a restore.
 const LOG: &str = "restore.log";
 /// The largest list of deleted files, in bytes.
@@ -249,6 +251,7 @@ pub fn prepare(inherited: &Inherited<'_>) -> Result<CreateContainerResult, Resto
         limits::apply(inherited.cgroups, inherited.cgroup, resources).map_err(CreateError::from)?;
     }
     let images = inherited.images();
+    check_terminal(create, &read_descriptors(&images.join(DESCRIPTORS))?)?;
     let inventory: Inventory =
         image::read_one(&images.join("inventory.img")).map_err(ImagesError::from)?;
     let processes: Vec<Process> =
@@ -272,7 +275,7 @@ pub fn prepare(inherited: &Inherited<'_>) -> Result<CreateContainerResult, Resto
         Err(e) => return Err(file("open", &diff)(e)),
     }
     let user = user::resolve(
-        std::os::fd::AsFd::as_fd(&root),
+        root.as_fd(),
         create.user.as_ref().unwrap_or(&Default::default()),
     )
     .map_err(CreateError::from)?;
@@ -282,7 +285,8 @@ pub fn prepare(inherited: &Inherited<'_>) -> Result<CreateContainerResult, Resto
     let cgroups = (inherited.cgroups, inherited.cgroup);
     let plan = mounts::plan(&images, &processes, &spec, &root, cgroups, bounds.bounding)?;
     for (place, source) in &plan.places {
-        let is_file = source.as_ref().is_some_and(|source| source.is_file());
+        let is_file = |source: &PathBuf| source.metadata().is_ok_and(|found| !found.is_dir());
+        let is_file = source.as_ref().is_some_and(is_file);
         apply::make_place(&root, place, is_file)?;
     }
     if !create.working_dir.is_empty() {
@@ -386,6 +390,7 @@ fn ask(
             .map(OwnedFd::from)
             .map_err(file("open", path))
     };
+    let create = inherited.create;
     let work = Path::new(&inherited.restore.dir);
     let (images_dir, work_dir) = (open(&inherited.images())?, open(work)?);
     let closed = inventory.tcp_close == Some(true) || !criu.tcp_established;
@@ -403,6 +408,8 @@ fn ask(
         file_locks: Some(true),
         log_level: Some(4),
         log_file: Some(LOG.to_owned()),
+        // Its terminal comes that way.
+        notify_scripts: Some(create.tty),
         manage_cgroups: Some(true),
         manage_cgroups_mode: Some(rpc::CgroupMode::Ignore as i32),
         external: external.collect(),
@@ -422,8 +429,9 @@ fn ask(
         deadline,
         log: Some(work.join(LOG)),
     };
-    let response = criu::run(call, |_| {})?;
-    let pid = response.restore.map_or(0, |restored| restored.pid);
+    let done = criu::run(call, |_| {})?;
+    streams.hand_over(inherited.stdio, done.terminal.as_ref())?;
+    let pid = done.response.restore.map_or(0, |restored| restored.pid);
     match pid {
         1.. => Ok(pid),
         _ => Err(RestoreError::Step {
@@ -435,9 +443,6 @@ fn ask(
 
 fn check_configuration(create: &CreateContainer, spec: &Spec) -> Result<(), RestoreError> {
     let no = |what| Err(RestoreError::Configuration(what));
-    if create.tty {
-        return no("can't have a terminal");
-    }
     if !create.pid_target.is_empty() || !creator::has_own_pid_namespace(spec) {
         return no("needs a PID namespace of its own: its process ids may be taken in another");
     }
@@ -456,6 +461,28 @@ fn check_configuration(create: &CreateContainer, spec: &Spec) -> Result<(), Rest
         return no("can't have mounts whose owners are mapped");
     }
     Ok(())
+}
+
+/// What the checkpoint's standard streams were called.
+fn read_descriptors(path: &Path) -> Result<Vec<String>, RestoreError> {
+    let text = fs::read(path).map_err(file("read", path))?;
+    let names = serde_json::from_slice(&text)
+        .map_err(|e| refused(format!("{DESCRIPTORS} is no list of names: {e}")))?;
+    Ok(names)
+}
+
+fn check_terminal(create: &CreateContainer, names: &[String]) -> Result<(), ImagesError> {
+    let had = names.iter().any(|name| name.starts_with(TERMINALS));
+    match (had, create.tty) {
+        (true, false) => Err(refused(
+            "its container had a terminal; restore it with a configuration that has one (tty)",
+        )),
+        (false, true) => Err(refused(
+            "its container had no terminal, or none that was still open; restore it with a configuration that has none \
+             (tty)",
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn check_names(images: &Path) -> Result<(), RestoreError> {
@@ -530,8 +557,13 @@ fn join_namespaces(spec: &Spec) -> Result<(), RestoreError> {
 /// Binds everything external aside, each shared with nobody yet: what was another mount's slave is made the slave of its
 /// source, which has to be one that can have slaves, and the root of a mount. They end with this process.
 fn staged(mut plan: mounts::Plan, aside: &Path) -> Result<mounts::Plan, RestoreError> {
+    let empty = aside.join("empty");
     for (n, (_, source)) in plan.external.iter_mut().enumerate() {
         let at = aside.join(n.to_string());
+        if source.as_os_str().is_empty() {
+            fs::create_dir_all(&empty).map_err(file("create", &empty))?;
+            source.clone_from(&empty);
+        }
         propagation::make_place(source, &at).map_err(file("make a place for", source))?;
         let none: Option<&str> = None;
         mount(Some(&*source), &at, none, MsFlags::MS_BIND, none)
@@ -548,17 +580,16 @@ struct Streams(Vec<(String, OwnedFd)>);
 
 impl Streams {
     fn new(stdio: &Stdio, descriptors: &Path) -> Result<Self, RestoreError> {
-        let text = fs::read(descriptors).map_err(file("read", descriptors))?;
-        let names: Vec<String> = serde_json::from_slice(&text)
-            .map_err(|e| refused(format!("{DESCRIPTORS} is no list of names: {e}")))?;
         let Stdio::Pipes {
             stdin,
             stdout,
             stderr,
         } = stdio
         else {
-            return Err(RestoreError::Configuration("can't have a terminal"));
+            // criu makes it anew, in the container.
+            return Ok(Self(Vec::new()));
         };
+        let names = read_descriptors(descriptors)?;
         let dup = |fd: &OwnedFd| fd.try_clone().map_err(step("copy a standard stream"));
         let mut streams = Vec::new();
         let mut known = HashSet::new();
@@ -579,6 +610,19 @@ impl Streams {
             streams.push((name.clone(), now));
         }
         Ok(Self(streams))
+    }
+
+    /// Sends the terminal that criu has made to the keeper.
+    fn hand_over(&self, stdio: &Stdio, terminal: Option<&OwnedFd>) -> Result<(), RestoreError> {
+        let Stdio::Terminal(socket) = stdio else {
+            return Ok(());
+        };
+        let terminal = terminal
+            .ok_or_else(|| refused("none of its processes has the container's terminal open"))?;
+        terminal::number(terminal)
+            .and_then(|_| wire::send_with_fds(socket, b"t", &[terminal.as_fd()]))
+            .map(drop)
+            .map_err(step("take over the terminal that criu has made"))
     }
 
     fn keys(&self) -> Vec<rpc::InheritFd> {

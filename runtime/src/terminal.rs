@@ -1,7 +1,7 @@
 //! Pseudo terminals of containers and exec sessions, opened inside the container so that they are in its
 //! own `devpts`. The master end travels to whoever serves it through a socket.
 //!
-//! `unsafe` is confined to five `ioctl`s on descriptors that are open for the call.
+//! `unsafe` is confined to six `ioctl`s on descriptors that are open for the call.
 
 use std::fs::File;
 use std::io;
@@ -111,6 +111,20 @@ pub fn receive(socket: impl AsFd) -> io::Result<OwnedFd> {
     wire::recv_with_fds(socket, &mut byte, &mut fds)?;
     fds.pop()
         .ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "no descriptor came"))
+}
+
+/// A terminal's number in its `devpts`, by its master end.
+///
+/// # Errors
+/// What the kernel says; `ENOTTY` for what is no master end.
+pub fn number(master: impl AsFd) -> io::Result<u32> {
+    let mut number: libc::c_uint = 0;
+    // SAFETY: see the module's header; the argument outlives the call.
+    let got = unsafe { libc::ioctl(master.as_fd().as_raw_fd(), libc::TIOCGPTN, &raw mut number) };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(number)
 }
 
 /// A terminal's size in characters: width and height.

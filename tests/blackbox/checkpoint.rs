@@ -10,14 +10,17 @@ use nix::sys::signal::Signal;
 use tonic::{Code, Status};
 
 use crate::harness::*;
+use crate::stream::{STDIN, STDOUT, exec};
 
 tests![
     a_checkpoint_is_whole_and_the_container_goes_on,
     a_pod_is_one_checkpoint,
+    sessions_are_no_part_of_it,
     what_cannot_be_checkpointed,
     no_criu,
     a_criu_that_fails,
     a_criu_that_hangs,
+    commands_wait_for_its_end,
     the_daemon_is_killed_in_the_middle,
     the_caller_gives_up,
 ];
@@ -47,6 +50,9 @@ pub fn criu() -> Result<String> {
 
 /// A daemon with this criu.
 pub async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
+    if gvisor() || handler().starts_with("shim-") {
+        return skip(format!("handler {} refuses checkpoints by name", handler()));
+    }
     let daemon = env
         .daemon_with(|s| s.set("checkpoint.criu", &format!("{criu:?}")))
         .await?;
@@ -54,13 +60,30 @@ pub async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
     Ok(daemon)
 }
 
-/// A daemon whose criu is a script that passes the check and then does as `then` says.
-async fn with_script(env: &Env, then: &str) -> Result<Daemon> {
-    let script = env.root.join("criu");
+/// A criu that passes the check and then does as `then` says; it takes the place of one that is there.
+pub fn script(env: &Env, then: &str) -> Result<String> {
+    let path = env.root.join("criu");
+    let draft = env.root.join("criu.new");
     let text = format!("#!/bin/sh\n[ \"$1\" = check ] && exit 0\n{then}\n");
-    std::fs::write(&script, text)?;
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?;
-    daemon_with(env, &script.display().to_string()).await
+    std::fs::write(&draft, text)?;
+    std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o755))?;
+    std::fs::rename(&draft, &path)?;
+    Ok(path.display().to_string())
+}
+
+async fn with_script(env: &Env, then: &str) -> Result<Daemon> {
+    daemon_with(env, &script(env, then)?).await
+}
+
+/// A container of such a handler is refused, and nothing happens to it.
+pub async fn is_refused(daemon: &Daemon, handler: &str, why: &str) -> Result<()> {
+    let pod = daemon.pod_under(handler).await?;
+    let container = pod.sleeper().await?;
+    let location = daemon.env().root.join("c.tar");
+    let answer = checkpoint(&container, &location, 0).await;
+    refused(answer, Code::Unimplemented, &[&container.id, why]);
+    container.exec_output(&["true"]).await?;
+    nothing_left(daemon, &location).await
 }
 
 async fn with_criu(env: &Env) -> Result<Daemon> {
@@ -199,6 +222,31 @@ async fn a_checkpoint_is_whole_and_the_container_goes_on(env: Env) -> Result<()>
     nothing_left(&daemon, &env.root.join("none")).await
 }
 
+async fn sessions_are_no_part_of_it(env: Env) -> Result<()> {
+    let daemon = with_criu(&env).await?;
+    let container = counter(&daemon).await?;
+    for tty in [false, true] {
+        let mut client = exec(
+            &container,
+            "echo here; while read a; do echo got $a; done",
+            tty,
+        )
+        .await?;
+        client.until(STDOUT, "here").await?;
+        let location = env.root.join(format!("{tty}.tar"));
+        checkpoint(&container, &location, 0).await?;
+        client.send(STDIN, b"words\n").await?;
+        client.until(STDOUT, "got words").await?;
+        let found = files(std::fs::File::open(&location)?)?;
+        let names = found.keys().filter_map(|path| path.to_str());
+        let threads = names.filter(|n| n.starts_with("checkpoint/core-")).count();
+        // The counter, and its sleep.
+        assert!((1..=2).contains(&threads), "{threads}");
+        goes_on(&container).await?;
+    }
+    Ok(())
+}
+
 async fn a_pod_is_one_checkpoint(env: Env) -> Result<()> {
     let daemon = with_criu(&env).await?;
     let pod = daemon.pod(|_| {}).await?;
@@ -303,6 +351,20 @@ async fn a_criu_that_hangs(env: Env) -> Result<()> {
     refused(answer, Code::DeadlineExceeded, &["in time"]);
     goes_on(&container).await?;
     nothing_left(&daemon, &location).await
+}
+
+async fn commands_wait_for_its_end(env: Env) -> Result<()> {
+    let daemon = with_script(&env, "exec sleep 1000").await?;
+    let container = counter(&daemon).await?;
+    let location = env.root.join("c.tar");
+    let exec = async {
+        frozen(&container).await?;
+        Ok::<_, anyhow::Error>(container.exec_output(&["echo", "well"]).await)
+    };
+    let (answer, output) = tokio::join!(checkpoint(&container, &location, 3), exec);
+    refused(answer, Code::DeadlineExceeded, &["in time"]);
+    assert_eq!(output??, "well");
+    goes_on(&container).await
 }
 
 async fn the_daemon_is_killed_in_the_middle(env: Env) -> Result<()> {

@@ -20,6 +20,7 @@ tests![
     capabilities_that_it_does_not_know,
     it_says_what_is_different,
     statistics_of_containers,
+    checkpoints_are_refused_by_name,
 ];
 
 const HANDLER: &str = "runsc";
@@ -90,6 +91,12 @@ async fn not_ready(pod: &Pod) -> Result<()> {
         Ok((state == cri::PodSandboxState::SandboxNotready).then_some(()))
     })
     .await
+}
+
+async fn checkpoints_are_refused_by_name(env: Env) -> Result<()> {
+    let criu = crate::checkpoint::script(&env, "exit 1")?;
+    let daemon = daemon_with(&env, |s| s.set("checkpoint.criu", &format!("{criu:?}"))).await?;
+    crate::checkpoint::is_refused(&daemon, HANDLER, "sandbox").await
 }
 
 async fn containers_of_a_pod_share_a_network(env: Env) -> Result<()> {

@@ -28,7 +28,7 @@ tests![
 ];
 
 /// The command-line runtimes that this machine has.
-fn runtimes() -> Result<Vec<&'static str>> {
+pub fn runtimes() -> Result<Vec<&'static str>> {
     if stage::systemd() {
         return skip(stage::NO_PROCESS_IDS);
     }
@@ -55,7 +55,7 @@ fn program(name: &str) -> Option<PathBuf> {
     paths.into_iter().find(|path| path.is_file())
 }
 
-fn describe(setup: &mut Setup, name: &str, path: &str) {
+pub fn describe(setup: &mut Setup, name: &str, path: &str) {
     setup.set(&format!("runtimes.{name}.type"), "\"oci\"");
     setup.set(&format!("runtimes.{name}.path"), &format!("{path:?}"));
 }

@@ -15,6 +15,7 @@ tests![
     ext4_accounts_for_layers,
     xfs_accounts_for_layers,
     files_stay_on_the_account,
+    a_restored_layer_has_an_account,
     layers_that_have_no_account,
     the_account_of_somebody_else,
 ];
@@ -241,6 +242,60 @@ async fn files_stay_on_the_account(env: Env) -> Result<()> {
         assert!(RANGE.contains(&number), "{path}: {number}");
     }
     is_accounted(&files, &container, "all that").await?;
+    files.end(&daemon).await
+}
+
+async fn a_restored_layer_has_an_account(env: Env) -> Result<()> {
+    let criu = crate::checkpoint::criu()?;
+    let files = FileSystem::ext4(&env)?;
+    let daemon = crate::restore::daemon_with(&env, &criu).await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let script = "head -c 8388608 /dev/zero > /f; mkdir -p /d/e; echo x > /d/e/g; rm /bin/cat; echo ready; sleep 1000";
+    let first = pod.run(&["sh", "-c", script], |_| {}).await?;
+    first.says("ready").await?;
+    let saved = env.root.join("c.tar");
+    crate::checkpoint::checkpoint(&first, &saved, 0).await?;
+    let [full, _] = is_accounted(&files, &first, "a checkpoint").await?;
+    let container = crate::restore::created(&pod, &saved, |_| {}).await?;
+    let layer = files.layer(&container);
+    let number = project(&layer.join("work")).await?;
+    assert!(RANGE.contains(&number), "{number}");
+    assert_ne!(number, project(&files.layer(&first).join("work")).await?);
+    let all = || async {
+        for path in [
+            "upper",
+            "upper/f",
+            "upper/d",
+            "upper/d/e",
+            "upper/d/e/g",
+            "upper/bin",
+        ] {
+            assert_eq!(project(&layer.join(path)).await?, number, "{path}");
+        }
+        anyhow::Ok(())
+    };
+    all().await?;
+    container.start().await?;
+    all().await?;
+    let [bytes, _] = is_accounted(&files, &container, "a restore").await?;
+    assert!(bytes.abs_diff(full) <= 1 << 20, "{full}, then {bytes}");
+    container
+        .exec_output(&[
+            "sh",
+            "-c",
+            "cp /f /d/e/h; mv /d/e /moved; echo more >> /etc/passwd",
+        ])
+        .await?;
+    let [more, _] = is_accounted(&files, &container, "changes").await?;
+    assert!(more - bytes >= 8 << 20, "{bytes}, then {more}");
+    // The checkpoint's files, which lie beside it until the start, were on nobody's account.
+    let projects = files.projects()?;
+    container.stop(0).await?;
+    container.remove().await?;
+    eventually("the project to be free", seconds(10), || async {
+        Ok((projects.entry(number)? == Entry::default()).then_some(()))
+    })
+    .await?;
     files.end(&daemon).await
 }
 

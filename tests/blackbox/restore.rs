@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
@@ -11,17 +10,21 @@ use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
 use tonic::{Code, Status};
 
-use crate::checkpoint::{COUNTER, checkpoint, count, counter, criu, files};
+use crate::checkpoint::{COUNTER, checkpoint, count, counter, criu, files, script};
 use crate::harness::*;
+use crate::stream::{RESIZE, STDIN, STDOUT, attach};
 
 tests![
     it_goes_on_in_another_pod,
     it_ends_as_any_other,
     its_pod_is_the_new_one,
     it_reads_its_input_and_its_variables,
+    it_has_a_terminal,
+    terminals_are_compared,
     it_may_never_be_started,
     the_daemon_restarts_before_and_after,
     a_pod_comes_back,
+    what_other_runtimes_made,
     a_pod_that_cannot_come_back,
     an_image_is_a_checkpoint,
     nothing_more_than_the_configuration_gives,
@@ -37,7 +40,7 @@ tests![
 /// What is different in a configuration.
 type Change<'a> = &'a (dyn Fn(&mut cri::ContainerConfig) + Sync);
 
-async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
+pub async fn daemon_with(env: &Env, criu: &str) -> Result<Daemon> {
     let daemon = env
         .daemon_with(|s| {
             s.set("checkpoint.criu", &format!("{criu:?}"));
@@ -53,7 +56,7 @@ async fn daemon(env: &Env) -> Result<Daemon> {
 }
 
 /// Restores a checkpoint; the rest of the configuration is `change`'s.
-async fn created(
+pub async fn created(
     pod: &Pod,
     image: &Path,
     change: impl FnOnce(&mut cri::ContainerConfig),
@@ -290,6 +293,109 @@ async fn it_reads_its_input_and_its_variables(env: Env) -> Result<()> {
     container.says("outer inner  end").await
 }
 
+/// Answers to each line, and to an interrupt.
+const TALKER: &str = "trap 'echo interrupted' INT; V=kept; echo ready
+    while :; do
+        read line || continue
+        [ \"$line\" != end ] || exit 3
+        echo \"got $line $V\"; stty size
+    done";
+
+fn on_terminal(c: &mut cri::ContainerConfig) {
+    (c.stdin, c.tty) = (true, true);
+}
+
+async fn it_has_a_terminal(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let first = pod.run(&["sh", "-c", TALKER], on_terminal).await?;
+    first.says("ready").await?;
+    let mut client = attach(&first, true).await?;
+    client.send(RESIZE, br#"{"Width":70,"Height":20}"#).await?;
+    client.send(STDIN, b"before\n").await?;
+    client.until(STDOUT, "got before kept\r\n20 70\r\n").await?;
+    let path = env.root.join("c.tar");
+    // Somebody is attached meanwhile, and remains so.
+    checkpoint(&first, &path, 0).await?;
+    client.send(STDIN, b"after\n").await?;
+    client.until(STDOUT, "got after kept\r\n20 70\r\n").await?;
+    let other = daemon.pod(|_| {}).await?;
+    for restart in [false, true] {
+        let again = created(&other, &path, on_terminal).await?;
+        again.start().await?;
+        if restart {
+            daemon.kill(Signal::SIGKILL).await?;
+            daemon.launch().await?;
+        }
+        let mut client = attach(&again, true).await?;
+        // Its size is what it was, until it is changed.
+        client.send(STDIN, b"here\n").await?;
+        client.until(STDOUT, "got here kept\r\n20 70\r\n").await?;
+        client.send(RESIZE, br#"{"Width":99,"Height":33}"#).await?;
+        client.send(STDIN, b"resized\n").await?;
+        client.until(STDOUT, "33 99\r\n").await?;
+        // It is the controlling terminal of its processes.
+        client.send(STDIN, b"\x03").await?;
+        client.until(STDOUT, "interrupted\r\n").await?;
+        let init = init(&again).await?;
+        for stream in 0..3 {
+            let target = std::fs::read_link(format!("/proc/{init}/fd/{stream}"))?;
+            assert_eq!(target, Path::new("/dev/pts/0"));
+        }
+        let console = [
+            "sh",
+            "-c",
+            "stat -c %t:%T /dev/console; echo console > /dev/console",
+        ];
+        assert_eq!(again.exec_output(&console).await?, "88:0");
+        client.until(STDOUT, "console\r\n").await?;
+        // A checkpoint of what came from one.
+        let second = env.root.join(format!("second-{restart}.tar"));
+        checkpoint(&again, &second, 0).await?;
+        client.send(STDIN, b"end\n").await?;
+        assert_eq!(again.exited().await?.exit_code, 3);
+        let text = again.stdout()?;
+        for line in ["got here kept", "33 99", "interrupted", "console"] {
+            ensure!(text.contains(&format!("{line}\r\n")), "{line}: {text:?}");
+        }
+        assert!(!text.contains("before"), "{text:?}");
+        let third = created(&other, &second, on_terminal).await?;
+        third.start().await?;
+        third.stop(0).await?;
+        assert_eq!(third.exited().await?.exit_code, 137);
+    }
+    let mut client = attach(&first, true).await?;
+    client.send(STDIN, b"end\n").await?;
+    assert_eq!(first.exited().await?.exit_code, 3);
+    Ok(())
+}
+
+async fn terminals_are_compared(env: Env) -> Result<()> {
+    let daemon = daemon(&env).await?;
+    let pod = daemon.pod(|_| {}).await?;
+    let script = "echo ready; sleep 1000";
+    let plain = saved(&daemon, script, |_| {}).await?;
+    let terminal = saved(&daemon, script, on_terminal).await?;
+    let answer = created(&pod, &plain, on_terminal).await.map(|c| c.id);
+    refused(answer, Code::InvalidArgument, &["had no terminal", "tty"]);
+    let answer = created(&pod, &terminal, |_| {}).await.map(|c| c.id);
+    refused(answer, Code::InvalidArgument, &["had a terminal", "tty"]);
+    // One that nothing has open any more has been taken down.
+    let script = "echo ready; exec sleep 1000 </dev/null >/dev/null 2>&1";
+    let container = pod.run(&["sh", "-c", script], on_terminal).await?;
+    container.says("ready").await?;
+    eventually("a process without a terminal", seconds(10), || async {
+        let comm = read(format!("/proc/{}/comm", container.pid()?))?;
+        Ok((comm.trim() == "sleep").then_some(()))
+    })
+    .await?;
+    let path = env.root.join("closed.tar");
+    checkpoint(&container, &path, 0).await?;
+    let answer = created(&pod, &path, on_terminal).await.map(|c| c.id);
+    refused(answer, Code::InvalidArgument, &["still open"]);
+    Ok(())
+}
+
 async fn it_may_never_be_started(env: Env) -> Result<()> {
     let daemon = daemon(&env).await?;
     let path = saved(&daemon, "echo ready; sleep 1000", |_| {}).await?;
@@ -305,14 +411,12 @@ async fn it_may_never_be_started(env: Env) -> Result<()> {
         memory_limit_in_bytes: 64 << 20,
         ..Default::default()
     };
-    if env.driver == Driver::Cgroupfs {
-        left.update(new).await?;
-        left.start().await?;
-        let limit = left
-            .cgroup_file("memory.limit_in_bytes")
-            .or_else(|_| left.cgroup_file("memory.max"))?;
-        assert_eq!(limit.trim(), (64 << 20).to_string());
-    }
+    left.update(new).await?;
+    left.start().await?;
+    let limit = left
+        .cgroup_file("memory.limit_in_bytes")
+        .or_else(|_| left.cgroup_file("memory.max"))?;
+    assert_eq!(limit.trim(), (64 << 20).to_string());
     created(&pod, &path, |_| {}).await?;
     pod.stop().await?;
     pod.remove().await?;
@@ -433,6 +537,112 @@ async fn a_pod_comes_back(env: Env) -> Result<()> {
         pod.status().await?.state(),
         cri::PodSandboxState::SandboxReady
     );
+    Ok(())
+}
+
+async fn what_other_runtimes_made(env: Env) -> Result<()> {
+    let all = crate::handlers::runtimes()?;
+    let criu = criu()?;
+    let daemon = env
+        .daemon_with(|s| {
+            s.set("checkpoint.criu", &format!("{criu:?}"));
+            s.set("checkpoint.restore", "true");
+            for name in &all {
+                crate::handlers::describe(s, name, name);
+            }
+        })
+        .await?;
+    daemon.pull("test").await?;
+    for handler in all {
+        let volume = env.dir(&format!("volume-{handler}"))?;
+        // Their filters are not ours.
+        let change = |name: &'static str| {
+            let mount = cri::Mount {
+                container_path: "/data".to_owned(),
+                host_path: volume.display().to_string(),
+                ..Default::default()
+            };
+            move |c: &mut cri::ContainerConfig| {
+                c.metadata.get_or_insert_default().name = name.to_owned();
+                c.log_path = format!("{name}.log");
+                c.mounts.push(mount);
+                config::container_security(c).seccomp = Some(cri::SecurityProfile {
+                    profile_type: cri::security_profile::ProfileType::Unconfined as i32,
+                    ..Default::default()
+                });
+            }
+        };
+        let pod = daemon.pod_under(handler).await?;
+        let plain = pod.run(COUNTER, change("plain")).await?;
+        let talker = pod
+            .run(&["sh", "-c", TALKER], |c| {
+                change("talker")(c);
+                on_terminal(c);
+            })
+            .await?;
+        plain.says("3").await?;
+        talker.says("ready").await?;
+        let path = env.root.join(format!("pod-{handler}"));
+        let request = cri::CheckpointPodRequest {
+            pod_sandbox_id: pod.id.clone(),
+            output_path: path.display().to_string(),
+            ..Default::default()
+        };
+        daemon.runtime().checkpoint_pod(request).await?;
+        // They go on, and their runtime still knows them.
+        let reached = count(&plain)?;
+        plain.says(&(reached + 3).to_string()).await?;
+        let mut client = attach(&talker, true).await?;
+        client.send(STDIN, b"here\n").await?;
+        client.until(STDOUT, "got here kept\r\n").await?;
+        assert_eq!(plain.exec_output(&["cat", "/made"]).await?, "new");
+        let v1 = plain.cgroup_file("freezer.state").is_ok();
+        let mut request = cri::RestorePodRequest {
+            checkpoint_path: path.display().to_string(),
+            config: Some(pod.config.clone()),
+            container_configs: vec![plain.config.clone(), talker.config.clone()],
+            runtime_handler: handler.to_owned(),
+            ..Default::default()
+        };
+        pod.stop().await?;
+        assert_eq!(plain.exited().await?.exit_code, 137);
+        pod.remove().await?;
+        let answer = daemon.runtime().restore_pod(request.clone()).await;
+        refused(answer, Code::Unimplemented, &["native", handler]);
+        assert!(daemon.pod_dirs().is_empty());
+        request.runtime_handler = "native".to_owned();
+        if v1 {
+            // They leave the file system open, if below another, that v1's hierarchies are mounted in.
+            let answer = daemon.runtime().restore_pod(request).await;
+            refused(answer, Code::InvalidArgument, &["/sys/fs/cgroup is not ro"]);
+            continue;
+        }
+        let answer = daemon.runtime().restore_pod(request).await?.into_inner();
+        let pod = Pod {
+            daemon: daemon.clone(),
+            id: answer.pod_sandbox_id,
+            config: pod.config.clone(),
+        };
+        let mut again = Vec::new();
+        for (restored, first) in answer.restored_containers.iter().zip([&plain, &talker]) {
+            let container = Container {
+                id: restored.container_id.clone(),
+                ..first.clone()
+            };
+            container.start().await?;
+            again.push(container);
+        }
+        // The log of the first one goes on.
+        again[0].says(&(count(&again[0])? + 3).to_string()).await?;
+        let text = again[0].stdout()?;
+        assert_eq!(text.lines().filter(|line| *line == "1").count(), 1);
+        assert_eq!(again[0].exec_output(&["cat", "/made"]).await?, "new");
+        let mut client = attach(&again[1], true).await?;
+        client.send(STDIN, b"there\n").await?;
+        client.until(STDOUT, "got there kept\r\n").await?;
+        pod.stop().await?;
+        pod.remove().await?;
+    }
     Ok(())
 }
 
@@ -728,6 +938,19 @@ async fn users_are_compared(env: Env) -> Result<()> {
     }
     let answer = created(&pod, &path, as_user(1001)).await.map(|c| c.id);
     refused(answer, Code::InvalidArgument, &["user 1000"]);
+    // A terminal is its user's.
+    let change = |c: &mut cri::ContainerConfig| {
+        as_user(1000)(c);
+        on_terminal(c);
+    };
+    let path = saved(&daemon, TALKER, change).await?;
+    let container = created(&pod, &path, change).await?;
+    container.start().await?;
+    let mut client = attach(&container, true).await?;
+    client.send(STDIN, b"here\n").await?;
+    client.until(STDOUT, "got here kept\r\n").await?;
+    let owner = ["stat", "-c", "%u", "/dev/pts/0", "/dev/console"];
+    assert_eq!(container.exec_output(&owner).await?, "1000\n1000");
     Ok(())
 }
 
@@ -735,8 +958,6 @@ async fn what_cannot_be_restored(env: Env) -> Result<()> {
     let daemon = daemon(&env).await?;
     let path = saved(&daemon, "echo ready; sleep 1000", |_| {}).await?;
     let pod = daemon.pod(|_| {}).await?;
-    let answer = created(&pod, &path, |c| c.tty = true).await.map(|c| c.id);
-    refused(answer, Code::InvalidArgument, &["terminal"]);
     let shared = daemon
         .pod(|c| config::pod_namespaces(c).pid = cri::NamespaceMode::Pod as i32)
         .await?;
@@ -913,19 +1134,6 @@ async fn its_image_is_gone(env: Env) -> Result<()> {
     Ok(())
 }
 
-/// A criu that is real until the test puts `then` in its place.
-fn script(env: &Env, then: &str) -> Result<PathBuf> {
-    let path = env.root.join("criu");
-    let draft = env.root.join("criu.new");
-    std::fs::write(
-        &draft,
-        format!("#!/bin/sh\n[ \"$1\" = check ] && exit 0\n{then}\n"),
-    )?;
-    std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o755))?;
-    std::fs::rename(&draft, &path)?;
-    Ok(path)
-}
-
 async fn criu_hangs(env: Env) -> Result<()> {
     let real = criu()?;
     let path = script(&env, &format!("exec {real} \"$@\""))?;
@@ -963,7 +1171,7 @@ async fn criu_hangs(env: Env) -> Result<()> {
 async fn criu_and_the_keeper_are_killed(env: Env) -> Result<()> {
     let real = criu()?;
     let path = script(&env, &format!("exec {real} \"$@\""))?;
-    let daemon = daemon_with(&env, &path.display().to_string()).await?;
+    let daemon = daemon_with(&env, &path).await?;
     let archive = saved(&daemon, "echo ready; sleep 1000", |_| {}).await?;
     // As if half of the processes were made: they do not go with criu.
     script(&env, "setsid sleep 1000 & exec sleep 1000")?;

@@ -22,6 +22,7 @@ tests![
     options_of_a_shim,
     a_shim_with_the_sandbox_api,
     user_namespaces_are_refused_by_name,
+    checkpoints_are_refused_by_name,
 ];
 
 const HANDLER: &str = "shim-runc";
@@ -368,6 +369,19 @@ async fn fake(env: &Env, name: &str, script: &str) -> Result<PathBuf> {
     )
     .await?;
     Ok(path)
+}
+
+async fn checkpoints_are_refused_by_name(env: Env) -> Result<()> {
+    needs_the_shim()?;
+    let criu = crate::checkpoint::script(&env, "exit 1")?;
+    let daemon = env
+        .daemon_with(|s| {
+            describe(s, HANDLER, "io.containerd.runc.v2");
+            s.set("checkpoint.criu", &format!("{criu:?}"));
+        })
+        .await?;
+    daemon.pull("test").await?;
+    crate::checkpoint::is_refused(&daemon, HANDLER, "shim").await
 }
 
 async fn programs_that_are_no_shims(env: Env) -> Result<()> {

@@ -23,13 +23,13 @@ tests![
 ];
 
 /// Channels of `v5.channel.k8s.io`; 2 is stderr, 3 the status.
-const STDIN: u8 = 0;
-const STDOUT: u8 = 1;
-const RESIZE: u8 = 4;
+pub const STDIN: u8 = 0;
+pub const STDOUT: u8 = 1;
+pub const RESIZE: u8 = 4;
 const CLOSE: u8 = 255;
 
 /// A client's connection.
-struct Client(WebSocketStream<TcpStream>);
+pub struct Client(WebSocketStream<TcpStream>);
 
 impl Client {
     async fn connect(url: &str, protocol: &str) -> Result<Self> {
@@ -43,7 +43,7 @@ impl Client {
         Ok(Self(socket))
     }
 
-    async fn send(&mut self, channel: u8, bytes: &[u8]) -> Result<()> {
+    pub async fn send(&mut self, channel: u8, bytes: &[u8]) -> Result<()> {
         let message = [&[channel], bytes].concat();
         Ok(self.0.send(Message::Binary(message.into())).await?)
     }
@@ -61,7 +61,7 @@ impl Client {
     }
 
     /// Reads a channel until it has brought a text.
-    async fn until(&mut self, channel: u8, wanted: &str) -> Result<String> {
+    pub async fn until(&mut self, channel: u8, wanted: &str) -> Result<String> {
         let mut text = String::new();
         while !text.contains(wanted) {
             let (from, bytes) = self
@@ -87,7 +87,7 @@ impl Client {
     }
 }
 
-async fn exec(container: &Container, script: &str, tty: bool) -> Result<Client> {
+pub async fn exec(container: &Container, script: &str, tty: bool) -> Result<Client> {
     let request = cri::ExecRequest {
         container_id: container.id.clone(),
         cmd: ["sh", "-c", script].map(str::to_owned).to_vec(),
@@ -100,7 +100,7 @@ async fn exec(container: &Container, script: &str, tty: bool) -> Result<Client> 
     Client::connect(&answer.into_inner().url, "v5.channel.k8s.io").await
 }
 
-async fn attach(container: &Container, tty: bool) -> Result<Client> {
+pub async fn attach(container: &Container, tty: bool) -> Result<Client> {
     let request = cri::AttachRequest {
         container_id: container.id.clone(),
         tty,

@@ -63,6 +63,9 @@ pub struct Options {
     /// Name of the log in the work directory.
     #[prost(string, optional, tag = "10")]
     pub log_file: Option<String>,
+    /// criu tells of its steps, and waits for an answer to each.
+    #[prost(bool, optional, tag = "12")]
+    pub notify_scripts: Option<bool>,
     /// The root file system of what is restored; a mount point.
     #[prost(string, optional, tag = "13")]
     pub root: Option<String>,
@@ -96,7 +99,7 @@ pub struct Options {
     /// TCP connections that are not yet accepted are left out.
     #[prost(bool, optional, tag = "46")]
     pub tcp_skip_in_flight: Option<bool>,
-    /// A terminal whose master end is not dumped.
+    /// A terminal whose master end is not dumped. When it is restored, a new one comes with [`TERMINAL`].
     #[prost(bool, optional, tag = "50")]
     pub orphan_pts_master: Option<bool>,
     /// Established TCP connections are closed in the restored tree.
@@ -105,6 +108,17 @@ pub struct Options {
     /// `selinux:LABEL` or `apparmor:PROFILE` in place of those of the images.
     #[prost(string, optional, tag = "53")]
     pub lsm_profile: Option<String>,
+}
+
+/// The step with which the master end of a terminal comes.
+pub const TERMINAL: &str = "orphan-pts-master";
+
+/// `criu_notify`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Notify {
+    /// The step.
+    #[prost(string, optional, tag = "1")]
+    pub script: Option<String>,
 }
 
 /// `criu_req`.
@@ -141,6 +155,9 @@ pub struct Response {
     /// What was restored.
     #[prost(message, optional, tag = "4")]
     pub restore: Option<Restored>,
+    /// A step.
+    #[prost(message, optional, tag = "5")]
+    pub notify: Option<Notify>,
     /// An errno.
     #[prost(int32, optional, tag = "7")]
     pub cr_errno: Option<i32>,

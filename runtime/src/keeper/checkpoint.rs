@@ -1,6 +1,7 @@
 //! Checkpoints of containers in their keeper.
 
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use super::output::Output;
 use super::{Keeper, wire_error};
 use crate::checkpoint::{self, Target};
 use crate::confine::chain;
-use crate::{creator, sys};
+use crate::{creator, sys, terminal};
 
 impl Keeper {
     pub(super) fn checkpoint(&mut self, connection: u64, call: &Checkpoint) {
@@ -58,16 +59,21 @@ impl Keeper {
             .pid()
             .filter(|_| container.is_running())
             .ok_or_else(|| wrong("is not running"))?;
-        if container.stdout.as_ref().is_some_and(|o| o.terminal) {
-            let message = format!("container {id} has a terminal, which can't be checkpointed");
-            return Err(wire_error(ErrorKind::Unsupported, message));
-        }
-        if !matches!(container.driver, Driver::Native) {
-            let message = format!(
-                "container {id} is made by another runtime, and only containers of handlers of type \"native\" can be \
-                 checkpointed"
-            );
-            return Err(wire_error(ErrorKind::Unsupported, message));
+        let unsupported = |why: &str| {
+            let message = format!("container {id} {why}, and can't be checkpointed");
+            wire_error(ErrorKind::Unsupported, message)
+        };
+        let in_sandbox = container.driver.runtime().map(|r| r.sandbox.is_some());
+        match (&container.driver, in_sandbox) {
+            (Driver::Shim(_), _) => return Err(unsupported("is made by a containerd shim")),
+            (_, Some(true)) => return Err(unsupported("runs in a sandbox of its runtime's")),
+            // It is made of ordinary processes, whoever made it.
+            (_, Some(false)) if !has_own_mounts(pid) => {
+                return Err(unsupported(
+                    "has no process of its own here, such as one whose runtime makes virtual machines",
+                ));
+            }
+            _ => {}
         }
         let overlay = asked.overlay.clone().unwrap_or_default();
         Ok(Target {
@@ -93,8 +99,21 @@ impl Keeper {
     }
 }
 
-/// What a container's descriptors 0 to 2 began as: both ends of a pipe have the same inode.
+/// Whether a process is in another mount namespace than this one, as one of a container is.
+fn has_own_mounts(pid: i32) -> bool {
+    let inode = |of: &str| std::fs::metadata(format!("/proc/{of}/ns/mnt")).map(|m| m.ino());
+    match (inode(&pid.to_string()), inode("self")) {
+        (Ok(its), Ok(own)) => its != own,
+        _ => false,
+    }
+}
+
+/// What a container's descriptors 0 to 2 began as: its terminal, or pipes, whose both ends have the same inode.
 fn descriptors(container: &Container) -> [String; 3] {
+    let terminal = container.stdout.as_ref().filter(|o| o.terminal);
+    if let Some(number) = terminal.and_then(|o| terminal::number(&o.pipe).ok()) {
+        return [(); 3].map(|()| format!("/dev/pts/{number}"));
+    }
     let name = |fd: Option<std::os::fd::BorrowedFd<'_>>| {
         let inode = fd.and_then(|fd| rustix::fs::fstat(fd).ok());
         inode.map_or_else(

@@ -625,15 +625,9 @@ impl Keeper {
 
     fn begin_update(&mut self, connection: u64, update: &UpdateContainer) -> Result<(), WireError> {
         let id = update.id.as_str();
-        let container = self.containers.get(id).ok_or_else(|| not_found(id))?;
-        if container.is_creating() || container.state.phase() == Phase::Exited {
+        let container = self.containers.get_mut(id).ok_or_else(|| not_found(id))?;
+        if container.is_becoming() || container.state.phase() == Phase::Exited {
             let message = format!("container {id} is neither created nor running");
-            return Err(wire_error(ErrorKind::WrongState, message));
-        }
-        if container.restore.as_ref().is_some_and(|r| r.create.systemd) {
-            let message = format!(
-                "container {id} is restored when it is started, and systemd makes its scope then; change its limits after that"
-            );
             return Err(wire_error(ErrorKind::WrongState, message));
         }
         let resources: LinuxResources = serde_json::from_slice(&update.resources).map_err(|e| {
@@ -642,6 +636,17 @@ impl Keeper {
                 format!("can't read the new limits: {e}"),
             )
         })?;
+        if let Some(pending) = container.restore.as_mut().filter(|r| r.create.systemd) {
+            // systemd makes its scope when it is started, and then with these.
+            pending.limit(&update.resources).map_err(|e| {
+                wire_error(
+                    ErrorKind::Internal,
+                    format!("can't change the limits of container {id}: {e}"),
+                )
+            })?;
+            self.reply(connection, Ok(Answer::Empty(Empty {})));
+            return Ok(());
+        }
         let (cgroups, cgroup) = (self.cgroups.clone(), container.cgroup.clone());
         let runtime = container.driver.runtime();
         let (id, dir) = (id.to_owned(), container.dir.clone());

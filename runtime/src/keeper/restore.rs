@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
+use serde_json::Value;
 use slipway_proto::keeper::{
     ContainerState, CreateContainer, CreateContainerResult, Empty, Error as WireError, ErrorKind,
     Phase, response::Result as Answer,
@@ -50,6 +51,15 @@ impl Pending {
         }))
     }
 
+    /// Changes the limits that it will have: those that `resources`, in JSON, names.
+    pub(super) fn limit(&mut self, resources: &[u8]) -> serde_json::Result<()> {
+        let mut spec: Value = serde_json::from_slice(&self.create.spec)?;
+        let new = serde_json::from_slice(resources)?;
+        lay_over(&mut spec["linux"]["resources"], new);
+        self.create.spec = serde_json::to_vec(&spec)?;
+        Ok(())
+    }
+
     fn with<T>(
         &self,
         cgroups: &Hierarchies,
@@ -70,6 +80,19 @@ impl Pending {
             stdio: &self.stdio,
         };
         work(&inherited).map_err(|e| wire_error(e.kind(), chain(&e)))
+    }
+}
+
+/// Puts what a JSON value has in the place of what another one has, key by key.
+fn lay_over(old: &mut Value, new: Value) {
+    match (old, new) {
+        (_, Value::Null) => {}
+        (Value::Object(old), Value::Object(new)) => {
+            for (key, value) in new {
+                lay_over(old.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (old, new) => *old = new,
     }
 }
 
@@ -201,6 +224,16 @@ impl Keeper {
         };
         container.restoring = None;
         let ended = container.has_exited();
+        let answer = answer.and_then(|made| match self.take_terminal(id) {
+            Ok(()) => Ok(made),
+            Err(e) => Err(wire_error(
+                ErrorKind::Internal,
+                format!("can't take over the container's terminal: {e}"),
+            )),
+        });
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         match answer {
             Ok(Answer::CreateContainer(made)) if !ended => {
                 // From here on only the container holds its ends of its streams.
@@ -289,5 +322,32 @@ impl Keeper {
     pub(super) fn end_unrestored(&mut self) {
         let ids: Vec<String> = self.containers.keys().cloned().collect();
         ids.iter().for_each(|id| self.end_before_start(id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_limits_are_laid_over_the_old_ones() {
+        let mut create = CreateContainer::default();
+        create.spec =
+            br#"{"linux":{"resources":{"memory":{"limit":5,"swap":9},"cpu":{"shares":2}}}}"#
+                .to_vec();
+        let mut pending = Pending {
+            create,
+            stdio: Stdio::Terminal(std::fs::File::open("/dev/null").unwrap().into()),
+        };
+        let new = br#"{"memory":{"limit":7},"cpu":{"shares":null,"cpus":"0"},"unified":{"a":"b"}}"#;
+        pending.limit(new).unwrap();
+        let spec: Value = serde_json::from_slice(&pending.create.spec).unwrap();
+        let wanted = serde_json::json!({
+            "memory": {"limit": 7, "swap": 9}, "cpu": {"shares": 2, "cpus": "0"}, "unified": {"a": "b"},
+        });
+        assert_eq!(spec["linux"]["resources"], wanted);
+        pending.create.spec = b"{}".to_vec();
+        pending.limit(new).unwrap();
+        pending.limit(b"{").unwrap_err();
     }
 }

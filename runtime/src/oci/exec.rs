@@ -15,7 +15,11 @@ use super::create::{Console, parent_of};
 use super::{CommandError, Runtime};
 use crate::cgroup::{self, Hierarchies};
 use crate::creator;
+use crate::freezer::Freezer;
 use crate::ids::IdMaps;
+
+/// How often a command is tried in a container that is frozen again and again.
+const TRIES: u32 = 3;
 
 /// Why a command could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +42,11 @@ pub enum ExecError {
     /// The runtime.
     #[error(transparent)]
     Command(#[from] CommandError),
+    /// It was frozen all the time.
+    #[error(
+        "the container is frozen: it is being checkpointed, or its runtime was told to pause it"
+    )]
+    Frozen,
     /// What it left is not what it should.
     #[error("runtime handler {handler:?} started the command, but {problem}")]
     Result {
@@ -54,6 +63,7 @@ impl ExecError {
         match self {
             Self::Command(error) => error.kind(),
             Self::Text(_) => ErrorKind::Invalid,
+            Self::Frozen => ErrorKind::TimedOut,
             _ => ErrorKind::Internal,
         }
     }
@@ -65,6 +75,8 @@ pub struct Session<'a> {
     pub id: &'a str,
     /// That one's run directory.
     pub dir: &'a Path,
+    /// Its cgroup.
+    pub cgroup: &'a Path,
     /// Command and arguments.
     pub args: &'a [Vec<u8>],
     /// On a terminal.
@@ -142,8 +154,11 @@ pub fn exec(
         streams.stdout = Some(stdout.as_fd());
         streams.stderr = Some(stderr.as_fd());
     }
-    let call = Call::new(&args, session.dir, until).streams(streams);
-    if let Err(error) = command::run(runtime, cgroups, call) {
+    let call = || Call::new(&args, session.dir, until).streams(streams);
+    let ran = unfrozen(runtime, cgroups, session.cgroup, until, || {
+        command::run(runtime, cgroups, call())
+    })?;
+    if let Err(error) = ran {
         return match super::command_failure(error.said()) {
             Some(code) => {
                 let command = session.args.first().map(|a| String::from_utf8_lossy(a));
@@ -182,6 +197,35 @@ pub fn exec(
             .map_err(|e| wrong(format!("its terminal did not come: {e}")))?;
     }
     Ok(Ok(pid))
+}
+
+/// Runs what runc and crun refuse in a frozen container, once it is not frozen: a checkpoint takes its time.
+fn unfrozen(
+    runtime: &Runtime,
+    cgroups: &Hierarchies,
+    cgroup: &Path,
+    until: Instant,
+    mut run: impl FnMut() -> Result<(), CommandError>,
+) -> Result<Result<(), CommandError>, ExecError> {
+    // A sandbox is not frozen.
+    let freezer = match runtime.sandbox {
+        Some(_) => None,
+        None => Freezer::of(cgroups, cgroup).ok(),
+    };
+    let mut tries = TRIES;
+    loop {
+        if let Some(freezer) = &freezer
+            && !freezer.wait_until_thawed(until)
+        {
+            return Err(ExecError::Frozen);
+        }
+        tries -= 1;
+        match run() {
+            // Just after it was looked for.
+            Err(error) if tries > 0 && super::says_paused(error.said()) => {}
+            ran => return Ok(ran),
+        }
+    }
 }
 
 /// The process for a runtime: as the container's init, but for the command. The bundle is in `dir`.

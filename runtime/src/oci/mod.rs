@@ -40,7 +40,7 @@ pub use exec::{ExecError, Session, descriptors, exec, inner_file, process};
 pub use inside::kill_tree as kill_inside;
 pub use prepare::{PrepareError, prepare, read};
 pub use sandbox::{end as end_sandbox, start as start_sandbox};
-pub use words::{beyond, command_failure, of as words, of_command};
+pub use words::{beyond, command_failure, of as words, of_command, says_paused};
 
 /// How long `delete --force` may take before the container is removed without it. All of a pod's share it, so that
 /// a runtime that hangs does not hold up its pod's end: less than limits.delete_timeout.

@@ -94,6 +94,11 @@ pub fn read_log(path: &Path) -> String {
     String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
+/// Whether a runtime's words say that it executes nothing in a container that is frozen: runc's, crun's.
+pub fn says_paused(said: &str) -> bool {
+    said.contains("cannot exec in a paused container") || said.ends_with("` is paused")
+}
+
 /// Whether a runtime's words say that the container's command can't be executed, and the exit code that shells give
 /// that. runc, crun and youki look for the command when the container is created; by themselves they tell it apart
 /// from nothing else that can go wrong there.
@@ -156,6 +161,17 @@ pub fn of_command(command: &str, said: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_paused_container_is_told_from_a_command_of_that_name() {
+        assert!(says_paused(
+            "exec failed: cannot exec in a paused container (use --ignore-paused to override)"
+        ));
+        assert!(says_paused("the container `c` is paused"));
+        assert!(!says_paused(
+            "exec failed: unable to start container process: exec: \"paused\": executable file not found in $PATH"
+        ));
+    }
 
     #[test]
     fn errors_of_the_log_are_told_once() {

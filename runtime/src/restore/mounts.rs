@@ -27,6 +27,8 @@ const TMPFS: u32 = 5;
 /// Where cgroups are seen.
 const CGROUPS: &str = "/sys/fs/cgroup";
 const CAP_SYS_ADMIN: u64 = 1 << 21;
+/// What masks a file.
+const NOTHING: &str = "/dev/null";
 
 /// Flags of a mount that a configuration can ask for.
 const RESTRICTIONS: [(&str, MsFlags); 4] = [
@@ -39,7 +41,8 @@ const RESTRICTIONS: [(&str, MsFlags); 4] = [
 /// What criu has to be given.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// What external mounts are called in the images, and what they are now: a path of the host's.
+    /// What external mounts are called in the images, and what they are now: a path of the host's, or none for an empty
+    /// directory.
     pub external: Vec<(String, PathBuf)>,
     /// What has to be there in the root file system to be mounted on, and what is mounted there, if that is of the
     /// host's (or else a directory).
@@ -128,12 +131,7 @@ pub fn plan(
                 return no(&lacks);
             }
             match (wanted.kind, &external) {
-                (None, Some(key)) => {
-                    if key.contains(']') || plan.external.iter().any(|(known, _)| known == key) {
-                        return no("is called as another one");
-                    }
-                    plan.external.push((key.clone(), wanted.source.clone()));
-                }
+                (None, Some(key)) => add(&mut plan, key, wanted.source.clone())?,
                 (Some(kind), None) if kind == mount.kind => {}
                 (None, None) => {
                     return no("is not one of the host's, as the container's configuration has it");
@@ -144,6 +142,22 @@ pub fn plan(
             if on_root {
                 let source = wanted.kind.is_none().then(|| wanted.source.clone());
                 plan.places.push((place, source));
+            }
+            continue;
+        }
+        if let Some(key) = external.as_ref().filter(|_| masked.contains(&place)) {
+            // Other runtimes mask with what is of the host's; here it is what masks that is ours.
+            let is_dir = place.symlink_metadata().is_ok_and(|found| found.is_dir());
+            if is_dir && !flags.contains(MsFlags::MS_RDONLY) {
+                return no(
+                    "can be written to, and the container's configuration masks what is there",
+                );
+            }
+            let source = PathBuf::from(if is_dir { "" } else { NOTHING });
+            add(&mut plan, key, source.clone())?;
+            seen.insert(place.clone());
+            if on_root {
+                plan.places.push((place, (!is_dir).then_some(source)));
             }
             continue;
         }
@@ -183,6 +197,17 @@ pub fn plan(
         }
     }
     Ok(plan)
+}
+
+/// Has criu told what an external mount is now.
+fn add(plan: &mut Plan, key: &str, source: PathBuf) -> Result<(), ImagesError> {
+    if key.contains(']') || plan.external.iter().any(|(known, _)| known == key) {
+        return Err(refused(format!(
+            "the checkpoint's mount that is called {key:?} is called as another one"
+        )));
+    }
+    plan.external.push((key.to_owned(), source));
+    Ok(())
 }
 
 fn read(images: &Path, processes: &[Process]) -> Result<Vec<Mount>, ImagesError> {

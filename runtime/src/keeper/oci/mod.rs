@@ -260,8 +260,10 @@ impl Keeper {
         id: &str,
         made: &CreateContainerResult,
     ) -> io::Result<()> {
+        // One that is restored gets it when it is started.
+        let restored = self.containers.get(id).is_some_and(|c| c.restore.is_some());
         match made.cannot_run.as_str() {
-            "" => self.take_terminal(id),
+            "" if !restored => self.take_terminal(id),
             _ => Ok(()),
         }
     }
@@ -516,6 +518,7 @@ impl Keeper {
             let session = Session {
                 id: &own_id,
                 dir: &dir,
+                cgroup: &cgroup,
                 args: &args,
                 tty,
                 stdio: &stdio,
