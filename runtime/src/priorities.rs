@@ -36,7 +36,7 @@ impl Priorities {
         let personality = linux.and_then(|l| l.personality().as_ref());
         Self {
             scheduler: process.scheduler().clone(),
-            io: process.io_priority().clone(),
+            io: *process.io_priority(),
             memory: linux.and_then(|l| l.memory_policy().clone()),
             personality: personality.map(|p| p.domain()),
         }

@@ -333,6 +333,24 @@ pub fn prctl(option: i32, arg: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// What kind of a namespace a descriptor leads to (`CLONE_NEW*`); none for another file. A link in procfs tells of it only
+/// where the namespace is not bound to a file of its own.
+///
+/// # Errors
+/// What `ioctl_ns(2)` says of a namespace.
+pub fn namespace_kind(fd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    const NSFS_MAGIC: u64 = 0x6e73_6673;
+    const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+    if rustix::fs::fstatfs(fd)?.f_type as u64 != NSFS_MAGIC {
+        return Ok(None);
+    }
+    // SAFETY: this request takes no argument, and the file is one that knows it.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE) } {
+        -1 => Err(io::Error::last_os_error()),
+        kind => Ok(Some(kind)),
+    }
+}
+
 /// `struct sched_attr` of `sched_setattr(2)`, in the version with utilisation clamps.
 #[derive(Debug, Default)]
 #[repr(C)]

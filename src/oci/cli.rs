@@ -29,7 +29,7 @@ pub enum Command {
     #[command(flatten)]
     Common(Box<CommonCmd>),
     /// New limits for a container
-    Update(Update),
+    Update(Box<Update>),
     /// Restore a container from a checkpoint (not supported)
     #[command(hide = true, disable_help_flag = true)]
     Restore {
@@ -68,7 +68,7 @@ pub fn parse(args: Vec<OsString>) -> Result<Cli, clap::Error> {
         // By its name the crate would take it for its own.
         return Ok(Cli {
             global: GlobalOpts::from_arg_matches(&matches)?,
-            command: Command::Update(Update::from_arg_matches(update)?),
+            command: Command::Update(Box::new(Update::from_arg_matches(update)?)),
         });
     }
     Cli::from_arg_matches(&matches)

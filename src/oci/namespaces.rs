@@ -17,6 +17,8 @@ use slipway_runtime::sys;
 use crate::{OciError, Result};
 
 const FIELD: &str = "linux.namespaces";
+/// CLONE_NEWTIME, for which the C library has no name yet.
+const TIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
 
 /// The specification's namespaces.
 pub fn list(spec: &Spec) -> &[LinuxNamespace] {
@@ -61,7 +63,7 @@ pub fn check(spec: &mut Spec) -> Result<()> {
         if let Some(path) = &path {
             let found = kind_of(path)
                 .map_err(|e| OciError::spec(&field, format!("{}: {e}", path.display())))?;
-            if found != proc_name(kind) {
+            if found != Some(flag(kind).bits()) {
                 let reason = format!("{} is no namespace of type {kind}", path.display());
                 return Err(OciError::spec(field, reason));
             }
@@ -76,27 +78,22 @@ pub fn check(spec: &mut Spec) -> Result<()> {
     Ok(())
 }
 
-/// The name of a namespace's type in `/proc/<pid>/ns`.
-fn proc_name(kind: LinuxNamespaceType) -> &'static str {
+fn flag(kind: LinuxNamespaceType) -> CloneFlags {
     match kind {
-        LinuxNamespaceType::Mount => "mnt",
-        LinuxNamespaceType::Cgroup => "cgroup",
-        LinuxNamespaceType::Uts => "uts",
-        LinuxNamespaceType::Ipc => "ipc",
-        LinuxNamespaceType::User => "user",
-        LinuxNamespaceType::Pid => "pid",
-        LinuxNamespaceType::Network => "net",
-        LinuxNamespaceType::Time => "time",
+        LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
+        LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+        LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+        LinuxNamespaceType::User => CloneFlags::CLONE_NEWUSER,
+        LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
+        LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+        LinuxNamespaceType::Time => TIME,
     }
 }
 
-/// What kind of a namespace a file is; empty for another file.
-fn kind_of(path: &Path) -> io::Result<String> {
-    let file = fs::File::open(path)?;
-    let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    let link = link.to_string_lossy();
-    let kind = link.split_once(":[").map_or("", |(kind, _)| kind);
-    Ok(kind.to_owned())
+/// What kind of a namespace a file is; none for another file.
+fn kind_of(path: &Path) -> io::Result<Option<i32>> {
+    sys::namespace_kind(fs::File::open(path)?.as_fd())
 }
 
 /// Sees to the container's user namespace: makes a new one with the specification's ids, and reads the ids of one that is
@@ -215,8 +212,6 @@ pub fn differs(pid: i32, name: &str) -> bool {
 /// # Errors
 /// What failed, in words.
 pub fn enter(pid: i32, process: &OwnedFd) -> std::result::Result<(), String> {
-    // The C library has no name for it yet.
-    let time = CloneFlags::from_bits_retain(0x80);
     let all = [
         ("user", CloneFlags::CLONE_NEWUSER),
         ("pid", CloneFlags::CLONE_NEWPID),
@@ -224,7 +219,7 @@ pub fn enter(pid: i32, process: &OwnedFd) -> std::result::Result<(), String> {
         ("ipc", CloneFlags::CLONE_NEWIPC),
         ("net", CloneFlags::CLONE_NEWNET),
         ("cgroup", CloneFlags::CLONE_NEWCGROUP),
-        ("time", time),
+        ("time", TIME),
         ("mnt", CloneFlags::CLONE_NEWNS),
     ];
     let mut flags = CloneFlags::empty();

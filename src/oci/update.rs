@@ -238,7 +238,7 @@ mod tests {
     fn args(args: &[&str]) -> Update {
         let all = ["update"].iter().chain(args).map(std::ffi::OsString::from);
         match crate::cli::parse(all.collect()).unwrap().command {
-            crate::cli::Command::Update(update) => update,
+            crate::cli::Command::Update(update) => *update,
             other => panic!("{other:?}"),
         }
     }

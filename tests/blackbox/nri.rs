@@ -288,6 +288,11 @@ async fn adjustments_take_effect(env: Env) -> Result<()> {
         .collect();
     // Field 19 is the nice value and 41 the policy; these begin at field 3. 3 is SCHED_BATCH.
     assert_eq!((after_name[16], after_name[38]), ("5", "3"), "{stat}");
+    // An exec has them, too.
+    let exec = container
+        .exec_output(&["sh", "-c", "cut -d' ' -f 19,41 /proc/self/stat"])
+        .await?;
+    assert_eq!(exec, "5 3");
     let shm = container
         .exec_output(&["cat", "/proc/sys/kernel/shm_rmid_forced"])
         .await?;

@@ -34,6 +34,10 @@ pub const TESTS: &[Test] = &[
         namespaces_and_sysctls,
     ),
     (
+        "confinement::a_namespace_that_is_bound_to_a_file",
+        a_namespace_that_is_bound_to_a_file,
+    ),
+    (
         "confinement::a_user_namespace_of_its_own",
         a_user_namespace_of_its_own,
     ),
@@ -226,6 +230,36 @@ fn namespaces_and_sysctls() {
         output(&bundle),
         format!("{}\n{}\n", own.display(), net.display())
     );
+}
+
+/// As ip-netns(8), podman and CNI keep them: bound to a file.
+fn a_namespace_that_is_bound_to_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("net");
+    fs::write(&file, "").unwrap();
+    let bind = "mount --bind /proc/self/ns/net \"$1\" && readlink /proc/self/ns/net";
+    let mut command = std::process::Command::new("unshare");
+    let made = command
+        .args(["--net", "sh", "-c", bind, "sh"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let mut bundle = Bundle::new("readlink /proc/self/ns/net");
+    let namespaces = bundle.spec["linux"]["namespaces"].as_array_mut().unwrap();
+    let network = namespaces
+        .iter_mut()
+        .find(|n| n["type"] == "network")
+        .unwrap();
+    network["path"] = file.to_str().unwrap().into();
+    assert_eq!(output(&bundle), String::from_utf8(made.stdout).unwrap());
+    // Another kind is another kind, also there.
+    bundle.spec["linux"]["namespaces"][2]["path"] = file.to_str().unwrap().into();
+    let path = bundle.path().to_str().unwrap();
+    let error = bundle.refused(&["create", "-b", path, &bundle.id]);
+    assert!(error.contains("no namespace of type ipc"), "{error}");
+    let unmounted = std::process::Command::new("umount").arg(&file).status();
+    assert!(unmounted.unwrap().success());
 }
 
 fn users(bundle: &mut Bundle) {
