@@ -25,6 +25,7 @@ tests![
     a_runtime_that_prints_no_json,
     a_runtime_that_leaves_its_container,
     a_runtime_that_lies_about_the_process,
+    a_runtime_whose_containers_are_elsewhere,
 ];
 
 /// The command-line runtimes that this machine has.
@@ -780,4 +781,25 @@ async fn a_runtime_that_lies_about_the_process(env: Env) -> Result<()> {
     );
     bystander.kill().await?;
     Ok(())
+}
+
+/// As one with virtual machines: the process that it names is of the host's.
+async fn a_runtime_whose_containers_are_elsewhere(env: Env) -> Result<()> {
+    let criu = crate::checkpoint::script(&env, "exit 1")?;
+    let script = "if [ \"$command\" = create ]; then
+          file=; for word in \"$@\"; do [ \"$file\" = next ] && file=$word; [ \"$word\" = --pid-file ] && file=next; done
+          sleep 1000 </dev/null >/dev/null 2>&1 & echo $! > $file; fi
+          [ \"$command\" = create ] || [ \"$command\" = start ] && exit 0";
+    let change = |s: &mut Setup| s.set("checkpoint.criu", &format!("{criu:?}"));
+    let daemon = fake(&env, script, change).await?;
+    let pod = daemon.pod_under("fake").await?;
+    let container = pod.run(&["sleep", "1000"], |_| {}).await?;
+    let location = env.root.join("c.tar");
+    let answer = crate::checkpoint::checkpoint(&container, &location, 0).await;
+    refused(
+        answer,
+        Code::Unimplemented,
+        &[&container.id, "virtual machine"],
+    );
+    crate::checkpoint::nothing_left(&daemon, &location).await
 }

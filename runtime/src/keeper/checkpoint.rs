@@ -68,9 +68,9 @@ impl Keeper {
             (Driver::Shim(_), _) => return Err(unsupported("is made by a containerd shim")),
             (_, Some(true)) => return Err(unsupported("runs in a sandbox of its runtime's")),
             // It is made of ordinary processes, whoever made it.
-            (_, Some(false)) if !has_own_mounts(pid) => {
+            (_, Some(false)) if !has_own_root(pid) => {
                 return Err(unsupported(
-                    "has no process of its own here, such as one whose runtime makes virtual machines",
+                    "has no process in its own root file system (its runtime may have a virtual machine for it)",
                 ));
             }
             _ => {}
@@ -99,10 +99,10 @@ impl Keeper {
     }
 }
 
-/// Whether a process is in another mount namespace than this one, as one of a container is.
-fn has_own_mounts(pid: i32) -> bool {
-    let inode = |of: &str| std::fs::metadata(format!("/proc/{of}/ns/mnt")).map(|m| m.ino());
-    match (inode(&pid.to_string()), inode("self")) {
+/// Whether a process has another root directory than this one, as one of a container has.
+fn has_own_root(pid: i32) -> bool {
+    let root = |path: &str| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
+    match (root(&format!("/proc/{pid}/root/")), root("/")) {
         (Ok(its), Ok(own)) => its != own,
         _ => false,
     }

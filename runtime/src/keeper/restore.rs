@@ -331,10 +331,11 @@ mod tests {
 
     #[test]
     fn new_limits_are_laid_over_the_old_ones() {
-        let mut create = CreateContainer::default();
-        create.spec =
-            br#"{"linux":{"resources":{"memory":{"limit":5,"swap":9},"cpu":{"shares":2}}}}"#
-                .to_vec();
+        let old = br#"{"linux":{"resources":{"memory":{"limit":5,"swap":9},"cpu":{"shares":2}}}}"#;
+        let create = CreateContainer {
+            spec: old.to_vec(),
+            ..CreateContainer::default()
+        };
         let mut pending = Pending {
             create,
             stdio: Stdio::Terminal(std::fs::File::open("/dev/null").unwrap().into()),
