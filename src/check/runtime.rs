@@ -57,11 +57,10 @@ const NO_FEATURES: &str = "it has no features command, so nothing is known of it
 const POD_SANDBOX: &str = "the containers of a pod share one sandbox (gVisor)";
 
 /// What is missing of one that says so.
-const NO_USERS: &str =
-    "it does not say that it knows user namespaces, so its pods have none (hostUsers: true)";
+const NO_USERS: &str = "it does not say that it knows user namespaces, so its pods have none";
 /// What is different about youki's.
 const EXEC_OUTSIDE: &str = "its exec leaves a command in the host's user namespace (youki 0.7), so its pods have no \
-                            user namespaces (hostUsers: true)";
+                            user namespaces";
 /// Runtimes that could join user namespaces by path before they had a `features` command (runc 1.1, crun 1.8.6), by the
 /// beginning of what they say to `--version`.
 const JOIN_USERS: [&str; 2] = ["runc version 1.", "crun version 1."];
@@ -354,7 +353,7 @@ mod tests {
         // What says nothing of them has none, whatever it is called.
         for text in [
             r#"[ $1 = --version ] && echo 'crun version 1.9' && exit; echo '{"linux":{"namespaces":["pid"]}}'"#,
-            r#"[ $1 = --version ] && echo 'youki version 0.7.0' && exit; echo '{"linux":{"namespaces":["user"]}}'"#,
+            r#"[ $1 = --version ] && echo 'youki version: 0.7.0' && exit; echo '{"linux":{"namespaces":["user"]}}'"#,
             "[ $1 = --version ] && echo 'crun version 0.17' && exit; exit 1",
             "[ $1 = --version ] && echo 'runsc version 1' && exit; exit 1",
         ] {

@@ -177,7 +177,7 @@ pub enum PodError {
         /// The handler.
         runtime: String,
         /// The end of a sentence.
-        why: &'static str,
+        why: String,
     },
     /// A feature that is not there yet.
     #[error("{0}")]

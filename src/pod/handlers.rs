@@ -180,19 +180,23 @@ impl Handler {
     }
 
     /// Why its pods have no user namespaces, at the end of a sentence.
-    pub fn no_user_namespaces(&self) -> &'static str {
-        match self.settings.kind {
+    pub fn no_user_namespaces(&self) -> String {
+        let why = match self.settings.kind {
             _ if !self.here.user_namespaces => "on this machine; slipway check says why",
-            RuntimeKind::Oci if slipway_runtime::stage_places().is_err() => {
-                "on a kernel with neither debugfs nor pstore: there is no place where they could find their files"
-            }
-            RuntimeKind::Native | RuntimeKind::Oci => {
-                "that can be relied on: crictl info has notes on its program, and what that says of its features"
-            }
             RuntimeKind::ShimV2 => {
                 "in this version: only those of type \"native\" and \"oci\" have"
             }
-        }
+            _ if slipway_runtime::stage_places().is_err() => {
+                "on a kernel with neither debugfs nor pstore: there is no place where they could find their files"
+            }
+            _ => {
+                let answer = self.answer.lock();
+                let facts = answer.as_ref().and_then(|known| known.as_ref().ok());
+                let notes = facts.map(|known| known.facts.notes.join("; "));
+                return format!("that can be relied on ({})", notes.unwrap_or_default());
+            }
+        };
+        why.to_owned()
     }
 
     /// What a new pod of this handler keeps of it; `None` for a native one. Asks the program what it can do, unless that

@@ -385,7 +385,7 @@ async fn user_namespaces_by_what_a_runtime_says(env: Env) -> Result<()> {
     refused(
         refusal,
         Code::FailedPrecondition,
-        &["fake", "user namespaces", "hostUsers"],
+        &["fake", "user namespaces", "does not say", "hostUsers"],
     );
     assert_eq!(daemon.pod_dirs(), Vec::<String>::new());
     // Another pod of it has what it needs.
