@@ -432,14 +432,23 @@ impl Relay {
         if terminal || output {
             self.serve_terminal();
         }
+        // A size that was set before something was typed is known once that has been read, and goes first.
+        if (told || terminal || output) && self.take_signals() {
+            self.resize(process);
+        }
         if input || terminal {
             self.write_fifo();
         }
-        if told {
-            while let Some(Ok(Some(_))) = self.resized.as_ref().map(SignalFd::read_signal) {}
-            self.resize(process);
-        }
         Ok(gone)
+    }
+
+    /// Whether the terminal has got a new size.
+    fn take_signals(&self) -> bool {
+        let mut any = false;
+        while let Some(Ok(Some(_))) = self.resized.as_ref().map(SignalFd::read_signal) {
+            any = true;
+        }
+        any
     }
 
     fn read_fifo(&mut self) {
