@@ -786,10 +786,13 @@ async fn a_runtime_that_lies_about_the_process(env: Env) -> Result<()> {
 /// As one with virtual machines: the process that it names is of the host's.
 async fn a_runtime_whose_containers_are_elsewhere(env: Env) -> Result<()> {
     let criu = crate::checkpoint::script(&env, "exit 1")?;
-    let script = "if [ \"$command\" = create ]; then
-          file=; for word in \"$@\"; do [ \"$file\" = next ] && file=$word; [ \"$word\" = --pid-file ] && file=next; done
-          sleep 1000 </dev/null >/dev/null 2>&1 & echo $! > $file; fi
-          [ \"$command\" = create ] || [ \"$command\" = start ] && exit 0";
+    let script = r#"if [ "$command" = create ]; then
+          file=; for word in "$@"; do [ "$file" = next ] && file=$word; [ "$word" = --pid-file ] && file=next; done
+          sleep 1000 </dev/null >/dev/null 2>&1 & echo $! > $file
+          # On pure v2 what stays where the runtime was born is ended.
+          procs=/sys/fs/cgroup$(sed -n 's/.*"cgroupsPath":"\([^"]*\)".*/\1/p' config.json)/cgroup.procs
+          [ ! -e $procs ] || echo $! > $procs; fi
+          [ "$command" = create ] || [ "$command" = start ] && exit 0"#;
     let change = |s: &mut Setup| s.set("checkpoint.criu", &format!("{criu:?}"));
     let daemon = fake(&env, script, change).await?;
     let pod = daemon.pod_under("fake").await?;
