@@ -25,20 +25,14 @@ pub fn descriptors() -> cri::ListMetricDescriptorsResponse {
 
 pub async fn list(node: &Arc<Node>) -> Result<cri::ListPodSandboxMetricsResponse, PodError> {
     Ok(cri::ListPodSandboxMetricsResponse {
-        pod_metrics: of_pods(node, node.pods.all()).await?,
+        pod_metrics: of_pods(node, node.pods.all()),
     })
 }
 
 /// The metrics of these pods.
-///
-/// # Errors
-/// See [`Node::measure_pods`].
-pub async fn of_pods(
-    node: &Arc<Node>,
-    pods: Vec<Arc<Pod>>,
-) -> Result<Vec<cri::PodSandboxMetrics>, PodError> {
-    let measured = node.measure_pods(pods).await?;
-    Ok(measured.into_iter().map(on_wire).collect())
+pub fn of_pods(node: &Node, pods: Vec<Arc<Pod>>) -> Vec<cri::PodSandboxMetrics> {
+    let measured = node.measure_pods(pods);
+    measured.into_iter().map(on_wire).collect()
 }
 
 fn on_wire(measured: PodMetrics) -> cri::PodSandboxMetrics {

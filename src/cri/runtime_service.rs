@@ -463,7 +463,7 @@ impl RuntimeService for Runtime {
             let found = stats::chosen_containers(&node, r.filter.as_ref());
             let measure = move |group| {
                 let node = node.clone();
-                async move { stats::of_containers(&node, group).await }
+                async move { Ok(stats::of_containers(&node, group)) }
             };
             Ok(stream::measured(found, measure, |container_stats| {
                 cri::StreamContainerStatsResponse { container_stats }
@@ -486,7 +486,7 @@ impl RuntimeService for Runtime {
             let found = stats::chosen_pods(&node, r.filter.as_ref());
             let measure = move |group| {
                 let node = node.clone();
-                async move { stats::of_pods(&node, group).await }
+                async move { Ok(stats::of_pods(&node, group)) }
             };
             Ok(stream::measured(found, measure, |pod_sandbox_stats| {
                 cri::StreamPodSandboxStatsResponse { pod_sandbox_stats }
@@ -521,7 +521,7 @@ impl RuntimeService for Runtime {
             let found = node.pods.all();
             let measure = move |group| {
                 let node = node.clone();
-                async move { metrics::of_pods(&node, group).await }
+                async move { Ok(metrics::of_pods(&node, group)) }
             };
             Ok(stream::measured(found, measure, |pod_sandbox_metrics| {
                 cri::StreamPodSandboxMetricsResponse {

@@ -23,7 +23,7 @@ pub async fn container(
     request: cri::ContainerStatsRequest,
 ) -> Result<cri::ContainerStatsResponse, PodError> {
     let container = node.container(&request.container_id)?;
-    let stats = of_containers(node, vec![container]).await?;
+    let stats = of_containers(node, vec![container]);
     Ok(cri::ContainerStatsResponse {
         stats: stats.into_iter().next(),
     })
@@ -41,7 +41,7 @@ pub async fn list_containers(
         stats
     };
     let age = age(request.filter.is_none_or(|f| f == Default::default()));
-    let all = node.sample_containers(found, age, encode).await?;
+    let all = node.sample_containers(found, age, encode);
     Ok(cri::ListContainerStatsResponse {
         encoded: all.concat(),
         ..Default::default()
@@ -53,7 +53,7 @@ pub async fn pod(
     request: cri::PodSandboxStatsRequest,
 ) -> Result<cri::PodSandboxStatsResponse, PodError> {
     let pod = node.pod(&request.pod_sandbox_id)?;
-    let stats = of_pods(node, vec![pod]).await?;
+    let stats = of_pods(node, vec![pod]);
     Ok(cri::PodSandboxStatsResponse {
         stats: stats.into_iter().next(),
     })
@@ -72,7 +72,7 @@ pub async fn list_pods(
     };
     let mut answer = cri::ListPodSandboxStatsResponse::default();
     let age = age(request.filter.is_none_or(|f| f == Default::default()));
-    for sample in node.sample_pods(found, age, encode).await? {
+    for sample in node.sample_pods(found, age, encode) {
         put_pod(&sample, &mut answer.encoded);
     }
     Ok(answer)
@@ -104,31 +104,18 @@ fn age(all: bool) -> Duration {
 }
 
 /// Statistics of these containers, as they are now.
-///
-/// # Errors
-/// See [`Node::sample_containers`].
-pub async fn of_containers(
-    node: &Arc<Node>,
-    containers: Vec<Arc<Container>>,
-) -> Result<Vec<cri::ContainerStats>, PodError> {
+pub fn of_containers(node: &Node, containers: Vec<Arc<Container>>) -> Vec<cri::ContainerStats> {
     let place = place(node);
     let tell = move |sample: ContainerSample| container_stats(&sample, &place);
     node.sample_containers(containers, Duration::ZERO, tell)
-        .await
 }
 
 /// Statistics of these pods, as they are now.
-///
-/// # Errors
-/// See [`Node::sample_pods`].
-pub async fn of_pods(
-    node: &Arc<Node>,
-    pods: Vec<Arc<Pod>>,
-) -> Result<Vec<cri::PodSandboxStats>, PodError> {
+pub fn of_pods(node: &Node, pods: Vec<Arc<Pod>>) -> Vec<cri::PodSandboxStats> {
     let place = place(node);
     let tell = move |sample: ContainerSample| container_stats(&sample, &place);
-    let samples = node.sample_pods(pods, Duration::ZERO, tell).await?;
-    Ok(samples.into_iter().map(pod_stats).collect())
+    let samples = node.sample_pods(pods, Duration::ZERO, tell);
+    samples.into_iter().map(pod_stats).collect()
 }
 
 /// The file system of writable layers, called as in ImageFsInfo.

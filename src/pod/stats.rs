@@ -6,7 +6,7 @@
 //! who ask for all of them within [`SHARED`] cost as much as one.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -18,7 +18,6 @@ use slipway_observe::quota::Projects;
 use slipway_observe::{Layout, Rate, process};
 
 use super::container::Container;
-use super::error::PodError;
 use super::node::Node;
 use super::sandbox::Pod;
 use super::state::{PodStage, Stage};
@@ -135,45 +134,30 @@ pub struct PodMetrics {
 
 impl Node {
     /// Samples these containers; a sample is at most `age` old. `tell` makes of each what is wanted, on the thread that
-    /// took it.
-    ///
-    /// # Errors
-    /// Only when the daemon is going down.
-    pub async fn sample_containers<R: Send + 'static>(
-        self: &Arc<Self>,
+    /// took it. Call it within the daemon's runtime, as all that follow.
+    pub fn sample_containers<R: Send>(
+        &self,
         containers: Vec<Arc<Container>>,
         age: Duration,
-        tell: impl Fn(ContainerSample) -> R + Send + Sync + 'static,
-    ) -> Result<Vec<R>, PodError> {
-        let node = self.clone();
-        off_threads(move || node.containers_now(containers, age, tell)).await
+        tell: impl Fn(ContainerSample) -> R + Sync,
+    ) -> Vec<R> {
+        here(|| self.containers_now(containers, age, tell))
     }
 
     /// Samples these pods now, and their containers, whose samples are at most `age` old and are turned by `tell` into
     /// what is wanted.
-    ///
-    /// # Errors
-    /// Only when the daemon is going down.
-    pub async fn sample_pods<C: Send + 'static>(
-        self: &Arc<Self>,
+    pub fn sample_pods<C: Send>(
+        &self,
         pods: Vec<Arc<Pod>>,
         age: Duration,
-        tell: impl Fn(ContainerSample) -> C + Send + Sync + 'static,
-    ) -> Result<Vec<PodSample<C>>, PodError> {
-        let node = self.clone();
-        off_threads(move || node.pods_now(pods, age, tell)).await
+        tell: impl Fn(ContainerSample) -> C + Sync,
+    ) -> Vec<PodSample<C>> {
+        here(|| self.pods_now(pods, age, tell))
     }
 
     /// The metrics of these pods; those that are not ready have none.
-    ///
-    /// # Errors
-    /// Only when the daemon is going down.
-    pub async fn measure_pods(
-        self: &Arc<Self>,
-        pods: Vec<Arc<Pod>>,
-    ) -> Result<Vec<PodMetrics>, PodError> {
-        let node = self.clone();
-        off_threads(move || node.metrics_now(pods)).await
+    pub fn measure_pods(&self, pods: Vec<Arc<Pod>>) -> Vec<PodMetrics> {
+        here(|| self.metrics_now(pods))
     }
 
     fn containers_now<R: Send>(
@@ -380,9 +364,12 @@ fn is_young(at: i64, now: i64, age: Duration) -> bool {
 }
 
 /// Does `work` for each, on several threads when that is worth it; the answers are in the same order. They take
-/// small pieces by turns, because nobody says that all processors are ours.
+/// small pieces by turns, because nobody says that all processors are ours. (Threads that are started earlier, to wait for the
+/// list, have to be woken up once more, which takes longer than to start them.)
 fn side_by_side<T: Send, R: Send>(list: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    // To look takes files of this process's own cgroup.
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    let cpus = *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
     let threads = (list.len() / WORTH_A_THREAD).clamp(1, cpus.min(THREADS));
     if threads == 1 {
         return list.into_iter().map(work).collect();
@@ -415,10 +402,10 @@ fn side_by_side<T: Send, R: Send>(list: Vec<T>, work: impl Fn(T) -> R + Sync) ->
     answers.into_iter().flatten().collect()
 }
 
-async fn off_threads<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, PodError> {
-    Ok(tokio::task::block_in_place(work))
+/// Does what waits for the kernel, on this thread: its other tasks go to another one meanwhile. To wake one up for this, and this
+/// one again afterwards, takes longer than the files of a hundred containers where processors fall asleep.
+fn here<T>(work: impl FnOnce() -> T) -> T {
+    tokio::task::block_in_place(work)
 }
 
 impl Node {
