@@ -429,12 +429,15 @@ async fn a_thousand_in_a_row_take_no_memory(env: Env) -> Result<()> {
         true => (100, 400),
         false => (500, 1000),
     };
-    let before = run(some).await?;
-    let after = run(many).await?;
-    println!("KiB of daemon and keeper: {before:?} before, {after:?} after {many} execs");
-    ensure!(
-        after.0 <= before.0 + SLACK && after.1 <= before.1 + SLACK / 4,
-        "the memory of daemon and keeper grew from {before:?} to {after:?} KiB"
-    );
-    Ok(())
+    let mut measured = vec![run(some).await?];
+    // An allocator takes a large piece now and then, as when another thread has its first exec. A leak grows each time.
+    for _ in 0..3 {
+        let (before, after) = (measured[measured.len() - 1], run(many).await?);
+        println!("KiB of daemon and keeper: {before:?} before, {after:?} after {many} execs");
+        if after.0 <= before.0 + SLACK && after.1 <= before.1 + SLACK / 4 {
+            return Ok(());
+        }
+        measured.push(after);
+    }
+    bail!("the memory of daemon and keeper grows with every {many} execs: {measured:?} KiB")
 }
