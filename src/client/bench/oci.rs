@@ -19,6 +19,8 @@ const UNIFIED: &str = "/sys/fs/cgroup/unified";
 #[derive(Debug)]
 pub struct Oci {
     binary: String,
+    /// What is below each container's root file system.
+    lower: PathBuf,
     scratch: PathBuf,
     starts: u64,
 }
@@ -35,11 +37,12 @@ impl Oci {
         command: &str,
         like: Option<&Path>,
     ) -> Result<Oci, ClientError> {
-        hide_unified()?;
+        own_mounts()?;
         let name = format!("slipway-bench-oci-{}", std::process::id());
         let scratch = std::env::temp_dir().join(name);
         let oci = Oci {
             binary: binary.to_owned(),
+            lower: rootfs.to_owned(),
             scratch,
             starts: 0,
         };
@@ -51,7 +54,7 @@ impl Oci {
                 source,
             };
             std::fs::create_dir_all(&bundle).map_err(failed)?;
-            let own = config(rootfs, command, host);
+            let own = config(&oci.rootfs(), command, host);
             let config = match like.map(|dir| dir.join(spec_file(host))) {
                 // The networks that are not measured have none.
                 Some(path) if path.exists() => as_in(read_json(&path)?, &own),
@@ -70,8 +73,11 @@ impl Oci {
         let bundle = self.scratch.join(if host_network { "host" } else { "new" });
         let bundle = bundle.to_string_lossy();
         let id = self.next_id();
+        let fresh = self.fresh()?;
         let run = self.command(&["run", "--bundle", &bundle, &id])?;
+        drop(fresh);
         let id = self.next_id();
+        let _fresh = self.fresh()?;
         let made = self
             .command(&["create", "--bundle", &bundle, &id])
             .and_then(|create| Ok(create + self.command(&["start", &id])?));
@@ -80,6 +86,42 @@ impl Oci {
         let made = made?;
         deleted?;
         Ok(vec![run, made])
+    }
+
+    fn rootfs(&self) -> PathBuf {
+        self.scratch.join("rootfs")
+    }
+
+    /// A root file system that nobody has written to, as a container of a pod gets: what a runtime makes in it would be there
+    /// the next time.
+    fn fresh(&self) -> Result<Mounted, ClientError> {
+        let failed = |source: std::io::Error| ClientError::System {
+            what: "cannot mount an overlay over the root file system",
+            source,
+        };
+        let layer = self.scratch.join("layer");
+        let _ = std::fs::remove_dir_all(&layer);
+        let (upper, work) = (layer.join("upper"), layer.join("work"));
+        for dir in [&upper, &work, &self.rootfs()] {
+            std::fs::create_dir_all(dir).map_err(failed)?;
+        }
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            self.lower.display(),
+            upper.display(),
+            work.display()
+        );
+        let (flags, none) = (MsFlags::empty(), None::<&str>);
+        mount(
+            Some("overlay"),
+            &self.rootfs(),
+            Some("overlay"),
+            flags,
+            Some(options.as_str()),
+        )
+        .and_then(|()| mount(none, &self.rootfs(), none, MsFlags::MS_PRIVATE, none))
+        .map_err(|e| failed(e.into()))?;
+        Ok(Mounted(self.rootfs()))
     }
 
     fn next_id(&mut self) -> String {
@@ -122,6 +164,15 @@ impl Oci {
     }
 }
 
+/// Unmounted when it is dropped.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
 /// A file without a name.
 fn tempfile(dir: &Path) -> std::io::Result<std::fs::File> {
     std::fs::create_dir_all(dir)?;
@@ -152,21 +203,20 @@ fn read_json(path: &Path) -> Result<Value, ClientError> {
     serde_json::from_slice(&text).map_err(|e| failed(e.into()))
 }
 
-/// crun refuses a hybrid layout in which a controller sits on the v2 side. In a mount namespace of our
-/// own it doesn't see that side.
-fn hide_unified() -> Result<(), ClientError> {
-    let controllers = std::fs::read_to_string(Path::new(UNIFIED).join("cgroup.controllers"));
-    if !controllers.is_ok_and(|text| !text.trim().is_empty()) {
-        return Ok(());
-    }
+/// Mounts of our own. crun refuses a hybrid layout in which a controller sits on the v2 side: there it doesn't see that side.
+fn own_mounts() -> Result<(), ClientError> {
     let failed = |e: nix::Error| ClientError::System {
-        what: "cannot hide the v2 side of the hybrid cgroup layout from the OCI runtime",
+        what: "cannot make mounts that only the OCI runtime sees",
         source: e.into(),
     };
     unshare(CloneFlags::CLONE_NEWNS).map_err(failed)?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).map_err(failed)?;
-    umount2(UNIFIED, MntFlags::MNT_DETACH).map_err(failed)
+    let controllers = std::fs::read_to_string(Path::new(UNIFIED).join("cgroup.controllers"));
+    match controllers.is_ok_and(|text| !text.trim().is_empty()) {
+        true => umount2(UNIFIED, MntFlags::MNT_DETACH).map_err(failed),
+        false => Ok(()),
+    }
 }
 
 /// A container's specification for one beside it: with a root file system, a command and a cgroup of its own. Namespaces that
@@ -304,12 +354,13 @@ mod tests {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&binary, mode).unwrap();
         let scratch = dir.path().join("scratch");
-        let mut oci = Oci {
+        let oci = Oci {
             binary: binary.to_string_lossy().into_owned(),
+            lower: dir.path().to_owned(),
             scratch,
             starts: 0,
         };
-        let text = crate::report(&oci.once(true).unwrap_err());
+        let text = crate::report(&oci.command(&["run"]).unwrap_err());
         assert!(text.contains("sorry") && text.contains('3'), "{text}");
     }
 }
