@@ -68,10 +68,7 @@ pub fn container(
     };
     let config_now = node.config();
     let mut options = options(&config_now);
-    let driver = pod.record.driver.as_ref();
-    // As it was when the pod was made, where a handler's settings are more than a switch.
-    let handler = driver.map(|driver| &driver.settings);
-    if let Some(handler) = handler.or(config_now.runtimes.get(&pod.record.runtime)) {
+    if let Some(handler) = pod.record.handler(&config_now) {
         options.privileged_without_host_devices = handler.privileged_without_host_devices;
         options
             .allowed_annotations
@@ -240,8 +237,7 @@ fn seccomp<T>(
 /// # Errors
 /// [`PodError::TooLittleMemory`].
 pub fn enough_memory(config: &Config, pod: &Pod, id: &str, limit: i64) -> Result<(), PodError> {
-    let own = pod.record.driver.as_ref().map(|driver| &driver.settings);
-    let handler = own.or(config.runtimes.get(&pod.record.runtime));
+    let handler = pod.record.handler(config);
     let minimum = handler.and_then(|handler| handler.minimum_memory);
     let minimum = minimum.map_or(0, |size| size.bytes());
     if limit > 0 && limit.unsigned_abs() < minimum {

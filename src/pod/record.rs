@@ -8,6 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use prost::Message;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use slipway_config::{Config, Runtime};
 use slipway_proto::cri;
 
 use super::error::{PodError, file};
@@ -139,6 +140,13 @@ fn is_zero(value: &u64) -> bool {
 impl PodRecord {
     /// The current version.
     pub const SCHEMA: u32 = SCHEMA;
+
+    /// What is set of its runtime handler: as it was when the pod was made, where a handler's settings are more than a switch;
+    /// else as it is configured now.
+    pub fn handler<'a>(&'a self, config: &'a Config) -> Option<&'a Runtime> {
+        let own = self.driver.as_ref().map(|driver| &driver.settings);
+        own.or(config.runtimes.get(&self.runtime))
+    }
 }
 
 /// Only what every version has.

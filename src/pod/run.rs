@@ -152,8 +152,7 @@ impl Node {
         make_dirs(dir, plan.log_directory.as_deref())?;
         phases.mark("prepare");
         let mut plan = plan;
-        let own = record.driver.as_ref().map(|driver| &driver.settings);
-        let in_pod = match own.or(self.config().runtimes.get(&record.runtime)) {
+        let in_pod = match record.handler(&self.config()) {
             Some(settings) if settings.monitor_cgroup == Some(MonitorCgroup::Pod) => true,
             _ => self.config().cgroup.monitor == "pod",
         };
@@ -223,9 +222,8 @@ impl Node {
         pod.dns.clone_from(&wishes.dns);
         pod.bandwidth = wishes.bandwidth;
         pod.cgroup_path = Some(record.cgroup.clone());
-        let handler = record.driver.as_ref().map(|driver| &driver.settings);
         let config = self.config();
-        let handler = handler.or(config.runtimes.get(&record.runtime));
+        let handler = record.handler(&config);
         pod.conf_dir = handler.and_then(|handler| handler.network_conf_dir.clone());
         let result = self
             .cni

@@ -66,13 +66,6 @@ fn sandbox(pod: &Pod) -> Result<i32> {
     found.context("the pod has no sandbox")
 }
 
-fn signal(pid: i32, signal: Signal) -> Result<()> {
-    Ok(nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(pid),
-        signal,
-    )?)
-}
-
 /// Nothing of a pod is left on the host.
 async fn nothing_left(pod: &Pod) -> Result<()> {
     eventually("the end of the sandbox", seconds(10), || async {
@@ -81,14 +74,6 @@ async fn nothing_left(pod: &Pod) -> Result<()> {
             processes("runsc-gofer", &pod.id),
         ];
         Ok(left.concat().is_empty().then_some(()))
-    })
-    .await
-}
-
-async fn not_ready(pod: &Pod) -> Result<()> {
-    eventually("the pod's end", seconds(10), || async {
-        let state = pod.status().await?.state();
-        Ok((state == cri::PodSandboxState::SandboxNotready).then_some(()))
     })
     .await
 }
@@ -154,7 +139,7 @@ async fn a_sandbox_that_is_killed(env: Env) -> Result<()> {
             "{status:?}"
         );
     }
-    not_ready(&pod).await?;
+    pod.not_ready().await?;
     assert!(pod.try_create(|_| {}).await.is_err());
     pod.stop().await?;
     pod.remove().await?;
@@ -179,7 +164,7 @@ async fn a_sandbox_that_stops_answering(env: Env) -> Result<()> {
     assert_eq!(status.exit_code, 137, "{status:?}");
     assert_eq!(second.exited().await?.exit_code, 137);
     assert!(began.elapsed() < seconds(60), "{:?}", began.elapsed());
-    not_ready(&pod).await?;
+    pod.not_ready().await?;
     pod.stop().await?;
     pod.remove().await?;
     nothing_left(&pod).await?;
@@ -227,7 +212,7 @@ async fn a_sandbox_without_memory(env: Env) -> Result<()> {
         );
         assert!(status.message.contains("memory"), "{status:?}");
     }
-    not_ready(&pod).await?;
+    pod.not_ready().await?;
     pod.stop().await?;
     pod.remove().await?;
     nothing_left(&pod).await

@@ -100,22 +100,14 @@ async fn side_by_side_over_a_restart(env: Env) -> Result<()> {
         let pod = daemon.pod_under(handler).await?;
         let sleeper = pod.sleeper().await?;
         let created = pod.create(&["echo", "later"], |_| {}).await?;
-        let gate = env.dir(&format!("gate-{handler}"))?;
-        let mount = cri::Mount {
-            host_path: gate.display().to_string(),
-            container_path: "/gate".into(),
-            ..Default::default()
-        };
-        let script = "until [ -e /gate/open ]; do sleep 0.05; done; echo unseen; exit 23";
-        let ends = pod
-            .run(&["sh", "-c", script], |c| c.mounts = vec![mount])
-            .await?;
+        let gate = Gate::new(&env, &format!("gate-{handler}"))?;
+        let ends = gate.behind(&pod, "echo unseen; exit 23").await?;
         running.push((*handler, pod, sleeper, created, ends, gate));
     }
     let pids: Vec<_> = running.iter().map(|r| r.2.pid()).collect::<Result<_>>()?;
     daemon.kill(Signal::SIGKILL).await?;
     for (.., gate) in &running {
-        std::fs::write(gate.join("open"), "")?;
+        gate.open()?;
     }
     daemon.launch().await?;
     for ((handler, pod, sleeper, created, ends, _), pid) in running.iter().zip(pids) {

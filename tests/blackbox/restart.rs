@@ -69,18 +69,10 @@ async fn exits_that_nobody_saw(env: Env) -> Result<()> {
     let daemon = env.daemon().await?;
     let pod = daemon.pod(|_| {}).await?;
     for signal in BOTH {
-        let gate = env.dir(&format!("gate-{signal}"))?;
-        let mount = cri::Mount {
-            host_path: gate.display().to_string(),
-            container_path: "/gate".into(),
-            ..Default::default()
-        };
-        let script = "until [ -e /gate/open ]; do sleep 0.05; done; exit 23";
-        let container = pod
-            .run(&["sh", "-c", script], |c| c.mounts = vec![mount])
-            .await?;
+        let gate = Gate::new(&env, &format!("gate-{signal}"))?;
+        let container = gate.behind(&pod, "exit 23").await?;
         daemon.kill(signal).await?;
-        std::fs::write(gate.join("open"), "")?;
+        gate.open()?;
         eventually("the end of its process", seconds(10), || async {
             Ok(container.processes().is_empty().then_some(()))
         })

@@ -76,13 +76,6 @@ fn only_shim(pod: &Pod) -> Result<i32> {
     }
 }
 
-fn signal(pid: i32, signal: Signal) -> Result<()> {
-    Ok(nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(pid),
-        signal,
-    )?)
-}
-
 /// Nothing of a pod is left: no shim, no process, no socket. (The runner looks for the rest.)
 async fn nothing_left(pod: &Pod, containers: &[&Container]) -> Result<()> {
     eventually("the end of the shim", seconds(10), || async {
@@ -247,19 +240,11 @@ async fn a_restart_of_the_daemon(env: Env) -> Result<()> {
         pod.sleeper().await?,
         pod.create(&["echo", "later"], |_| {}).await?,
     );
-    let gate = env.dir("gate")?;
-    let mount = cri::Mount {
-        host_path: gate.display().to_string(),
-        container_path: "/gate".into(),
-        ..Default::default()
-    };
-    let script = "until [ -e /gate/open ]; do sleep 0.05; done; echo unseen; exit 23";
-    let ends = pod
-        .run(&["sh", "-c", script], |c| c.mounts = vec![mount])
-        .await?;
+    let gate = Gate::new(&env, "gate")?;
+    let ends = gate.behind(&pod, "echo unseen; exit 23").await?;
     let pid = sleeper.pid()?;
     daemon.kill(Signal::SIGKILL).await?;
-    std::fs::write(gate.join("open"), "")?;
+    gate.open()?;
     daemon.launch().await?;
     assert_eq!(sleeper.pid()?, pid);
     assert_eq!(sleeper.exec_output(&["echo", "well"]).await?, "well");
@@ -289,11 +274,7 @@ async fn a_shim_that_is_killed(env: Env) -> Result<()> {
         assert!(status.message.contains(HANDLER), "{status:?}");
         container.gone().await?;
     }
-    eventually("the pod's end", seconds(10), || async {
-        let state = pod.status().await?.state();
-        Ok((state == cri::PodSandboxState::SandboxNotready).then_some(()))
-    })
-    .await?;
+    pod.not_ready().await?;
     assert!(pod.try_create(|_| {}).await.is_err());
     pod.stop().await?;
     pod.remove().await?;

@@ -118,13 +118,6 @@ fn shim(pod: &Pod) -> Result<i32> {
     found.first().copied().context("the pod has no shim")
 }
 
-fn signal(pid: i32, signal: Signal) -> Result<()> {
-    Ok(nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(pid),
-        signal,
-    )?)
-}
-
 /// Nothing of a pod's machine and shim is there any more. (The runner looks for mounts, cgroups and directories.)
 async fn nothing_left(pod: &Pod) -> Result<()> {
     let socket = format!("/run/slipway-vm-shim-{}", &pod.id[..16]);
@@ -457,19 +450,11 @@ async fn a_restart_of_the_daemon(env: Env) -> Result<()> {
         pod.sleeper().await?,
         pod.create(&["echo", "later"], |_| {}).await?,
     );
-    let gate = env.dir("gate")?;
-    let mount = cri::Mount {
-        host_path: gate.display().to_string(),
-        container_path: "/gate".into(),
-        ..Default::default()
-    };
-    let script = "until [ -e /gate/open ]; do sleep 0.05; done; echo unseen; exit 23";
-    let ends = pod
-        .run(&["sh", "-c", script], |c| c.mounts = vec![mount])
-        .await?;
+    let gate = Gate::new(&env, "gate")?;
+    let ends = gate.behind(&pod, "echo unseen; exit 23").await?;
     let qemu = machine(&pod)?;
     daemon.kill(Signal::SIGKILL).await?;
-    std::fs::write(gate.join("open"), "")?;
+    gate.open()?;
     daemon.launch().await?;
     assert_eq!(machine(&pod)?, qemu);
     assert_eq!(sleeper.exec_output(&["echo", "well"]).await?, "well");
@@ -482,14 +467,6 @@ async fn a_restart_of_the_daemon(env: Env) -> Result<()> {
     remove(&pod).await
 }
 
-async fn not_ready(pod: &Pod) -> Result<()> {
-    eventually("the pod's end", seconds(10), || async {
-        let state = pod.status().await?.state();
-        Ok((state == cri::PodSandboxState::SandboxNotready).then_some(()))
-    })
-    .await
-}
-
 async fn a_machine_that_is_killed(env: Env) -> Result<()> {
     let daemon = daemon(&env).await?;
     let pod = pod(&daemon).await?;
@@ -499,7 +476,7 @@ async fn a_machine_that_is_killed(env: Env) -> Result<()> {
         let status = container.exited().await?;
         assert!([137, 255].contains(&status.exit_code), "{status:?}");
     }
-    not_ready(&pod).await?;
+    pod.not_ready().await?;
     assert!(pod.try_create(|_| {}).await.is_err());
     remove(&pod).await
 }
@@ -513,7 +490,7 @@ async fn a_shim_that_is_killed(env: Env) -> Result<()> {
     let status = sleeper.exited().await?;
     assert_eq!(status.exit_code, 255, "{status:?}");
     assert!(status.message.contains(HANDLER), "{status:?}");
-    not_ready(&pod).await?;
+    pod.not_ready().await?;
     // The machine goes with it, before anybody asks for that.
     eventually("the machine's end", seconds(10), || async {
         Ok((!Path::new(&format!("/proc/{qemu}")).exists()).then_some(()))

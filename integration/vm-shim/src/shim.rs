@@ -138,6 +138,13 @@ struct State {
     processes: HashMap<(String, String), Process>,
 }
 
+impl State {
+    /// QEMU's process id; 0 without a machine.
+    fn machine_pid(&self) -> u32 {
+        self.machine.as_ref().map_or(0, |(_, pid)| *pid)
+    }
+}
+
 #[derive(Default)]
 struct Process {
     /// The specification's process.
@@ -157,6 +164,11 @@ struct Process {
 
 fn refused(code: Code, text: impl std::fmt::Display) -> Error {
     Error::RpcStatus(get_status(code, text.to_string()))
+}
+
+fn missing(id: &str, exec: &str) -> Error {
+    let text = format!("there is no process {id:?} {exec:?}");
+    refused(Code::NOT_FOUND, text)
 }
 
 fn internal(error: impl std::fmt::Display) -> Error {
@@ -190,13 +202,7 @@ impl Shim {
     fn with<T>(&self, id: &str, exec: &str, f: impl FnOnce(&mut Process) -> T) -> Answer<T> {
         let mut state = self.state.0.lock();
         let process = state.processes.get_mut(&(id.to_owned(), exec.to_owned()));
-        let missing = || {
-            refused(
-                Code::NOT_FOUND,
-                format!("there is no process {id:?} {exec:?}"),
-            )
-        };
-        process.map(f).ok_or_else(missing)
+        process.map(f).ok_or_else(|| missing(id, exec))
     }
 
     fn link(&self) -> Answer<Arc<Link>> {
@@ -372,15 +378,12 @@ impl Shim {
         let name = (id.to_owned(), exec.to_owned());
         let (state, changed) = &*self.state;
         let mut state = state.lock();
-        let missing = || {
-            refused(
-                Code::NOT_FOUND,
-                format!("there is no process {id:?} {exec:?}"),
-            )
-        };
         let deadline = std::time::Instant::now() + LAST_OUTPUT;
         loop {
-            let process = state.processes.get(&name).ok_or_else(missing)?;
+            let process = state
+                .processes
+                .get(&name)
+                .ok_or_else(|| missing(id, exec))?;
             if process.exit.is_none() && process.pid != 0 {
                 return Err(refused(Code::FAILED_PRECONDITION, "the process is running"));
             }
@@ -388,7 +391,10 @@ impl Shim {
                 break;
             }
         }
-        let process = state.processes.remove(&name).ok_or_else(missing)?;
+        let process = state
+            .processes
+            .remove(&name)
+            .ok_or_else(|| missing(id, exec))?;
         drop(state);
         if let Ok(link) = self.link() {
             let request = json!({"do": "delete", "id": id, "exec": exec});
@@ -540,7 +546,7 @@ impl Sandbox for Shim {
         let state = self.state.0.lock();
         let mut response = SandboxStatusResponse::new();
         response.sandbox_id = r.sandbox_id;
-        response.pid = state.machine.as_ref().map_or(0, |(_, pid)| *pid);
+        response.pid = state.machine_pid();
         let ready = state.machine.is_some() && state.ended.is_none();
         response.state = if ready {
             "SANDBOX_READY"
@@ -563,13 +569,7 @@ impl Sandbox for Shim {
         _: &TtrpcContext,
         _: SandboxMetricsRequest,
     ) -> Answer<SandboxMetricsResponse> {
-        let pid = self
-            .state
-            .0
-            .lock()
-            .machine
-            .as_ref()
-            .map_or(0, |(_, pid)| *pid);
+        let pid = self.state.0.lock().machine_pid();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(internal)?;
         let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
         let fields: Vec<u64> = fields.map(|f| f.parse().unwrap_or(0)).collect();
@@ -614,13 +614,7 @@ impl Task for Shim {
         }
         let mut response = CreateTaskResponse::new();
         // Of the host's processes it is QEMU that has the container.
-        response.pid = self
-            .state
-            .0
-            .lock()
-            .machine
-            .as_ref()
-            .map_or(0, |(_, pid)| *pid);
+        response.pid = self.state.0.lock().machine_pid();
         Ok(response)
     }
 
@@ -649,7 +643,7 @@ impl Task for Shim {
         let mut state = state.lock();
         loop {
             match state.processes.get(&name).map(|p| p.exit) {
-                None => return Err(refused(Code::NOT_FOUND, "there is no such process")),
+                None => return Err(missing(&name.0, &name.1)),
                 Some(Some((code, at))) => {
                     let mut response = WaitResponse::new();
                     (response.exit_status, response.exited_at) = (code, stamp(at));
@@ -778,13 +772,7 @@ impl Task for Shim {
     fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Answer<ConnectResponse> {
         let mut response = ConnectResponse::new();
         response.shim_pid = std::process::id();
-        response.task_pid = self
-            .state
-            .0
-            .lock()
-            .machine
-            .as_ref()
-            .map_or(0, |(_, pid)| *pid);
+        response.task_pid = self.state.0.lock().machine_pid();
         Ok(response)
     }
 

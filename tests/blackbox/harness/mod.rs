@@ -4,6 +4,7 @@ pub mod cgroups;
 pub mod config;
 pub mod daemon;
 pub mod fake_shim;
+pub mod gate;
 pub mod leaks;
 pub mod liar;
 pub mod log;
@@ -25,6 +26,7 @@ pub use anyhow::{Context, Result, bail, ensure};
 pub use cgroups::{Driver, dir, systemctl};
 pub use config::{container_security, pod_security};
 pub use daemon::{Daemon, Setup};
+pub use gate::Gate;
 pub use objects::{Container, Pod};
 pub use pace::seconds;
 pub use slipway_proto::cri;
@@ -223,6 +225,12 @@ impl Drop for Tmpfs {
     fn drop(&mut self) {
         nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).ok();
     }
+}
+
+/// Sends a signal to a process.
+pub fn signal(pid: i32, signal: nix::sys::signal::Signal) -> Result<()> {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    Ok(nix::sys::signal::kill(pid, signal)?)
 }
 
 /// Asks again until the answer is there; `what` is waited for in vain after `limit`.

@@ -99,6 +99,15 @@ impl Pod {
         Ok(super::read(file)?.trim().parse()?)
     }
 
+    /// Waits until it is not ready any more, by itself.
+    pub async fn not_ready(&self) -> Result<()> {
+        super::eventually("the pod's end", super::seconds(10), || async {
+            let state = self.status().await?.state();
+            Ok((state == cri::PodSandboxState::SandboxNotready).then_some(()))
+        })
+        .await
+    }
+
     /// Creates a container whose usual configuration `change` has changed.
     pub async fn create(
         &self,
